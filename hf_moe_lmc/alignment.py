@@ -1,0 +1,344 @@
+"""Alignment of two checkpoints, layer by layer, and the streamed rewrite of one in the other's coordinates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from hf_moe_lmc.card import model_card
+from hf_moe_lmc.checkpoint import Checkpoint, FolderWriter
+from hf_moe_lmc.hub import push
+from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
+from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
+from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+
+ALIGNMENT_VERSION = 1
+UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
+
+
+@dataclass(frozen=True)
+class OutsideDistance:
+    """How far apart two models are outside their MoE blocks, which no expert alignment changes.
+
+    Attributes:
+        relative_distance: ||A - B|| / ||A|| over all tensors outside.
+        median_cosine: median over the matrices among them of <A, B> / (||A|| ||B||); gains and biases, which start out
+            equal in unrelated models, do not count. None without matrices.
+        furthest: the tensors with the largest relative distances, largest first.
+    """
+
+    relative_distance: float
+    median_cosine: float | None
+    furthest: dict[str, float]
+
+    @property
+    def unrelated(self) -> bool:
+        return self.median_cosine is not None and self.median_cosine < UNRELATED_COSINE
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The symmetry that takes B close to A, and what was found on the way.
+
+    Attributes:
+        symmetry: acts on B; its metadata name the method and both inputs.
+        layers: one matching per MoE layer that both models have, by layer number.
+        outside: distance outside the MoE blocks.
+        warnings: in words.
+        seconds: of the whole computation.
+    """
+
+    symmetry: ModelSymmetry
+    order: OrderMethod
+    units: UnitMethod
+    a: dict[str, str]
+    b: dict[str, str]
+    layers: dict[int, Matching]
+    outside: OutsideDistance
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of alignment.json."""
+        return {
+            "version": ALIGNMENT_VERSION,
+            "family": self.symmetry.family,
+            "groups": self.symmetry.groups,
+            "order": self.order,
+            "units": self.units,
+            "a": self.a,
+            "b": self.b,
+            "lossless": self.symmetry.is_lossless,
+            "totals": self.totals(),
+            "layers": [layer_report(index, matching) for index, matching in self.layers.items()],
+            "outside": asdict(self.outside),
+            "warnings": list(self.warnings),
+            "seconds": self.seconds,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def totals(self) -> dict[str, float]:
+        """Counts and relative distances over all layers."""
+        reports = [layer_report(index, matching) for index, matching in self.layers.items()]
+        norm = math.hypot(*(matching.norm for matching in self.layers.values())) or 1.0
+        counts = ("experts", "experts_moved", "units", "units_moved", "signs", "scales_kept")
+        distances = ("distance_before", "distance_after_order", "distance_after_units")
+        return {
+            **{name: sum(report[name] for report in reports) for name in counts},
+            **{f"relative_{name}": math.hypot(*(report[name] for report in reports)) / norm for name in distances},
+        }
+
+
+def layer_report(index: int, matching: Matching) -> dict[str, Any]:
+    """One layer's entry in alignment.json."""
+    symmetry = matching.symmetry
+    identity = LayerSymmetry.identity(*symmetry.sizes.values())
+    moved = {
+        name: int((getattr(symmetry, name) != getattr(identity, name)).sum())
+        for name in ("expert_order", "unit_order", "shared_order")
+    }
+    return {
+        "layer": index,
+        "expert_order": symmetry.expert_order.tolist(),
+        "order_method": matching.order_method,
+        "candidates": matching.candidates,
+        "expert_cost_form": matching.expert_cost_form,
+        "norm": matching.norm,
+        "distance_before": matching.distance_before,
+        "distance_after_order": matching.distance_after_order,
+        "distance_after_units": matching.distance_after_units,
+        "router_distance_before": matching.router_distance_before,
+        "router_distance_after": matching.router_distance_after,
+        "shared_distance_before": matching.shared_distance_before,
+        "shared_distance_after": matching.shared_distance_after,
+        "experts": len(symmetry.expert_order),
+        "experts_moved": moved["expert_order"],
+        "units": symmetry.unit_order.numel() + len(symmetry.shared_order),
+        "units_moved": moved["unit_order"] + moved["shared_order"],
+        "signs": int((symmetry.unit_scale < 0).sum() + (symmetry.shared_scale < 0).sum()),
+        "scales_kept": matching.scales_kept,
+        "seconds": matching.seconds,
+    }
+
+
+def open_models(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, *, ignore_extra_layers: bool = False
+) -> tuple[MoEModel, MoEModel]:
+    """Opens, recognises and compares two checkpoints from headers alone, and only then downloads weights.
+
+    Raises:
+        InputError: whatever is wrong with either, or between them.
+    """
+    model_a, model_b = (read_model(stack.enter_context(Checkpoint.open(model))) for model in (a, b))
+    for warning in check_pair(model_a, model_b, ignore_extra_layers=ignore_extra_layers):
+        warnings.warn(warning, stacklevel=3)
+    for model in (model_a, model_b):
+        model.checkpoint.download()
+    return model_a, model_b
+
+
+def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units: UnitMethod = "scaled") -> Alignment:
+    """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
+
+    Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 8 bytes a hidden unit.
+    """
+    check_methods(order, units)
+    started = time.perf_counter()
+    device = PartialState().device
+    origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
+    found = []
+    if origin_a["fingerprint"] == origin_b["fingerprint"]:
+        found.append("A and B are the same checkpoint; the alignment is the identity")
+    layers: dict[int, Matching] = {}
+    for index in tqdm(sorted(a.layers.keys() & b.layers.keys()), desc="matching layers", unit="layer"):
+        layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+    if alone := sorted(b.layers.keys() - a.layers.keys()):
+        found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
+    outside = outside_distance(a, b)
+    if outside.unrelated:
+        found.append(
+            f"outside the MoE blocks the two models are unrelated (median cosine {outside.median_cosine:.2f}, "
+            f"relative distance {outside.relative_distance:.2f}): no alignment of experts can repair that, expect a barrier"
+        )
+    for warning in found:
+        warnings.warn(warning, stacklevel=2)
+    symmetries = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
+    metadata: dict[str, str] = {"order": order, "units": units}
+    metadata |= {f"{side}_{key}": value for side, origin in (("a", origin_a), ("b", origin_b)) for key, value in origin.items()}
+    return Alignment(
+        symmetry=ModelSymmetry(b.family.name, b.groups, symmetries, metadata),
+        order=order,
+        units=units,
+        a=origin_a,
+        b=origin_b,
+        layers=layers,
+        outside=outside,
+        warnings=tuple(found),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
+    """Compares the tensors outside the MoE blocks that both models have, streaming."""
+    relative, cosines = {}, []
+    total = total_norm = 0.0
+    in_both = set(b.outside)
+    for name in tqdm([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
+        info = a.checkpoint.tensors[name]
+        if not info.dtype.is_floating_point or info.numel == 0:
+            continue
+        distance, norm_a, norm_b, inner = _moments(a.checkpoint, b.checkpoint, name)
+        total, total_norm = total + distance, total_norm + norm_a
+        relative[name] = math.sqrt(distance / norm_a) if norm_a else math.inf if distance else 0.0
+        if len(info.shape) > 1 and norm_a and norm_b:
+            cosines.append(inner / math.sqrt(norm_a * norm_b))
+    furthest = sorted(relative, key=lambda name: -relative[name])[:5]
+    return OutsideDistance(
+        relative_distance=math.sqrt(total / total_norm) if total_norm else 0.0,
+        median_cosine=float(torch.tensor(cosines).median()) if cosines else None,
+        furthest={name: relative[name] for name in furthest},
+    )
+
+
+def _moments(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, float, float]:
+    """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for first, values in a.chunks(name):
+        x, y = values.float(), b.read(name, first, len(values)).float()
+        terms: tuple[Tensor, ...] = (torch.square(x - y), x.square(), y.square(), x * y)
+        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
+    distance, norm_a, norm_b, inner = sums.tolist()
+    return distance, norm_a, norm_b, inner
+
+
+def load_symmetry(symmetry: str | os.PathLike[str] | ModelSymmetry, model: MoEModel, *, inverse: bool = False) -> ModelSymmetry:
+    """A symmetry that acts on `model`, checked; warns where it was recorded for other weights.
+
+    Raises:
+        SymmetryError: not a symmetry, of another family, or of other shapes.
+    """
+    value = symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
+    value = value.inverse() if inverse else value
+    model.check_symmetry(value)
+    model.checkpoint.download()
+    recorded = value.metadata.get("b_fingerprint")
+    if recorded is not None and (recorded == model.checkpoint.fingerprint()) == inverse:
+        expected = (
+            "the aligned checkpoint, and this is the one it was made from"
+            if inverse
+            else f"another checkpoint ({recorded[:12]})"
+        )
+        warnings.warn(f"{model.checkpoint.name}: the symmetry was recorded for {expected}", stacklevel=3)
+    return value
+
+
+def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
+    """`model` in the coordinates that `symmetry` gives it; tensors outside the MoE blocks byte for byte."""
+    return ModelStream(model, model.acted(symmetry), model.checkpoint.chunks)
+
+
+def align(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    symmetry_only: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> Alignment:
+    """Finds the symmetry that takes B close to A and writes B in those coordinates: the same function, nearby weights.
+
+    Args:
+        a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
+        output: a new or empty folder. It gets a complete checkpoint in B's layout and, under alignment/,
+            symmetry.safetensors and alignment.json; with `symmetry_only` just these two.
+        order: expert order by `gate`, `expert`, or the `best` of both.
+        units: `plain` or `scaled` hidden units.
+        push_to_hub: OWNER/NAME to publish the result under.
+
+    Raises:
+        InputError: the inputs do not fit, before anything is written.
+    """
+    check_methods(order, units)
+    with ExitStack() as stack:
+        model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
+        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+            alignment = align_models(model_a, model_b, order=order, units=units)
+            folder = "" if symmetry_only else "alignment/"
+            alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
+            writer.write_text(f"{folder}alignment.json", alignment.to_json())
+            if not symmetry_only:
+                writer.write_tensors(rewritten(model_b, alignment.symmetry))
+                writer.write_checkpoint_files(model_b.checkpoint)
+                writer.write_text("README.md", align_card(model_a, model_b, alignment))
+    if push_to_hub:
+        push(output, push_to_hub, private=private)
+    return alignment
+
+
+def apply(
+    symmetry: str | os.PathLike[str] | ModelSymmetry,
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    inverse: bool = False,
+) -> Path:
+    """Writes checkpoint `b` in the coordinates of a saved symmetry, or with `inverse` undoes it.
+
+    Without scales this is lossless in every dtype, and the inverse restores the bytes.
+
+    Raises:
+        SymmetryError: the symmetry is of another family or of other shapes.
+        InputError: whatever else does not fit, before anything is written.
+    """
+    with ExitStack() as stack:
+        model = read_model(stack.enter_context(Checkpoint.open(b)))
+        value = load_symmetry(symmetry, model, inverse=inverse)
+        with FolderWriter(output, [model.checkpoint]) as writer:
+            writer.write_tensors(rewritten(model, value))
+            writer.write_checkpoint_files(model.checkpoint)
+            value.save(writer.path("alignment/symmetry.safetensors"))
+            writer.write_text("README.md", apply_card(model, value, inverse=inverse))
+    return Path(output)
+
+
+def align_card(a: MoEModel, b: MoEModel, alignment: Alignment) -> str:
+    return model_card(
+        title=f"{b.checkpoint.display_name}, aligned to {a.checkpoint.display_name}",
+        summary="The same function as B, with experts and hidden units in the places where A has theirs, so that the two can "
+        "be averaged weight by weight.",
+        inputs={"A": a.checkpoint, "B": b.checkpoint},
+        base=[b.checkpoint],
+        relation="finetune",
+        command=f"hf-moe-lmc align A B -o OUT --order {alignment.order} --units {alignment.units}",
+        alignment=alignment.totals(),
+    )
+
+
+def apply_card(model: MoEModel, symmetry: ModelSymmetry, *, inverse: bool) -> str:
+    return model_card(
+        title=f"{model.checkpoint.display_name}, in other coordinates",
+        summary=f"The same function as B, with its experts and hidden units moved by a {'reversed ' if inverse else ''}saved "
+        "symmetry (alignment/symmetry.safetensors).",
+        inputs={"B": model.checkpoint},
+        base=[model.checkpoint],
+        relation="finetune",
+        command=f"hf-moe-lmc apply SYMMETRY B -o OUT{' --inverse' if inverse else ''}",
+        alignment=None,
+    )

@@ -1,0 +1,477 @@
+"""A checkpoint on disk: sharded safetensors, read by ranges and written shard by shard.
+
+The format is eight bytes of header length, a JSON header, and the tensors one after the other. Both directions work on
+byte ranges, so that neither a shard nor a large tensor is ever held in memory: a reader gives any contiguous range of
+elements, a writer copies the template's header and fills in the ranges as they come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol, Self
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from hf_moe_lmc.errors import CheckpointError, OutputError, listing
+from hf_moe_lmc.hub import Folder, Repository, resolve
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
+PROBE = 4096  # bytes of each tensor that enter the fingerprint
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+SIDE_FILE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+SIDE_FILE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_SIDE_FILES = {"config.json", INDEX, "trainer_state.json", "all_results.json", "train_results.json"}
+FOREIGN_SWITCHES = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes at `start` in the file of `shard`."""
+
+    name: str
+    shard: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its raw header (with the eight length bytes), its size, its tensors in file order."""
+
+    name: str
+    header: bytes
+    size: int
+    tensors: tuple[str, ...]
+
+
+@dataclass
+class Checkpoint:
+    """A complete checkpoint, known from its headers alone until somebody reads a tensor.
+
+    Attributes:
+        source: the folder, or the Hub repository at one commit.
+        config: config.json as written.
+        shards: by file name, in the order of the weight map.
+        tensors: by name, in shard and file order.
+    """
+
+    source: Folder | Repository
+    config: dict[str, Any]
+    shards: dict[str, Shard]
+    tensors: dict[str, TensorInfo]
+    _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
+    _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
+        """Reads configuration, index and every shard header; checks all of them before anything else is done.
+
+        For a Hub id, nothing but these is downloaded; `download` brings the weights.
+
+        Raises:
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; the file and key are named.
+        """
+        source = resolve(model)
+        files = set(source.files())
+        _refuse_other_kinds(source.name, files)
+        config = _read_json(source, "config.json")
+        _refuse_quantised(source.name, config)
+        weight_map = _read_weight_map(source, files)
+        names = list(dict.fromkeys(weight_map.values())) if weight_map else [SINGLE]
+        shards: dict[str, Shard] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for name in names:
+            shard, infos = _read_shard(source, name)
+            shards[name] = shard
+            for info in infos:
+                if info.name in tensors:
+                    raise CheckpointError(
+                        f"{source.name}: tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
+                    )
+                tensors[info.name] = info
+        if weight_map:
+            _check_weight_map(source.name, weight_map, tensors)
+        return cls(source=source, config=config, shards=shards, tensors=tensors)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def display_name(self) -> str:
+        """Hub id, or the folder's name without its path: fit to be published."""
+        return self.source.root.resolve().name if isinstance(self.source, Folder) else self.source.repo_id
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def download(self) -> None:
+        """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
+        if isinstance(self.source, Folder):
+            return
+        self.source.fetch([*self.shards, *self.side_files()])
+        for name in self.shards:  # what came must be whole, and the writer copies raw headers
+            shard, infos = _read_shard(Folder(self.source.path("config.json").parent), name)
+            if {info.name: info for info in infos} != {key: self.tensors[key] for key in shard.tensors}:
+                raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
+            self.shards[name] = shard
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """`count` elements of tensor `name` from element `first`, in its own dtype: a fresh tensor, [count]."""
+        info = self.tensors[name]
+        count = info.numel - first if count is None else count
+        values = torch.empty(count, dtype=info.dtype)
+        itemsize = info.dtype.itemsize
+        self._fill(values.view(torch.uint8), info, first * itemsize)
+        return values
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Tensor `name` as (first element, values) in ranges of a bounded size, in its own dtype."""
+        info = self.tensors[name]
+        step = max(1, CHUNK // info.dtype.itemsize)
+        for first in range(0, info.numel, step):
+            yield first, self.read(name, first, min(step, info.numel - first))
+
+    def side_files(self) -> list[str]:
+        """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
+        return [file for file in self.source.files() if _is_side_file(file)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json, every shard's header and size, and the first 4 KiB of each tensor."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in sorted(self.shards.values(), key=lambda shard: shard.name):
+            digest.update(f"{shard.name} {shard.size} ".encode() + shard.header)
+            for name in shard.tensors:
+                info = self.tensors[name]
+                probe = torch.empty(min(PROBE, info.nbytes), dtype=torch.uint8)
+                self._fill(probe, info, 0)
+                digest.update(probe.numpy().tobytes())
+        return digest.hexdigest()
+
+    def origin(self) -> dict[str, str]:
+        """What tells this checkpoint from another: its Hub id and commit or its folder's name, and its fingerprint.
+
+        Fit to be published: no local path is in it.
+        """
+        commit = {"commit": self.source.commit} if self.source.commit else {}
+        return {"source": self.display_name, **commit, "fingerprint": self.fingerprint()}
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fill(self, buffer: Tensor, info: TensorInfo, offset: int) -> None:
+        """Reads bytes of the tensor from `offset` until `buffer` (uint8) is full."""
+        with self._opening:
+            if info.shard not in self._descriptors:
+                self._descriptors[info.shard] = os.open(self.source.path(info.shard), os.O_RDONLY)
+        view = memoryview(buffer.numpy().data)
+        position = info.start + offset
+        while len(view):
+            got = os.preadv(self._descriptors[info.shard], [view], position)
+            if got == 0:
+                raise CheckpointError(f"{self.name}/{info.shard}: ends inside tensor {info.name}; fetch the file again")
+            view = view[got:]
+            position += got
+
+
+def _is_side_file(file: str) -> bool:
+    folder, _, name = file.rpartition("/")
+    if folder:
+        return folder == "additional_chat_templates"
+    if name.startswith(".") or name in NOT_SIDE_FILES or name.endswith(".index.json"):
+        return False
+    return Path(name).suffix in SIDE_FILE_SUFFIXES or name.startswith(SIDE_FILE_PREFIXES)
+
+
+def _refuse_other_kinds(name: str, files: set[str]) -> None:
+    top = {file for file in files if "/" not in file}
+    if "adapter_config.json" in top and not any(file.startswith("model") and file.endswith(".safetensors") for file in top):
+        raise CheckpointError(
+            f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
+        )
+    if INDEX not in top and SINGLE not in top:
+        pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        if pickles:
+            raise CheckpointError(
+                f"{name}: weights only as pickles ({pickles[0]}), which can run code when opened; "
+                "load the model with transformers and save_pretrained it as safetensors first"
+            )
+        shards = sorted(file for file in top if file.endswith(".safetensors"))
+        if shards:
+            raise CheckpointError(f"{name}: {len(shards)} safetensors files ({shards[0]}, ...) but no {INDEX} that lists them")
+        raise CheckpointError(f"{name}: expected {SINGLE} or {INDEX}, found neither; is this a model folder?")
+    if "config.json" not in top:
+        raise CheckpointError(f"{name}: config.json is missing; copy it from the model this checkpoint comes from")
+
+
+def _refuse_quantised(name: str, config: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
+            raise CheckpointError(
+                f"{name}: config.json declares quantised weights ({key}: {method}); averaging and scaling need plain floats. "
+                "Dequantise first (transformers: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained)"
+            )
+
+
+def _read_json(source: Folder | Repository, file: str) -> dict[str, Any]:
+    try:
+        value = json.loads(source.path(file).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source.name}/{file}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source.name}/{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_weight_map(source: Folder | Repository, files: set[str]) -> dict[str, str]:
+    if INDEX not in files:
+        return {}
+    weight_map = _read_json(source, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{source.name}/{INDEX}: weight_map is missing or empty")
+    for key, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, not to a .safetensors file")
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
+            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, a path that leaves the folder")
+        if file not in files:
+            raise CheckpointError(f"{source.name}: shard {file}, listed in {INDEX}, is missing")
+    return weight_map
+
+
+def _check_weight_map(name: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    problems = [f"{key}: listed in {file}, not there" for key, file in weight_map.items() if key not in tensors]
+    problems += [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map]
+    problems += [
+        f"{key}: listed in {weight_map[key]}, found in {info.shard}"
+        for key, info in tensors.items()
+        if key in weight_map and weight_map[key] != info.shard
+    ]
+    if problems:
+        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{listing(problems)}")
+
+
+def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
+    where = f"{source.name}/{name}"
+    if isinstance(source, Repository):
+        header, raw, size = source.header(name), b"", None
+        data = 0
+    else:
+        with source.path(name).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw, header = _read_header(file, size, where)
+        data = len(raw)
+    infos = _parse_header(header, name, data, where)
+    end = max((info.start + info.nbytes for info in infos), default=data)
+    if size is not None and end != size:
+        state = "truncated" if end > size else "longer than its header says"
+        raise CheckpointError(f"{where}: {state}: the header describes {end} bytes, the file has {size}; fetch it again")
+    return Shard(name, raw, end, tuple(info.name for info in infos)), infos
+
+
+def _read_header(file: BinaryIO, size: int, where: str) -> tuple[bytes, dict[str, Any]]:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
+        raise CheckpointError(f"{where}: not a whole safetensors file ({size} bytes, header of {length}); fetch it again")
+    body = file.read(length)
+    try:
+        header = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: the header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where}: the header is not a JSON object")
+    return prefix + body, header
+
+
+def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) -> list[TensorInfo]:
+    infos = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype = DTYPES[entry["dtype"]]
+            shape = tuple(int(size) for size in entry["shape"])
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+        except KeyError as error:
+            raise CheckpointError(f"{where}: tensor {name}: dtype or field {error} is not one that is read here") from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}") from error
+        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(f"{where}: tensor {name}: {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+        infos.append(TensorInfo(name, shard, dtype, shape, data + begin, end - begin))
+    infos.sort(key=lambda info: (info.start, info.nbytes))
+    expected = data
+    for info in infos:
+        if info.start != expected:
+            raise CheckpointError(
+                f"{where}: tensor {info.name} starts at byte {info.start}, expected {expected} (hole or overlap)"
+            )
+        expected += info.nbytes
+    return infos
+
+
+class TensorStream(Protocol):
+    """A checkpoint that is computed as it is read: the names, shapes, dtypes and shards of `template`, other values."""
+
+    @property
+    def template(self) -> Checkpoint: ...
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Tensor `name` as (first element, values) in any order, before the cast to the template's dtype."""
+
+
+class FolderWriter:
+    """Writes one checkpoint folder; what stands at the end is whole, or nothing is left.
+
+    Files grow in a subfolder of the output and move to their places at the very end, the index last.
+
+    Raises:
+        OutputError: the folder is not empty, lies in an input, or cannot be made.
+    """
+
+    STAGING = ".partial"
+
+    def __init__(self, output: str | os.PathLike[str], inputs: Sequence[Checkpoint]) -> None:
+        self.root = Path(output)
+        self._staging = self.root / self.STAGING
+        check_output(self.root, inputs)
+
+    def __enter__(self) -> Self:
+        self._made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        try:
+            self._staging.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            if kind is not None:
+                for path in self._made:  # innermost first; each is empty unless somebody else uses it
+                    if not any(path.iterdir()):
+                        path.rmdir()
+
+    def path(self, file: str) -> Path:
+        """Where to write `file` (relative to the output); it appears in the output when all is done."""
+        path = self._staging / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_text(self, file: str, text: str) -> None:
+        self.path(file).write_text(text, encoding="utf-8")
+
+    def write_tensors(self, stream: TensorStream) -> None:
+        """All shards of the template, with their very headers; each value is cast once, to the template's dtype."""
+        with tqdm(total=stream.template.nbytes, unit="B", unit_scale=True, desc="writing") as progress:
+            for shard in stream.template.shards.values():
+                self._write_shard(stream, shard, progress)
+
+    def _write_shard(self, stream: TensorStream, shard: Shard, progress: tqdm) -> None:
+        template = stream.template
+        with self.path(shard.name).open("wb", buffering=0) as file:
+            file.write(shard.header)
+            file.truncate(shard.size)
+            for name in shard.tensors:
+                info = template.tensors[name]
+                for first, values in stream.pieces(name):
+                    data = values.to(info.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+                    _write_all(file.fileno(), data.data, info.start + first * info.dtype.itemsize)
+                    progress.update(len(data))
+            os.fsync(file.fileno())
+
+    def write_checkpoint_files(self, template: Checkpoint) -> None:
+        """Configuration (without switches to foreign code), side files and an index, all as the template has them."""
+        config = {key: value for key, value in template.config.items() if key not in FOREIGN_SWITCHES}
+        if config == template.config:
+            shutil.copyfile(template.source.path("config.json"), self.path("config.json"))
+        else:
+            self.write_text("config.json", json.dumps(config, indent=2) + "\n")
+        for file in template.side_files():
+            shutil.copyfile(template.source.path(file), self.path(file))
+        weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
+        index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
+        self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _publish(self) -> None:
+        files = [path.relative_to(self._staging) for path in self._staging.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == INDEX, file.as_posix())):
+            (self.root / file).parent.mkdir(parents=True, exist_ok=True)
+            (self._staging / file).replace(self.root / file)
+
+
+def check_output(output: str | os.PathLike[str], inputs: Sequence[Checkpoint] = ()) -> None:
+    """Refuses an output that is no empty folder, or that lies inside an input.
+
+    Raises:
+        OutputError: naming the folder and what was found.
+    """
+    root = Path(output)
+    if root.exists() and not root.is_dir():
+        raise OutputError(f"{root}: expected a new or empty folder for the output, found a file")
+    if root.is_dir() and any(root.iterdir()):
+        found = sorted(path.name for path in root.iterdir())[0]
+        raise OutputError(f"{root}: the output folder is not empty (it holds {found}); name a new one or empty it")
+    for checkpoint in inputs:
+        held = checkpoint.source.path("config.json").parent.resolve()
+        if held == root.resolve() or held in root.resolve().parents:
+            raise OutputError(f"{root}: lies inside the input {checkpoint.name}; choose an output elsewhere")
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, position)
+        data = data[written:]
+        position += written

@@ -1,0 +1,252 @@
+"""The command line: verbs over the API. Results go to stdout, progress and complaints to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import hf_moe_lmc as lmc
+from hf_moe_lmc.errors import MoELMCError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns 0, 1 (failure), 2 (bad input or usage) or 130 (interrupted)."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    verb: Callable[[argparse.Namespace], None] = options.verb
+    try:
+        verb(options)
+    except MoELMCError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    found = lmc.inspect(options.model)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
+
+
+def _align(options: argparse.Namespace) -> None:
+    alignment = lmc.align(
+        options.a,
+        options.b,
+        options.output,
+        order=options.order,
+        units=options.units,
+        symmetry_only=options.symmetry_only,
+        push_to_hub=options.push_to_hub,
+        private=options.private,
+    )
+    print(_totals(alignment))
+    _say_where(options.output, options.push_to_hub)
+
+
+def _apply(options: argparse.Namespace) -> None:
+    lmc.apply(options.symmetry, options.b, options.output, inverse=options.inverse)
+    _say_where(options.output, None)
+
+
+def _barrier(options: argparse.Namespace) -> None:
+    report = lmc.barrier(
+        options.a,
+        options.b,
+        options.output,
+        text=options.text,
+        dataset=options.dataset,
+        dataset_config=options.dataset_config,
+        split=options.split,
+        column=options.column,
+        points=options.points,
+        naive=options.naive,
+        symmetry=options.symmetry,
+        order=options.order,
+        units=options.units,
+        context=options.context,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    print(report.table())
+    _say_where(options.output, None)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    alignment = lmc.merge(
+        options.a,
+        options.b,
+        options.output,
+        options.t,
+        align=options.align,
+        symmetry=options.symmetry,
+        order=options.order,
+        units=options.units,
+        push_to_hub=options.push_to_hub,
+        private=options.private,
+    )
+    if alignment:
+        print(_totals(alignment))
+    _say_where(options.output, options.push_to_hub)
+
+
+def _push(options: argparse.Namespace) -> None:
+    address = lmc.push(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        commit_message=options.commit_message,
+    )
+    print(f"published: {address}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from hf_moe_lmc.demo import demo  # trains models: imported only when asked for
+
+    for line in demo(options.output):
+        print(line)
+    _say_where(options.output, None)
+
+
+def _totals(alignment: lmc.Alignment) -> str:
+    totals = alignment.totals()
+    return (
+        f"moved {totals['experts_moved']} of {totals['experts']} experts and {totals['units_moved']} of {totals['units']} "
+        f"hidden units, flipped {totals['signs']} signs, kept the scales of {totals['scales_kept']} experts\n"
+        f"distance of the expert weights, relative to A: {totals['relative_distance_before']:.4f} before, "
+        f"{totals['relative_distance_after_order']:.4f} after the order, "
+        f"{totals['relative_distance_after_units']:.4f} after the units"
+    )
+
+
+def _say_where(output: Path, repo_id: str | None) -> None:
+    print(f"written: {output}" + (f", published: {repo_id}" if repo_id else ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-moe-lmc",
+        description="Align, interpolate and merge Mixture-of-Experts language models. "
+        "MODEL, A and B are local folders or Hub ids, OWNER/NAME[@REVISION].",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf_moe_lmc')}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    inspect = _verb(verbs, "inspect", _inspect, "what a checkpoint is, from its headers alone")
+    inspect.add_argument("model", metavar="MODEL")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    align = _verb(verbs, "align", _align, "write B with its experts and hidden units where A has them")
+    _pair(align)
+    _output(align, "OUT")
+    _matching(align)
+    align.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
+    _publishing(align)
+
+    apply = _verb(verbs, "apply", _apply, "apply a saved symmetry to B")
+    apply.add_argument("symmetry", metavar="SYMMETRY", help="symmetry.safetensors, or a folder that holds it")
+    apply.add_argument("b", metavar="B")
+    _output(apply, "OUT")
+    apply.add_argument("--inverse", action="store_true", help="undo it")
+
+    barrier = _verb(verbs, "barrier", _barrier, "measure the perplexity barrier between A and B, naive and aligned")
+    _pair(barrier)
+    _output(barrier, "DIR")
+    text = barrier.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", action="append", default=[], help="UTF-8 text, one document; repeatable")
+    text.add_argument("--dataset", metavar="NAME", help="dataset on the Hub or in a folder; each row is a document")
+    barrier.add_argument("--dataset-config", metavar="C")
+    barrier.add_argument("--split", metavar="S", default="test", help="(default: %(default)s)")
+    barrier.add_argument("--column", metavar="COL", default="text", help="(default: %(default)s)")
+    barrier.add_argument("--points", metavar="N", type=int, default=25, help="grid points, both ends included (default: 25)")
+    barrier.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
+    barrier.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
+    _matching(barrier)
+    barrier.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
+    barrier.add_argument("--max-tokens", metavar="N", type=int, help="tokens of text to read (default: all)")
+    barrier.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")
+    barrier.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: %(default)s)"
+    )
+    barrier.add_argument("--device", help="put the model there (default: accelerate's device map)")
+
+    merge = _verb(verbs, "merge", _merge, "write (1 - t) A + t B, aligned")
+    _pair(merge)
+    _output(merge, "OUT")
+    merge.add_argument("-t", type=float, default=0.5, help="0 is A, 1 is B (default: %(default)s)")
+    how = merge.add_mutually_exclusive_group()
+    how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
+    how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
+    _matching(merge)
+    _publishing(merge)
+
+    push = _verb(verbs, "push", _push, "publish a finished folder in one commit")
+    push.add_argument("folder", metavar="DIR")
+    push.add_argument("repo_id", metavar="REPO_ID")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--revision", metavar="BRANCH")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--commit-message", metavar="TEXT")
+
+    demo = _verb(verbs, "demo", _demo, "train small models, measure their barriers, merge; no network needed")
+    _output(demo, "DIR")
+    return parser
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    description: str,
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
+    verb.set_defaults(verb=run)
+    return verb
+
+
+def _pair(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("a", metavar="A")
+    verb.add_argument("b", metavar="B")
+
+
+def _output(verb: argparse.ArgumentParser, metavar: str) -> None:
+    verb.add_argument("-o", "--output", metavar=metavar, type=Path, required=True, help="a new or empty folder")
+
+
+def _matching(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--order",
+        choices=("gate", "expert", "best"),
+        default="best",
+        help="order the experts by router rows, by Gram matrices, or keep the better (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--units",
+        choices=("plain", "scaled"),
+        default="scaled",
+        help="match hidden units as they are, or up to sign and scale (default: %(default)s)",
+    )
+
+
+def _publishing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--push-to-hub", metavar="REPO_ID", help="publish the result")
+    verb.add_argument("--private", action="store_true", default=None, help="publish it privately")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Where a checkpoint comes from (a local folder, or a Hub repository at one commit), and where one is published."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_moe_lmc.errors import CheckpointError, HubError, InputError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
+
+
+class Source(Protocol):
+    """A place that holds the files of one checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """How messages and reports call it."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that all files are taken from; None for a local folder."""
+
+    def files(self) -> list[str]:
+        """Names of all files, relative to the root, with forward slashes."""
+
+    def path(self, file: str) -> Path:
+        """The local path of `file`, after bringing it here if need be."""
+
+    def fetch(self, files: Sequence[str]) -> None:
+        """Brings many files here at once."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint in a local folder."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    @property
+    def commit(self) -> None:
+        return None
+
+    def files(self) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+
+    def path(self, file: str) -> Path:
+        return self.root / file
+
+    def fetch(self, files: Sequence[str]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A checkpoint in a Hub repository, pinned to a commit when it was resolved."""
+
+    repo_id: str
+    commit: str
+    listed: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.repo_id
+
+    def files(self) -> list[str]:
+        return list(self.listed)
+
+    def path(self, file: str) -> Path:
+        with _hub_errors(self.repo_id):
+            return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
+
+    def fetch(self, files: Sequence[str]) -> None:
+        with _hub_errors(self.repo_id):
+            snapshot_download(self.repo_id, revision=self.commit, allow_patterns=list(files))
+
+    def header(self, file: str) -> dict[str, Any]:
+        """The safetensors header of a remote shard, read with range requests."""
+        with _hub_errors(self.repo_id):
+            parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
+        header: dict[str, Any] = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+            for name, info in parsed.tensors.items()
+        }
+        if parsed.metadata:
+            header["__metadata__"] = parsed.metadata
+        return header
+
+
+def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
+    """Finds MODEL: an existing local folder, or a Hub id with an optional @REVISION.
+
+    Something that looks like a path (it starts with `.`, `/` or `~`, holds a backslash or more than one slash, ends in
+    a slash, or its first part is a folder here) is never asked for on the Hub; `hf://owner/name` always is.
+
+    Raises:
+        CheckpointError: the path does not exist, is no folder, or the id, revision or permission is wrong.
+        HubError: the Hub cannot be reached.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    explicit = text.startswith("hf://")
+    if not explicit and path.is_dir():
+        return Folder(path)
+    if not explicit and path.exists():
+        raise CheckpointError(f"{text}: expected the folder of a checkpoint, found a file; give its folder")
+    if isinstance(model, os.PathLike) or (not explicit and _looks_local(text)):
+        raise CheckpointError(
+            f"{text}: no such folder (it looks like a local path, so the Hub was not asked; write hf://OWNER/NAME for a Hub id)"
+        )
+    repo_id, _, revision = text.removeprefix("hf://").partition("@")
+    if not REPO_ID.fullmatch(repo_id):
+        raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
+    with _hub_errors(text):
+        info = HfApi().model_info(repo_id, revision=revision or None)
+    if info.sha is None:
+        raise HubError(f"{text}: the Hub did not say which commit this is")
+    return Repository(repo_id, info.sha, tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
+
+
+def _looks_local(text: str) -> bool:
+    repo_id = text.partition("@")[0]
+    first, slash, _ = repo_id.partition("/")
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.endswith("/")
+        or repo_id.count("/") > 1
+        or bool(slash and Path(first).is_dir())
+    )
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turns the exceptions of huggingface_hub into ours, with the next step."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(f"{what}: access is gated; accept its terms on the Hub and log in (hf auth login)") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{what}: no such folder here and no such repository on the Hub (or it is private: hf auth login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{what}: the repository has no such revision") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({error})") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{what}: the repository lacks a file ({error})") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{what}: not a valid Hub id ({error})") from error
+    except HfHubHTTPError as error:
+        raise HubError(f"{what}: the Hub answered {error}") from error
+    except httpx2.HTTPError as error:
+        raise HubError(f"{what}: the Hub cannot be reached ({error})") from error
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Publishes a finished folder, with its card, in one commit, so that no half of it is ever visible.
+
+    Args:
+        folder: what `align` or `merge` wrote.
+        repo_id: OWNER/NAME; created where it does not exist.
+        revision: branch to commit to; created where it does not exist.
+        create_pr: open a pull request instead of committing to the branch.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        InputError: the folder is unfinished, or has no card.
+        HubError: the Hub cannot be reached, or refused.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder to publish")
+    source = Folder(root)
+    files = [file for file in source.files() if not file.startswith(".")]
+    for needed, maker in (("README.md", "the card"), ("config.json", "the configuration")):
+        if needed not in files:
+            raise InputError(f"{root}: {needed} ({maker}) is missing; publish a folder that align or merge finished")
+    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        raise InputError(f"{root}: no weights (*.safetensors) to publish")
+    api = HfApi(token=token)
+    with _hub_errors(repo_id):
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(created.repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            created.repo_id,
+            [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(root / file)) for file in files],
+            commit_message=commit_message or "Upload a checkpoint aligned by hf_moe_lmc",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url

@@ -1,0 +1,138 @@
+"""The interpolation path between two models, theta_t = (1 - t) A + t B', for the writer and the evaluator alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.alignment import Alignment, align_models, load_symmetry, open_models
+from hf_moe_lmc.card import model_card
+from hf_moe_lmc.checkpoint import FolderWriter
+from hf_moe_lmc.errors import InputError, MismatchError
+from hf_moe_lmc.hub import push
+from hf_moe_lmc.layer import LayerSource
+from hf_moe_lmc.matching import OrderMethod, UnitMethod
+from hf_moe_lmc.model import ModelStream, MoEModel
+from hf_moe_lmc.symmetry import ModelSymmetry
+
+
+def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """(1 - t) a + t b in float32 (float64 stays), not cast back; exactly a at t = 0 and b at t = 1.
+
+    Where a and b are equal the result equals them at every t.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    if t == 0:
+        return a.to(dtype)
+    if t == 1:
+        return b.to(dtype)
+    return torch.lerp(a.to(dtype), b.to(dtype), t)
+
+
+@dataclass(frozen=True)
+class InterpolatedLayer:
+    """A point on the line between two MoE blocks."""
+
+    a: LayerSource
+    b: LayerSource
+    t: float
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        return interpolate(self.a.read(role, expert), self.b.read(role, expert), self.t)
+
+
+def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float) -> ModelStream:
+    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that `symmetry` gives it."""
+    acted = b.acted(symmetry)
+    layers: dict[int, LayerSource] = {
+        index: InterpolatedLayer(layer, acted[index], t) for index, layer in a.layers.items() if index in acted
+    }
+
+    def outside(name: str) -> Iterator[tuple[int, Tensor]]:
+        for first, values in a.checkpoint.chunks(name):
+            other = b.checkpoint.read(name, first, len(values))
+            if values.dtype.is_floating_point:
+                yield first, interpolate(values, other, t)
+            elif torch.equal(values, other.to(values.dtype)):
+                yield first, values
+            else:
+                raise MismatchError(f"{name}: integers that differ between A and B cannot be interpolated")
+
+    return ModelStream(a, layers, outside)
+
+
+def check_t(t: float) -> None:
+    """Raises InputError unless 0 <= t <= 1."""
+    if not 0 <= t <= 1:
+        raise InputError(f"t = {t}: expected a number from 0 (A) to 1 (B)")
+
+
+def merge(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    t: float = 0.5,
+    *,
+    align: bool = True,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> Alignment | None:
+    """Writes the checkpoint theta_t = (1 - t) A + t B' with a model card, in A's layout, dtypes and side files.
+
+    Args:
+        a, b: local folders or Hub ids (OWNER/NAME[@REVISION]).
+        output: a new or empty folder.
+        align: match B to A first; otherwise B is taken as it is.
+        symmetry: a saved or given symmetry instead of matching.
+        push_to_hub: OWNER/NAME to publish the result under.
+
+    Returns:
+        The alignment that was computed, or None where there was nothing to compute.
+
+    Raises:
+        InputError: the inputs do not fit, before anything is written.
+    """
+    check_t(t)
+    if symmetry is not None and not align:
+        raise InputError("a symmetry was given and alignment was turned off; choose one")
+    with ExitStack() as stack:
+        model_a, model_b = open_models(a, b, stack)
+        given = load_symmetry(symmetry, model_b) if symmetry is not None else None
+        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+            alignment = align_models(model_a, model_b, order=order, units=units) if align and given is None else None
+            used = alignment.symmetry if alignment else given or model_b.identity()
+            writer.write_tensors(interpolated(model_a, model_b, used, t))
+            writer.write_checkpoint_files(model_a.checkpoint)
+            if alignment or given:
+                used.save(writer.path("alignment/symmetry.safetensors"))
+            if alignment:
+                writer.write_text("alignment/alignment.json", alignment.to_json())
+            writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
+    if push_to_hub:
+        push(output, push_to_hub, private=private)
+    return alignment
+
+
+def merge_card(a: MoEModel, b: MoEModel, t: float, alignment: Alignment | None, given: ModelSymmetry | None) -> str:
+    how = "aligned to A by weight matching" if alignment else "aligned to A by a saved symmetry" if given else "not aligned"
+    options = "" if alignment else " --symmetry SYMMETRY" if given else " --no-align"
+    if alignment:
+        options = f" --order {alignment.order} --units {alignment.units}"
+    return model_card(
+        title=f"A merge of {a.checkpoint.display_name} and {b.checkpoint.display_name}",
+        summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two Mixture-of-Experts models, "
+        f"where B' is B, {how}.",
+        inputs={"A": a.checkpoint, "B": b.checkpoint},
+        base=[a.checkpoint, b.checkpoint],
+        relation="merge",
+        command=f"hf-moe-lmc merge A B -o OUT -t {t:g}{options}",
+        alignment=alignment.totals() if alignment else None,
+    )
