@@ -5,16 +5,40 @@ around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`, `BarrierCurve`
 a `MoEFamily`, made known with `register`.
 """
 
-from hf_moe_lmc.alignment import Alignment, align, apply
-from hf_moe_lmc.curve import BarrierCurve
-from hf_moe_lmc.errors import InputError, MoELMCError
-from hf_moe_lmc.family import MoEFamily, register
-from hf_moe_lmc.hub import push
-from hf_moe_lmc.inspection import Inspection, inspect
-from hf_moe_lmc.interpolation import merge
-from hf_moe_lmc.path import barrier
-from hf_moe_lmc.report import BarrierReport
-from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.alignment import Alignment, align, apply
+    from hf_moe_lmc.curve import BarrierCurve
+    from hf_moe_lmc.errors import InputError, MoELMCError
+    from hf_moe_lmc.family import MoEFamily, register
+    from hf_moe_lmc.hub import push
+    from hf_moe_lmc.inspection import Inspection, inspect
+    from hf_moe_lmc.interpolation import merge
+    from hf_moe_lmc.path import barrier
+    from hf_moe_lmc.report import BarrierReport
+    from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+
+# Resolved on first use: torch and transformers take seconds to import, and a usage message needs neither.
+_HOMES = {
+    "Alignment": "alignment",
+    "BarrierCurve": "curve",
+    "BarrierReport": "report",
+    "InputError": "errors",
+    "Inspection": "inspection",
+    "LayerSymmetry": "symmetry",
+    "MoEFamily": "family",
+    "MoELMCError": "errors",
+    "ModelSymmetry": "symmetry",
+    "align": "alignment",
+    "apply": "alignment",
+    "barrier": "path",
+    "inspect": "inspection",
+    "merge": "interpolation",
+    "push": "hub",
+    "register": "family",
+}
 
 __all__ = [
     "Alignment",
@@ -34,3 +58,13 @@ __all__ = [
     "push",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

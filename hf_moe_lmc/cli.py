@@ -9,9 +9,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hf_moe_lmc as lmc
+import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
 from hf_moe_lmc.errors import MoELMCError
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.alignment import Alignment
 
 INTERRUPTED = 130
 
@@ -123,7 +127,7 @@ def _demo(options: argparse.Namespace) -> None:
     _say_where(options.output, None)
 
 
-def _totals(alignment: lmc.Alignment) -> str:
+def _totals(alignment: Alignment) -> str:
     totals = alignment.totals()
     return (
         f"moved {totals['experts_moved']} of {totals['experts']} experts and {totals['units_moved']} of {totals['units']} "

@@ -44,8 +44,8 @@ CONFIG = MixtralConfig(
     tie_word_embeddings=False,
 )
 BASE = Training(steps=400, learning_rate=4e-3)
-BLOCK = Training(steps=300, learning_rate=2e-3, weight_decay=3.0)
-INIT_STD = 0.005
+BLOCK = Training(steps=300, learning_rate=2e-3)
+INIT_STD = 0.02
 HELD_OUT_TOKENS = 8192
 CONTEXT = 64
 

@@ -109,8 +109,9 @@ class UnitMatch:
 def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     """Matches the hidden units of two experts by one linear assignment problem over `unit_cost`.
 
-    Scales that do not pay (SCALE_GAIN) are dropped for the whole expert, signs kept: two fine-tunes of one model are
-    then rewritten without loss.
+    Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
+    without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN, and by more than three
+    times what one free scale per unit gains on pure noise, 1 / (3 model).
     """
     order = assign(unit_cost(a, b, units)).to(a.up.device)
     norm, before = a.squared_norm(), a.squared_distance(b)
@@ -126,7 +127,7 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     ratio = torch.where(_norm_ratio(a).isnan() | _norm_ratio(b)[order].isnan(), 1, _norm_ratio(a) / _norm_ratio(b)[order])
     scale = _sign(ratio * on_up + on_down / ratio) * ratio
     after_scaled = gate + _scaled_distance(a, up, down, scale)
-    scaled = after_scaled < (1 - SCALE_GAIN) * after
+    scaled = after_scaled < (1 - max(SCALE_GAIN, 1 / a.down.shape[1])) * after
     if scaled:
         sign, after = scale, after_scaled
     return UnitMatch(order.cpu(), sign.cpu(), scaled, norm, before, after)
