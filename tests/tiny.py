@@ -33,7 +33,7 @@ LATENT_ATTENTION = {
     "v_head_dim": 8,
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
-    "moe_intermediate_size": 10,
+    "moe_intermediate_size": 8,
     "num_experts_per_tok": 3,
     "n_shared_experts": 2,
     "n_group": 4,
@@ -45,8 +45,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **COMMON,
         num_experts=6,
         num_experts_per_tok=2,
-        moe_intermediate_size=10,
-        shared_expert_intermediate_size=14,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=24,
         mlp_only_layers=[0],
     ),
     # square experts (unit = model): orientation cannot be told from shapes
@@ -102,7 +102,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    ids = torch.arange(4 * 48, generator=None).view(4, 48) * 7 % VOCABULARY
+    ids = torch.arange(4 * 48).view(4, 48) * 7 % VOCABULARY
     with torch.no_grad():
         return model(ids).logits
 

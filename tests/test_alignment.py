@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_moe_lmc.alignment import align, apply, rewritten
+from hf_moe_lmc.checkpoint import Checkpoint, FolderWriter
+from hf_moe_lmc.errors import InputError, MismatchError, SymmetryError
+from hf_moe_lmc.layer import LayerSource
+from hf_moe_lmc.model import ModelStream, MoEModel, read_model
+from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+from tests import tiny
+
+
+def random_symmetry(model: MoEModel, seed: int = 0, scale: float = 3.0, groups: int | None = None) -> ModelSymmetry:
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        index: LayerSymmetry.random(
+            *layer.sizes.values(), groups=groups or model.groups, scale=scale, generator=generator
+        )
+        for index, layer in model.identity().layers.items()
+    }
+    return ModelSymmetry(model.family.name, groups or model.groups, layers)
+
+
+def read(folder: Path) -> MoEModel:
+    return read_model(Checkpoint.open(folder))
+
+
+def write(stream: ModelStream, output: Path) -> Path:
+    with FolderWriter(output, [stream.template]) as writer:
+        writer.write_tensors(stream)
+        writer.write_checkpoint_files(stream.template)
+    return output
+
+
+@dataclass(frozen=True)
+class Forgetful:
+    """A block in new coordinates, but for some roles that were forgotten."""
+
+    acted: LayerSource
+    original: LayerSource
+    forgotten: tuple[str, ...]
+
+    def read(self, role: str, expert: int | None = None) -> torch.Tensor:
+        return (self.original if role in self.forgotten else self.acted).read(role, expert)
+
+
+@pytest.mark.parametrize(("family", "layout"), tiny.TABLE)
+def test_the_rewritten_checkpoint_computes_the_same_function(
+    saved: Callable[..., Path], tmp_path: Path, family: str, layout: str
+) -> None:
+    folder = saved(family, layout)
+    before = tiny.logits(tiny.load(folder))
+    model = read(folder)
+    symmetry = random_symmetry(model)
+    apply(symmetry, folder, tmp_path / "moved")
+    after = tiny.logits(tiny.load(tmp_path / "moved"))
+    assert tiny.relative_difference(after, before) < 1e-5
+
+    stored, written = tiny.tensors(folder), tiny.tensors(tmp_path / "moved")
+    assert stored.keys() == written.keys()
+    for name in stored:
+        assert (stored[name].dtype, stored[name].shape) == (written[name].dtype, written[name].shape)
+        if name in model.outside:
+            assert tiny.same_bytes(stored[name], written[name]), name
+
+    # the control: each part of the symmetry, forgotten, must show
+    acted = model.acted(symmetry)
+    roles = next(iter(model.layers.values())).roles
+    for role in [role for role in roles if role != "shared_router"]:
+        layers = {i: Forgetful(acted[i], model.layers[i], (role,)) for i in acted}
+        wrong = write(ModelStream(model, layers, model.checkpoint.chunks), tmp_path / role)
+        assert tiny.relative_difference(tiny.logits(tiny.load(wrong)), before) > 1e-3, role
+
+
+@pytest.mark.parametrize("family", tiny.GROUPED)
+def test_experts_cannot_leave_their_groups_where_routing_is_group_limited(
+    saved: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    folder = saved(family)
+    model = read(folder)
+    ungrouped = random_symmetry(model, scale=1.0, groups=1)
+    with pytest.raises(SymmetryError, match="tears the 4 expert groups apart"):
+        apply(ungrouped, folder, tmp_path / "refused")
+    wrong = write(rewritten(model, ungrouped), tmp_path / "wrong")
+    assert tiny.relative_difference(tiny.logits(tiny.load(wrong)), tiny.logits(tiny.load(folder))) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("family", "layout"), [("mixtral", "per-expert"), ("deepseek_v3", "fused")])
+def test_without_scales_the_inverse_restores_the_bytes_in_every_dtype(
+    saved: Callable[..., Path], tmp_path: Path, family: str, layout: str, dtype: torch.dtype
+) -> None:
+    folder = tiny.save(tiny.make_model(family).to(dtype), tmp_path / "b", layout)
+    apply(random_symmetry(read(folder), scale=1.0), folder, tmp_path / "there")
+    apply(tmp_path / "there", tmp_path / "there", tmp_path / "back", inverse=True)
+    stored, there, back = (tiny.tensors(tmp_path / name) for name in ("b", "there", "back"))
+    assert all(tiny.same_bytes(stored[name], back[name]) for name in stored)
+    assert any(not tiny.same_bytes(stored[name], there[name]) for name in stored)
+
+
+@pytest.mark.parametrize(("family", "layout"), tiny.TABLE)
+def test_align_undoes_a_planted_symmetry(saved: Callable[..., Path], tmp_path: Path, family: str, layout: str) -> None:
+    a = saved(family, layout)
+    planted = random_symmetry(read(a), seed=4)
+    apply(planted, a, tmp_path / "b")
+    alignment = align(a, tmp_path / "b", tmp_path / "out")
+    assert alignment.symmetry.isclose(planted.inverse())
+    assert ModelSymmetry.load(tmp_path / "out" / "alignment" / "symmetry.safetensors") == alignment.symmetry
+    stored, aligned = tiny.tensors(a), tiny.tensors(tmp_path / "out")
+    for name in stored:
+        assert torch.allclose(stored[name], aligned[name], rtol=1e-5, atol=1e-6), name
+    plain = align(a, tmp_path / "b", tmp_path / "plain", units="plain", symmetry_only=True)
+    assert not plain.symmetry.isclose(planted.inverse())  # flipped signs are invisible to plain units
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["alignment.json", "symmetry.safetensors"]
+
+
+def test_two_fine_tunes_are_rewritten_without_loss(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a = saved("qwen2_moe")
+    model = tiny.make_model("qwen2_moe")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01 * float(parameter.std().nan_to_num(0)))
+    b = tiny.save(model, tmp_path / "b", "per-expert")
+    alignment = align(a, b, tmp_path / "out")
+    assert alignment.symmetry.is_lossless and alignment.totals()["units_moved"] == 0 == alignment.totals()["signs"]
+    stored, aligned = tiny.tensors(b), tiny.tensors(tmp_path / "out")
+    assert all(tiny.same_bytes(stored[name], aligned[name]) for name in stored)
+
+
+def test_the_output_is_complete_and_says_what_was_done(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a = saved("deepseek_v2", "fused", 0)
+    b = tiny.save(tiny.make_model("deepseek_v2", 1).to(torch.bfloat16), tmp_path / "b", "per-expert", shard="20KB")
+    shards = sorted(path.name for path in b.glob("*.safetensors"))
+    assert len(shards) > 2
+    with pytest.warns(UserWarning, match="outside the MoE blocks the two models are unrelated"):
+        alignment = align(a, b, tmp_path / "out")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    index, original = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (out, b))
+    assert index["weight_map"] == original["weight_map"]
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / file).read_bytes() == (b / file).read_bytes()
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in out.glob("*.safetensors"))
+    assert not (out / ".partial").exists() and (out / "README.md").read_text().startswith("---\n")
+
+    report = json.loads((out / "alignment" / "alignment.json").read_text())
+    assert report["family"] == "deepseek_v2" and report["groups"] == 4
+    assert str(tmp_path) not in json.dumps(report) and str(tmp_path) not in (out / "README.md").read_text()
+    assert report["a"]["fingerprint"] != report["b"]["fingerprint"]
+    assert report["outside"]["relative_distance"] > 0.5 and report["outside"]["median_cosine"] < 0.5
+    assert report["warnings"] and [layer["layer"] for layer in report["layers"]] == [1, 2]
+    for layer in report["layers"]:
+        assert layer["distance_before"] > layer["distance_after_units"] > 0
+        assert layer["experts"] == 8 and layer["units"] == 8 * 8 + 16 and sorted(layer["expert_order"]) == list(range(8))
+        assert 0 < layer["units_moved"] <= layer["units"] and 0 <= layer["signs"] <= layer["units"]
+    metadata = ModelSymmetry.load(out).metadata
+    assert metadata["order"] == "best" and metadata["b_fingerprint"] == report["b"]["fingerprint"]
+    assert alignment.symmetry == ModelSymmetry.load(out)
+    before, after = tiny.logits(tiny.load(b)), tiny.logits(tiny.load(out))
+    assert tiny.relative_difference(after, before) < 2e-2  # bf16: scales round, so only roughly
+
+
+def test_a_saved_symmetry_is_applied_only_where_it_belongs(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a = saved("mixtral")
+    file = tmp_path / "symmetry.safetensors"
+    random_symmetry(read(a)).save(file)
+    for family, message in (("olmoe", "is of family mixtral"), ("qwen3_moe", "is of family mixtral")):
+        with pytest.raises(SymmetryError, match=message):
+            apply(file, saved(family), tmp_path / "out")
+    symmetry = ModelSymmetry.load(file)
+    narrower = {i: LayerSymmetry.identity(6, 23) for i in symmetry.layers}
+    with pytest.raises(SymmetryError, match=r"layer 0: expected .*'unit': 24.*found .*'unit': 23"):
+        apply(ModelSymmetry("mixtral", 1, narrower), a, tmp_path / "out")
+    with pytest.raises(SymmetryError, match="layer 2: absent from the symmetry"):
+        apply(ModelSymmetry("mixtral", 1, {i: symmetry.layers[i] for i in (0, 1)}), a, tmp_path / "out")
+    with pytest.raises(SymmetryError, match="no symmetry here"):
+        apply(tmp_path / "nowhere", a, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recorded_fingerprint_is_compared(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a, other = saved("mixtral"), saved("mixtral", "per-expert", 1)
+    apply(random_symmetry(read(a), scale=1.0), a, tmp_path / "b")
+    align(a, tmp_path / "b", tmp_path / "out")
+    with pytest.warns(UserWarning, match="recorded for another checkpoint"):
+        apply(tmp_path / "out", other, tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="this is the one it was made from"):
+        apply(tmp_path / "out", tmp_path / "b", tmp_path / "twice", inverse=True)
+    apply(tmp_path / "out", tmp_path / "b", tmp_path / "again")  # the recorded one: no warning
+    apply(tmp_path / "out", tmp_path / "out", tmp_path / "undone", inverse=True)
+    stored, undone = tiny.tensors(tmp_path / "b"), tiny.tensors(tmp_path / "undone")
+    assert all(tiny.same_bytes(stored[name], undone[name]) for name in stored)
+
+
+def with_mtp_layer(folder: Path, seed: int) -> Path:
+    """Adds layer 3, a multi-token-prediction layer, as a copy of layer 2 under other experts."""
+
+    def change(content: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name in [name for name in content if name.startswith("model.layers.2.")]:
+            values = torch.randn(content[name].shape, generator=generator)
+            content[name.replace("layers.2.", "layers.3.")] = values
+        content["model.layers.3.eh_proj.weight"] = torch.randn(16, 32, generator=generator)
+
+    tiny.edit(folder, change)
+    return folder
+
+
+def test_multi_token_prediction_layers_are_moe_layers_like_any_other(copy: Callable[..., Path], tmp_path: Path) -> None:
+    a = with_mtp_layer(copy("deepseek_v3", name="a"), 0)
+    model = read(a)
+    assert list(model.layers) == [1, 2, 3] and model.extra_layers == (3,)
+    planted = random_symmetry(model)
+    apply(planted, a, tmp_path / "b")
+    alignment = align(a, tmp_path / "b", tmp_path / "out")
+    assert alignment.symmetry.isclose(planted.inverse()) and 3 in alignment.symmetry.layers
+
+    without = copy("deepseek_v3", name="without")  # the configuration promises one, and it may be absent
+    with pytest.warns(UserWarning, match=r"A lacks the multi-token-prediction layers \[3\]"):
+        alone = align(without, a, tmp_path / "alone")
+    assert alone.symmetry.layers[3] == LayerSymmetry.identity(8, 8, 16)
+    tiny.edit_config(a, num_nextn_predict_layers=0)
+    with pytest.raises(InputError, match="layer 3 is one too many"):
+        read(a)
+
+
+def test_models_of_other_shapes_are_refused_with_all_differences(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a = saved("mixtral")
+    with pytest.raises(MismatchError, match="family: A has mixtral, B has olmoe"):
+        align(a, saved("olmoe"), tmp_path / "out")
+    config = tiny.CONFIGS["mixtral"]()
+    config.num_local_experts, config.intermediate_size = 4, 20
+    other = type(tiny.make_model("mixtral"))(config)
+    with pytest.raises(MismatchError) as error:
+        align(a, tiny.save(other, tmp_path / "other", "per-expert"), tmp_path / "out")
+    assert "size of axis expert: A has 6, B has 4" in str(error.value)
+    assert "size of axis unit: A has 24, B has 20" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outside_tensors_must_agree(saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path) -> None:
+    b = copy("mixtral")
+    tiny.edit(b, lambda content: content.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(MismatchError, match="q_proj.weight: in A, not in B"):
+        align(saved("mixtral"), b, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:A and B are the same")
+def test_an_output_that_cannot_be_used_is_refused(saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = saved("mixtral"), copy("mixtral")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    for output, message in (
+        (tmp_path / "full", "not empty .it holds precious"),
+        (tmp_path / "full" / "precious", "found a file"),
+        (b / "inside", "lies inside the input"),
+    ):
+        with pytest.raises(InputError, match=message):
+            align(a, b, output)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+    (tmp_path / "empty").mkdir()
+    align(a, b, tmp_path / "empty")  # an empty folder will do
+    assert (tmp_path / "empty" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+def test_a_failure_on_the_way_leaves_nothing(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderWriter, "write_checkpoint_files", interrupted)
+    (tmp_path / "kept").mkdir()
+    for output in (tmp_path / "new" / "deep", tmp_path / "kept"):
+        with pytest.raises(KeyboardInterrupt):
+            align(saved("mixtral"), saved("mixtral", "per-expert", 1), output)
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "kept").iterdir())
+
+
+def test_the_same_checkpoint_twice_is_the_identity(saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path) -> None:
+    b = copy("qwen3_moe")
+    with pytest.warns(UserWarning, match="same checkpoint"):
+        alignment = align(saved("qwen3_moe"), b, tmp_path / "out")
+    assert alignment.symmetry == read(b).identity()
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+def test_configurations_that_compute_differently_are_pointed_out(copy: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = copy("mixtral", name="a"), copy("mixtral", "per-expert", 1, name="b")
+    tiny.edit_config(b, rms_norm_eps=0.1, router_aux_loss_coef=0.5)
+    with pytest.warns(UserWarning) as caught:
+        align(a, b, tmp_path / "out", symmetry_only=True)
+    messages = [str(warning.message) for warning in caught]
+    assert any("rms_norm_eps is" in message for message in messages)
+    assert not any("router_aux_loss_coef" in message for message in messages)
