@@ -238,9 +238,13 @@ def _regular(model: MoEModel) -> list[int]:
 
 def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[str]:
     problems = []
-    names_a, names_b = (
-        {name for name in model.outside if not (ignore_extra_layers and model.is_extra(name))} for model in (a, b)
-    )
+    if a.extra_layers != b.extra_layers and not ignore_extra_layers:
+        problems.append(
+            f"multi-token-prediction layers: A has {list(a.extra_layers)}, B has {list(b.extra_layers)}; "
+            "remove them from the one that has them, or add them to the other"
+        )
+    skip_extra = ignore_extra_layers or bool(problems)
+    names_a, names_b = ({name for name in m.outside if not (skip_extra and m.is_extra(name))} for m in (a, b))
     for name in sorted(names_a ^ names_b):
         holder, other = ("A", "B") if name in names_a else ("B", "A")
         problems.append(f"{name}: in {holder}, not in {other}")
@@ -250,6 +254,4 @@ def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> li
             problems.append(f"{name}: A has shape {list(of_a.shape)}, B has {list(of_b.shape)}")
         elif of_a.dtype.is_floating_point != of_b.dtype.is_floating_point:
             problems.append(f"{name}: A has dtype {of_a.dtype}, B has {of_b.dtype}")
-    if not ignore_extra_layers and a.extra_layers != b.extra_layers:
-        problems.append(f"multi-token-prediction layers: A has {list(a.extra_layers)}, B has {list(b.extra_layers)}")
     return problems

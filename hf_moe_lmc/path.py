@@ -76,13 +76,18 @@ def load_point(stream: ModelStream, *, dtype: torch.dtype, device: str | None, o
             config=model.config,
             state_dict=tensors,
             dtype=dtype,
-            device_map={"": device} if device else "auto",
+            device_map=placement(device),
             offload_folder=str(offload_folder),
             output_loading_info=True,
         )
     _check_loaded(model.checkpoint.name, model_class.__name__, info)
     assert isinstance(loaded, PreTrainedModel)
     return loaded
+
+
+def placement(device: str | None) -> str | dict[str, str]:
+    """The device map to load with: everything on `device`, or as accelerate sees fit."""
+    return {"": device} if device else "auto"
 
 
 @contextmanager
