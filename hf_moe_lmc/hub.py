@@ -13,13 +13,16 @@ from typing import Any, Protocol
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    BadRequestError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
@@ -98,7 +101,12 @@ class Repository:
     def header(self, file: str) -> dict[str, Any]:
         """The safetensors header of a remote shard, read with range requests."""
         with _hub_errors(self.repo_id):
-            parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
+            try:
+                parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
+            except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:  # or JSON of another shape
+                raise CheckpointError(
+                    f"{self.repo_id}/{file}: not a whole safetensors file, its header cannot be read ({_one_line(error)})"
+                ) from error
         header: dict[str, Any] = {
             name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
             for name, info in parsed.tensors.items()
@@ -129,8 +137,8 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
         raise CheckpointError(
             f"{text}: no such folder (it looks like a local path, so the Hub was not asked; write hf://OWNER/NAME for a Hub id)"
         )
-    repo_id, _, revision = text.removeprefix("hf://").partition("@")
-    if not REPO_ID.fullmatch(repo_id):
+    repo_id, at, revision = text.removeprefix("hf://").partition("@")
+    if not REPO_ID.fullmatch(repo_id) or (at and not revision):
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
     with _hub_errors(text):
         info = HfApi().model_info(repo_id, revision=revision or None)
@@ -152,28 +160,40 @@ def _looks_local(text: str) -> bool:
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Turns the exceptions of huggingface_hub into ours, with the next step."""
+def _hub_errors(what: str, writing: bool = False) -> Iterator[None]:
+    """Turns the exceptions of huggingface_hub into ours, each one line with the next step."""
     try:
         yield
     except GatedRepoError as error:
         raise CheckpointError(f"{what}: access is gated; accept its terms on the Hub and log in (hf auth login)") from error
     except RepositoryNotFoundError as error:
+        if writing:
+            raise HubError(f"{what}: no such repository, or no permission to write to it; log in (hf auth login)") from error
         raise CheckpointError(
             f"{what}: no such folder here and no such repository on the Hub (or it is private: hf auth login)"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{what}: the repository has no such revision") from error
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({error})") from error
+        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({_one_line(error)})") from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{what}: the repository lacks a file ({error})") from error
+        raise CheckpointError(f"{what}: the repository lacks a file ({_one_line(error)})") from error
     except HFValidationError as error:
-        raise CheckpointError(f"{what}: not a valid Hub id ({error})") from error
+        raise CheckpointError(f"{what}: not a valid Hub id ({_one_line(error)})") from error
     except HfHubHTTPError as error:
-        raise HubError(f"{what}: the Hub answered {error}") from error
-    except httpx2.HTTPError as error:
-        raise HubError(f"{what}: the Hub cannot be reached ({error})") from error
+        login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
+        raise HubError(f"{what}: the Hub answered {_one_line(error)}{login}") from error
+    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise HubError(f"{what}: the Hub cannot be reached ({_one_line(error)})") from error
+    except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
+        if isinstance(error.__cause__, BadRequestError):
+            raise InputError(f"{what}: the Hub refuses the card: {_one_line(error)}") from error
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        raise HubError(f"{what}: {_one_line(error)}{cause}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def push(
@@ -212,7 +232,7 @@ def push(
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         raise InputError(f"{root}: no weights (*.safetensors) to publish")
     api = HfApi(token=token)
-    with _hub_errors(repo_id):
+    with _hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(created.repo_id, branch=revision, exist_ok=True)

@@ -234,7 +234,8 @@ def _role_problems(layer: MoELayer) -> list[str]:
     for role, templates in _templates_by_role(layer.family, layer.sizes).items():
         for expert in range(layer.experts) if role in EXPERT_ROLES else [None]:
             if (role, expert) not in held:
-                keys = " or ".join(prefix + template.key.replace("{expert}", str(expert)) for template in templates)
+                likely = [template for template in templates if _fits_layout(template, layer)] or templates
+                keys = " or ".join(prefix + template.key.replace("{expert}", str(expert)) for template in likely)
                 problems.append(f"missing: {keys} ({role})")
     for (role, expert), names in held.items():
         if len(names) > 1:
@@ -242,6 +243,14 @@ def _role_problems(layer: MoELayer) -> list[str]:
         if expert is not None and expert >= layer.experts:
             problems.append(f"{names[0]}: config.json says {layer.experts} experts, numbered from 0")
     return problems
+
+
+def _fits_layout(template: Template, layer: MoELayer) -> bool:
+    """Whether a template belongs to the layout of what is there (of several, a message names the likely key)."""
+    present = [claim.template for claim in layer.claims.values()]
+    holds_experts = [one.is_per_expert for one in present if one.spec.roles[0] in EXPERT_ROLES]
+    same_form = template.spec.roles[0] not in EXPERT_ROLES or template.is_per_expert in holds_experts
+    return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
 
 
 def _templates_by_role(family: MoEFamily, sizes: Mapping[str, int]) -> dict[str, list[Template]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -60,6 +61,12 @@ class UnitRows:
     up: Tensor
     down: Tensor
     down_bias: Tensor | None = None
+
+    @cached_property
+    def norm_ratio(self) -> Tensor:
+        """sqrt(||u|| / ||d||) of each unit, nan where either is 0."""
+        up, down = self.up.norm(dim=1), self.down.norm(dim=1)
+        return torch.where((up > 0) & (down > 0), up / down, torch.nan).sqrt()
 
     @classmethod
     def of(cls, source: LayerSource, roles: Sequence[str], expert: int | None, device: torch.device) -> UnitRows:
@@ -124,7 +131,8 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     on_up, on_down = (a.up * up).sum(dim=1), (a.down * down).sum(dim=1)
     sign = _sign(on_up + on_down)
     after = gate + _scaled_distance(a, up, down, sign)
-    ratio = torch.where(_norm_ratio(a).isnan() | _norm_ratio(b)[order].isnan(), 1, _norm_ratio(a) / _norm_ratio(b)[order])
+    ratio = a.norm_ratio / b.norm_ratio[order]
+    ratio = torch.where(ratio.isnan(), 1, ratio)
     scale = _sign(ratio * on_up + on_down / ratio) * ratio
     after_scaled = gate + _scaled_distance(a, up, down, scale)
     scaled = after_scaled < (1 - max(SCALE_GAIN, 1 / a.down.shape[1])) * after
@@ -152,18 +160,12 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod) -> Tensor:
         if units == "plain":
             block -= 2 * (on_up + on_down)
         else:
-            scale = _norm_ratio(a)[rows, None] / _norm_ratio(b)[None, :]
+            scale = a.norm_ratio[rows, None] / b.norm_ratio[None, :]
             scale = scale.masked_fill_(scale.isnan(), 1)
             block += scale.square() * b.up.square().sum(dim=1) + b.down.square().sum(dim=1) / scale.square()
             block -= 2 * (scale * on_up + on_down / scale).abs()
         cost[rows] = block.to("cpu", torch.float64)
     return cost
-
-
-def _norm_ratio(rows: UnitRows) -> Tensor:
-    """sqrt(||u|| / ||d||) of each unit, nan where either is 0."""
-    up, down = rows.up.norm(dim=1), rows.down.norm(dim=1)
-    return torch.where((up > 0) & (down > 0), up / down, torch.nan).sqrt()
 
 
 def _scaled_distance(a: UnitRows, up: Tensor, down: Tensor, scale: Tensor) -> float:
@@ -214,15 +216,16 @@ class ExpertCost:
     columns: int | None = None
 
 
-def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device, workspace: int = WORKSPACE) -> ExpertCost:
+def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device, workspace: int | None = None) -> ExpertCost:
     """sqrt of the summed squared distances between the Gram matrices of gate, up and down (Eq. 11, generalised).
 
     A Gram matrix X^T X over the hidden units does not see their order, nor their signs. With `scaled` units each unit is
     first balanced (||u|| = ||d||), so that it does not see their scales either; `plain` takes the weights as they are,
-    as the paper does. The cheapest form that fits max(`workspace`, two experts in float32) bytes is used.
+    as the paper does. The cheapest form that fits max(`workspace`, two experts in float32) bytes is used; `workspace` is
+    WORKSPACE by default.
     """
     experts, unit, width = a.experts, a.sizes["unit"], a.sizes["model"]
-    budget = max(workspace, 2 * 4 * a.expert_numel)
+    budget = max(WORKSPACE if workspace is None else workspace, 2 * 4 * a.expert_numel)
     columns = min(width, max(1, budget // (4 * experts * width)))
     gram_work = 2 * unit * width**2 + experts * width**2  # per expert of A and role
     if experts * unit**2 * width < gram_work and 4 * experts * unit * width <= budget:
@@ -254,7 +257,7 @@ def _rows_of(layer: MoELayer, role: str, units: UnitMethod, device: torch.device
         whole = UnitRows.of(layer, layer.roles, expert, device)
         values = getattr(whole, role)
         if units == "scaled" and role != "gate":
-            ratio = _norm_ratio(whole).nan_to_num(1.0)[:, None]
+            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
             values = values / ratio if role == "up" else values * ratio
         if role == "down" and whole.down_bias is not None:
             values = torch.cat([values, whole.down_bias[None]])

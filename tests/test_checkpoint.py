@@ -106,7 +106,7 @@ def unknown_dtype(folder: Path) -> None:
 
 
 def index_with(folder: Path, **changes: str | None) -> None:
-    weight_map = {name: "model.safetensors" for name in tiny.tensors(folder)}
+    weight_map = dict.fromkeys(tiny.tensors(folder), "model.safetensors")
     weight_map.update({name.replace("__", "."): file for name, file in changes.items() if file})
     for name in [name.replace("__", ".") for name, file in changes.items() if file is None]:
         del weight_map[name]

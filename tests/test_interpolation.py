@@ -58,7 +58,9 @@ def test_layouts_dtypes_and_shards_may_differ_and_the_result_is_laid_out_as_a(
     b = saved(family, "per-expert", 1)
     merge(a, b, tmp_path / "out", 1.0)
     align(a, b, tmp_path / "aligned")
-    assert [f.name for f in sorted((tmp_path / "out").glob("*.safetensors"))] == [f.name for f in sorted(a.glob("*.safetensors"))]
+    assert [f.name for f in sorted((tmp_path / "out").glob("*.safetensors"))] == [
+        f.name for f in sorted(a.glob("*.safetensors"))
+    ]
     merged, of_a = tiny.tensors(tmp_path / "out"), tiny.tensors(a)
     assert {name: (x.dtype, x.shape) for name, x in merged.items()} == {name: (x.dtype, x.shape) for name, x in of_a.items()}
     # at t = 1: the aligned B after A's layout and one cast
@@ -88,7 +90,7 @@ def test_what_cannot_be_merged_is_refused(saved: Callable[..., Path], copy: Call
     with pytest.raises(InputError, match="choose one"):
         merge(a, a, tmp_path / "out", align=False, symmetry=tmp_path)
     b = with_mtp_layer(copy("deepseek_v3", "per-expert", 1), 0)
-    with pytest.raises(MismatchError, match="multi-token-prediction layers: A has .., B has .3."):
+    with pytest.raises(MismatchError, match=r"multi-token-prediction layers: A has \[\], B has \[3\]"):
         merge(a, b, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

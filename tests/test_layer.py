@@ -87,11 +87,21 @@ def add(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
 @pytest.mark.parametrize(
     ("family", "layout", "change", "message"),
     [
-        ("mixtral", "per-expert", drop("layers.1.block_sparse_moe.gate"), "missing: model.layers.1.block_sparse_moe.gate.weight"),
+        (
+            "mixtral",
+            "per-expert",
+            drop("layers.1.block_sparse_moe.gate"),
+            "missing: model.layers.1.block_sparse_moe.gate.weight",
+        ),
         ("mixtral", "fused", drop("layers.2.mlp.gate"), "model.layers.2.mlp.gate.weight (router)"),
         ("mixtral", "per-expert", drop("layers.1.block_sparse_moe.experts.3.w2"), "experts.3.w2.weight"),
         ("mixtral", "fused", drop("layers.1.mlp.experts.down_proj"), "model.layers.1.mlp.experts.down_proj (down)"),
-        ("mixtral", "per-expert", rename("layers.1.block_sparse_moe.experts.5.", "layers.1.block_sparse_moe.experts.17."), "17"),
+        (
+            "mixtral",
+            "per-expert",
+            rename("layers.1.block_sparse_moe.experts.5.", "layers.1.block_sparse_moe.experts.17."),
+            "17",
+        ),
         ("mixtral", "per-expert", add("model.layers.1.block_sparse_moe.extra", 2), "not a tensor of an MoE block"),
         ("qwen2_moe", "per-expert", drop("layers.1.mlp.shared_expert_gate"), "shared_expert_gate.weight (shared_router)"),
         ("qwen3_moe", "fused", add("model.layers.1.mlp.experts.0.up_proj.weight", 16, 16), "up is given twice"),

@@ -134,10 +134,7 @@ def literal_expert_cost(a: MoEModel, b: MoEModel, balanced: bool) -> torch.Tenso
     n = a.layers[1].experts
     of_a, of_b = [grams(a, i) for i in range(n)], [grams(b, i) for i in range(n)]
     return torch.tensor(
-        [
-            [sum(float((x - y).square().sum()) for x, y in zip(p, q, strict=True)) ** 0.5 for q in of_b]
-            for p in of_a
-        ],
+        [[sum(float((x - y).square().sum()) for x, y in zip(p, q, strict=True)) ** 0.5 for q in of_b] for p in of_a],
         dtype=torch.float64,
     )
 

@@ -204,5 +204,5 @@ def test_a_checkpoint_that_transformers_cannot_fill_is_refused(copy: Callable[..
     tiny.edit(folder, lambda content: content.pop("model.layers.1.self_attn.q_proj.weight"))
     model = read_model(Checkpoint.open(folder))
     stream = interpolated(model, model, model.identity(), 0.5)
-    with pytest.raises(CheckpointError, match="q_proj.weight: not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight: not in the checkpoint"):
         load_point(stream, dtype=torch.float32, device="cpu", offload_folder=tmp_path)

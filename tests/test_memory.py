@@ -1,0 +1,99 @@
+"""Matching and rewriting stay within a few experts, whatever the size of the model, a shard, or a fused layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+# One layer's experts are 4 times the allowance, the checkpoint 8 times, all in one shard.
+EXPERTS, UNITS, WIDTH, LAYERS = 32, 512, 512, 2
+EXPERT_BYTES = 3 * UNITS * WIDTH * 4
+ALLOWANCE = 24 << 20  # beyond the interpreter with everything imported: 8 experts, read ahead and scratch included
+LAYER_BYTES = EXPERTS * EXPERT_BYTES
+
+MEASURE = """
+import json, sys, threading, time
+import torch
+torch.set_num_threads(1)
+import hf_moe_lmc.matching as matching
+from hf_moe_lmc import align, merge
+
+matching.WORKSPACE = 1 << 20  # Gram matrices of two experts, not the 256 MiB that real sizes get
+
+def anonymous():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.005)
+
+warm, a, b, out = sys.argv[1:]
+align(warm, warm, out + "/warm-align")  # imports, pools of the libraries
+merge(warm, warm, out + "/warm-merge")
+base = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+align(a, b, out + "/aligned")
+merge(a, b, out + "/merged", symmetry=out + "/aligned")
+done.set()
+print(json.dumps({"base": base, "peak": peak}))
+"""
+
+
+def write_checkpoint(folder: Path, layout: str, experts: int, units: int, seed: int) -> Path:
+    """A Mixtral checkpoint with hardly anything but experts; written directly, no model is built."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = "model.layers.{}.block_sparse_moe." if layout == "per-expert" else "model.layers.{}.mlp."
+    tensors = {"model.embed_tokens.weight": torch.randn(64, WIDTH, generator=generator)}
+    for layer in range(LAYERS):
+        block = prefix.format(layer)
+        tensors[block + "gate.weight"] = torch.randn(experts, WIDTH, generator=generator)
+        if layout == "fused":
+            tensors[block + "experts.gate_up_proj"] = torch.randn(experts, 2 * units, WIDTH, generator=generator)
+            tensors[block + "experts.down_proj"] = torch.randn(experts, WIDTH, units, generator=generator)
+        else:
+            for expert in range(experts):
+                for name, shape in (("w1", (units, WIDTH)), ("w3", (units, WIDTH)), ("w2", (WIDTH, units))):
+                    tensors[f"{block}experts.{expert}.{name}.weight"] = torch.randn(shape, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    MixtralConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=units,
+        num_hidden_layers=LAYERS,
+        num_local_experts=experts,
+        architectures=["MixtralForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account of anonymous memory")
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+def test_peak_memory_is_a_few_experts(tmp_path: Path, layout: str) -> None:
+    warm = write_checkpoint(tmp_path / "warm", layout, 2, 8, 0)
+    a, b = (write_checkpoint(tmp_path / name, layout, EXPERTS, UNITS, seed) for name, seed in (("a", 1), ("b", 2)))
+    assert LAYER_BYTES >= 4 * ALLOWANCE and (a / "model.safetensors").stat().st_size >= 8 * ALLOWANCE
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, warm, a, b, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    measured = json.loads(found.stdout.splitlines()[-1])
+    used = measured["peak"] - measured["base"]
+    assert 0 < used < ALLOWANCE, f"{used / 2**20:.0f} MiB"
