@@ -159,6 +159,8 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
     check_methods(order, units)
     started = time.perf_counter()
     device = PartialState().device
+    if device.type == "mps":
+        device = torch.device("cpu")  # distances are summed in float64, which MPS lacks
     origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
     found = []
     if origin_a["fingerprint"] == origin_b["fingerprint"]:

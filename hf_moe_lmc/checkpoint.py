@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -30,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
+HEADERS_AT_ONCE = 8
 PROBE = 4096  # bytes of each tensor that enter the fingerprint
 
 DTYPES = {
@@ -118,8 +120,9 @@ class Checkpoint:
         names = list(dict.fromkeys(weight_map.values())) if weight_map else [SINGLE]
         shards: dict[str, Shard] = {}
         tensors: dict[str, TensorInfo] = {}
-        for name in names:
-            shard, infos = _read_shard(source, name)
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
+            read = list(pool.map(lambda name: _read_shard(source, name), names))
+        for name, (shard, infos) in zip(names, read, strict=True):
             shards[name] = shard
             for info in infos:
                 if info.name in tensors:
@@ -150,11 +153,14 @@ class Checkpoint:
         if isinstance(self.source, Folder):
             return
         self.source.fetch([*self.shards, *self.side_files()])
-        for name in self.shards:  # what came must be whole, and the writer copies raw headers
-            shard, infos = _read_shard(Folder(self.source.path("config.json").parent), name)
-            if {info.name: info for info in infos} != {key: self.tensors[key] for key in shard.tensors}:
+        here = Folder(self.source.path("config.json").parent)
+        for name in self.shards:  # what came must be whole, and what was checked from afar
+            shard, infos = _read_shard(here, name)
+            seen = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
+            if {info.name: (info.dtype, info.shape) for info in infos} != seen:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
             self.shards[name] = shard
+            self.tensors.update((info.name, info) for info in infos)
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """`count` elements of tensor `name` from element `first`, in its own dtype: a fresh tensor, [count]."""

@@ -34,9 +34,9 @@ class Corpus:
     held_out: tuple[str, ...]
 
 
-def standard_library_text(minimum_characters: int = 400) -> Corpus:
-    """Documentation strings of the standard library, one document per module, in the order of their paths."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def standard_library_text(root: Path | None = None, minimum_characters: int = 400) -> Corpus:
+    """Documentation strings of the standard library (or of the modules below `root`), one document per module."""
+    root = root or Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
         if {"site-packages", "test", "tests", "lib2to3"} & set(path.relative_to(root).parts):

@@ -133,7 +133,7 @@ class BarrierReport:
             for name, c in ((name, self.curve(name)) for name in reversed(self.losses))
         )
         parts = [
-            f"# Perplexity barrier between {self.a['source']} and {self.b['source']}\n",
+            f"# Perplexity barrier between {_short(self.a['source'])} and {_short(self.b['source'])}\n",
             "![loss along the path](barrier.png)\n",
             "| path | barrier, nats | at t | area | nll of A | nll of B |\n|---|---|---|---|---|---|\n" + rows + "\n",
         ]
@@ -186,4 +186,5 @@ class BarrierReport:
 
 
 def _short(source: str) -> str:
-    return Path(source).name if source.startswith(("/", ".", "~")) else source
+    """A Hub id as it is, a folder by its name."""
+    return Path(source).resolve().name if Path(source).is_dir() else source

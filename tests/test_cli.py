@@ -159,13 +159,25 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert exit.value.code == 2 and "usage: hf-moe-lmc" in capsys.readouterr().err
 
 
-def test_python_dash_m_works_and_an_interrupt_leaves_nothing(saved: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+def test_python_dash_m_works_and_an_interrupt_leaves_nothing(
+    saved: Callable[..., Path], tmp_path: Path, text_file: Path
+) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hf_moe_lmc"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment, check=True)
     assert all(verb in shown.stdout for verb in ("inspect", "align", "apply", "barrier", "merge", "push", "demo"))
     out = tmp_path / "out"
-    arguments = ["barrier", saved("mixtral"), saved("mixtral", "per-expert", 1), "-o", out, "--text", text_file, "--points", 5000]
+    arguments = [
+        "barrier",
+        saved("mixtral"),
+        saved("mixtral", "per-expert", 1),
+        "-o",
+        out,
+        "--text",
+        text_file,
+        "--points",
+        5000,
+    ]
     process = subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
