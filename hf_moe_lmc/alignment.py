@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint, FolderWriter
-from hf_moe_lmc.hub import push
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
@@ -278,6 +279,9 @@ def align(
         InputError: the inputs do not fit, before anything is written.
     """
     check_methods(order, units)
+    check_publishable(push_to_hub)
+    if symmetry_only and push_to_hub:
+        raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
@@ -290,7 +294,7 @@ def align(
                 writer.write_checkpoint_files(model_b.checkpoint)
                 writer.write_text("README.md", align_card(model_a, model_b, alignment))
     if push_to_hub:
-        push(output, push_to_hub, private=private)
+        publish(output, push_to_hub, private=private)
     return alignment
 
 

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
@@ -150,7 +151,7 @@ class Checkpoint:
 
     def download(self) -> None:
         """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
-        if isinstance(self.source, Folder):
+        if isinstance(self.source, Folder) or self.source.cached:
             return
         self.source.fetch([*self.shards, *self.side_files()])
         here = Folder(self.source.path("config.json").parent)
@@ -307,7 +308,7 @@ def _check_weight_map(name: str, weight_map: Mapping[str, str], tensors: Mapping
 
 def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
     where = f"{source.name}/{name}"
-    if isinstance(source, Repository):
+    if isinstance(source, Repository) and not source.cached:
         header, raw, size = source.header(name), b"", None
         data = 0
     else:
@@ -470,6 +471,9 @@ def check_output(output: str | os.PathLike[str], inputs: Sequence[Checkpoint] = 
     if root.is_dir() and any(root.iterdir()):
         found = sorted(path.name for path in root.iterdir())[0]
         raise OutputError(f"{root}: the output folder is not empty (it holds {found}); name a new one or empty it")
+    cache = Path(HF_HUB_CACHE).expanduser().resolve()
+    if cache == root.resolve() or cache in root.resolve().parents:
+        raise OutputError(f"{root}: lies inside the cache of the Hub; choose an output elsewhere")
     for checkpoint in inputs:
         held = checkpoint.source.path("config.json").parent.resolve()
         if held == root.resolve() or held in root.resolve().parents:

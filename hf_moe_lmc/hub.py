@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
 
@@ -82,6 +84,7 @@ class Repository:
     repo_id: str
     commit: str
     listed: tuple[str, ...]
+    cached: bool = False  # offline: everything there is, is in the cache
 
     @property
     def name(self) -> str:
@@ -95,6 +98,8 @@ class Repository:
             return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
 
     def fetch(self, files: Sequence[str]) -> None:
+        if self.cached:
+            return
         with _hub_errors(self.repo_id):
             snapshot_download(self.repo_id, revision=self.commit, allow_patterns=list(files))
 
@@ -141,6 +146,9 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
     if not REPO_ID.fullmatch(repo_id) or (at and not revision):
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
     with _hub_errors(text):
+        if is_offline_mode():
+            snapshot = Path(snapshot_download(repo_id, revision=revision or None, local_files_only=True))
+            return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
         info = HfApi().model_info(repo_id, revision=revision or None)
     if info.sha is None:
         raise HubError(f"{text}: the Hub did not say which commit this is")
@@ -196,6 +204,42 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def check_publishable(repo_id: str | None) -> None:
+    """Raises InputError, before any work, for a REPO_ID that the Hub would not take; None is fine."""
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise InputError(f"{repo_id}: not a Hub id to publish under ({_one_line(error)})") from error
+
+
+def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
+    """`push` at the end of other work: a failure says that the work itself is done."""
+    try:
+        push(output, repo_id, private=private)
+    except HubError as error:
+        raise HubError(f"{error}\n{output} is finished; publish it with: hf-moe-lmc push {output} {repo_id}") from error
+
+
+def _finished_files(root: Path) -> list[str]:
+    """The files of a finished checkpoint folder; InputError where something is missing."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder to publish")
+    found = Folder(root).files()
+    if any(file.startswith(".partial/") for file in found):
+        raise InputError(f"{root}: unfinished (it holds .partial); make it anew before publishing")
+    files = [file for file in found if not file.startswith(".")]
+    for needed, what in (("README.md", "the card"), ("config.json", "the configuration")):
+        if needed not in files:
+            raise InputError(f"{root}: {needed} ({what}) is missing; publish a folder that align or merge finished")
+    shards = {file for file in files if file.endswith(".safetensors") and "/" not in file}
+    index = root / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else shards
+    if not shards or listed - shards:
+        raise InputError(f"{root}: {'no weights' if not shards else 'missing ' + ', '.join(sorted(listed - shards))}")
+    return files
+
+
 def push(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -221,16 +265,9 @@ def push(
         InputError: the folder is unfinished, or has no card.
         HubError: the Hub cannot be reached, or refused.
     """
+    check_publishable(repo_id)
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder to publish")
-    source = Folder(root)
-    files = [file for file in source.files() if not file.startswith(".")]
-    for needed, maker in (("README.md", "the card"), ("config.json", "the configuration")):
-        if needed not in files:
-            raise InputError(f"{root}: {needed} ({maker}) is missing; publish a folder that align or merge finished")
-    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
-        raise InputError(f"{root}: no weights (*.safetensors) to publish")
+    files = _finished_files(root)
     api = HfApi(token=token)
     with _hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)

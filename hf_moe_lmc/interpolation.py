@@ -14,7 +14,7 @@ from hf_moe_lmc.alignment import Alignment, align_models, load_symmetry, open_mo
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import FolderWriter
 from hf_moe_lmc.errors import InputError, MismatchError
-from hf_moe_lmc.hub import push
+from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod, UnitMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
@@ -101,6 +101,7 @@ def merge(
         InputError: the inputs do not fit, before anything is written.
     """
     check_t(t)
+    check_publishable(push_to_hub)
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     with ExitStack() as stack:
@@ -117,7 +118,7 @@ def merge(
                 writer.write_text("alignment/alignment.json", alignment.to_json())
             writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
     if push_to_hub:
-        push(output, push_to_hub, private=private)
+        publish(output, push_to_hub, private=private)
     return alignment
 
 

@@ -134,6 +134,9 @@ def test_other_refusals_name_what_is_wrong(
         (("barrier", a, b, "-o", tmp_path / "out", "--text", tmp_path / "none.txt"), "no such text file"),
         (("push", tmp_path / "full", "me/model"), "README.md (the card) is missing"),
         (("push", tmp_path / "none", "me/model"), "no such folder to publish"),
+        (("push", tmp_path / "full", "a/b/c"), "not a Hub id to publish under"),
+        (("merge", a, b, "-o", tmp_path / "out", "--push-to-hub", "no spaces"), "not a Hub id to publish under"),
+        (("align", a, b, "-o", tmp_path / "out", "--symmetry-only", "--push-to-hub", "me/m"), "no checkpoint to publish"),
     ):
         code, _, stderr = run(capsys, *arguments)
         assert (code, stderr.startswith("error: ")) == (2, True) and message in stderr, arguments

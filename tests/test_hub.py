@@ -458,3 +458,16 @@ def test_an_unreachable_server_is_a_failure(program: Callable[..., Outcome]) -> 
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
         program("inspect", "tester/a", HF_ENDPOINT=endpoint).expect(1, "tester/a", "cannot be reached")
+
+
+def test_offline_the_cache_is_enough_and_what_it_lacks_is_refused(
+    hub: HubServer, run: Callable[..., Outcome], program: Callable[..., Outcome], model: Path, tmp_path: Path
+) -> None:
+    commit = hub.publish("tester/kept", contents(model))
+    assert run("merge", "tester/kept", "tester/kept", "-o", tmp_path / "online", "--no-align").code == 0
+    seen = len(hub.log)
+    pinned = f"tester/kept@{commit.oid}"
+    outcome = program("merge", pinned, pinned, "-o", tmp_path / "out", "--no-align", HF_HUB_OFFLINE="1")
+    assert (outcome.code, len(hub.log)) == (0, seen), outcome.errors
+    assert commit.oid in (tmp_path / "out" / "README.md").read_text()
+    program("inspect", "tester/unseen", HF_HUB_OFFLINE="1").expect(1, "tester/unseen", "not in the cache")
