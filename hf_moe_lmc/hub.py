@@ -147,7 +147,7 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
     with _hub_errors(text):
         if is_offline_mode():
-            snapshot = Path(snapshot_download(repo_id, revision=revision or None, local_files_only=True))
+            snapshot = Path(hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True)).parent
             return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
         info = HfApi().model_info(repo_id, revision=revision or None)
     if info.sha is None:
