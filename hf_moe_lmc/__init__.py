@@ -1,7 +1,7 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
-The verbs of the command line are functions: `inspect`, `align`, `apply`, `barrier`, `merge`, `push`. What they hand
-around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`, `BarrierCurve`, `Inspection`. A new family of models is
+The verbs of the command line are functions: `inspect`, `align`, `apply`, `barrier`, `merge`, `push`, `demo`. What they
+hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`, `BarrierCurve`, `Inspection`. A new family of models is
 a `MoEFamily`, made known with `register`.
 """
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment, align, apply
     from hf_moe_lmc.curve import BarrierCurve
     from hf_moe_lmc.errors import InputError, MoELMCError
+    from hf_moe_lmc.example import demo
     from hf_moe_lmc.family import MoEFamily, register
     from hf_moe_lmc.hub import push
     from hf_moe_lmc.inspection import Inspection, inspect
@@ -34,6 +35,7 @@ _HOMES = {
     "align": "alignment",
     "apply": "alignment",
     "barrier": "path",
+    "demo": "example",
     "inspect": "inspection",
     "merge": "interpolation",
     "push": "hub",
@@ -53,6 +55,7 @@ __all__ = [
     "align",
     "apply",
     "barrier",
+    "demo",
     "inspect",
     "merge",
     "push",

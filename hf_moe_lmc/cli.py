@@ -120,10 +120,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from hf_moe_lmc.demo import demo  # trains models: imported only when asked for
-
-    for line in demo(options.output):
-        print(line)
+    lmc.demo(options.output, tell=print)
     _say_where(options.output, None)
 
 

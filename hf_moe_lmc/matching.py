@@ -12,6 +12,7 @@ The two stages are not the joint optimum over both; nothing here claims that the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.assignment import assign, assign_groups
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.family import RouterKind
 from hf_moe_lmc.layer import ActedLayer, LayerSource, MoELayer
 from hf_moe_lmc.symmetry import LayerSymmetry
@@ -82,6 +83,7 @@ class UnitRows:
 
         return cls(rows("gate"), rows("up"), read("down"), read("down_bias") if prefix + "down_bias" in roles else None)
 
+    @cached_property
     def squared_norm(self) -> float:
         return _squared(self.gate) + _squared(self.up) + _squared(self.down)
 
@@ -121,7 +123,7 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     times what one free scale per unit gains on pure noise, 1 / (3 model).
     """
     order = assign(unit_cost(a, b, units)).to(a.up.device)
-    norm, before = a.squared_norm(), a.squared_distance(b)
+    norm, before = a.squared_norm, a.squared_distance(b)
     gate = _squared(a.gate - b.gate[order]) + a._bias_distance(b)
     up, down = b.up[order], b.down[order]
     if units == "plain":
@@ -359,7 +361,10 @@ class _Pairs:
         return self._rows(self.a, i).squared_distance(self._rows(self.b, j))
 
     def _rows(self, layer: MoELayer, expert: int) -> UnitRows:
-        return UnitRows.of(layer, layer.roles, expert, self.device)
+        rows = UnitRows.of(layer, layer.roles, expert, self.device)
+        if not math.isfinite(rows.squared_norm):
+            raise _not_finite(layer, f"expert {expert}")
+        return rows
 
 
 def match_layer(
@@ -383,12 +388,15 @@ def match_layer(
     """
     started = time.perf_counter()
     device = device or torch.device("cpu")
+    for layer in (a, b):
+        _check_router(layer)
     form = None
     orders: dict[str, Tensor] = {}
     if order in ("gate", "best"):
         orders["gate"] = assign_groups(gate_cost(a, b, a.roles, a.family.router), groups)
     if order in ("expert", "best"):
         cost = expert_cost(a, b, units, device)
+        _check_finite(cost.values, a, b)
         form = cost.form if cost.columns is None else f"{cost.form} of {cost.columns} columns"
         orders["expert"] = assign_groups(cost.values, groups)
     pairs = _Pairs(a, b, units, device)
@@ -426,7 +434,30 @@ def match_layer(
     )
 
 
+def _check_router(layer: MoELayer) -> None:
+    """Raises CheckpointError, naming the first row that is not finite."""
+    bad = (~layer.read("router").isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        raise _not_finite(layer, f"router row {int(bad[0])}")
+
+
+def _check_finite(cost: Tensor, a: MoELayer, b: MoELayer) -> None:
+    """Raises CheckpointError, naming the expert of A or B that makes a cost [expert, expert] not finite."""
+    bad = ~cost.isfinite()
+    if bool(bad.any()):
+        rows, columns = bad.all(dim=1).nonzero(), bad.all(dim=0).nonzero()
+        raise _not_finite(a, f"expert {int(rows[0])}") if len(rows) else _not_finite(b, f"expert {int(columns[0])}")
+
+
+def _not_finite(layer: MoELayer, what: str) -> CheckpointError:
+    return CheckpointError(f"{layer.checkpoint.name}: layer {layer.index}: {what} holds NaN or infinite weights")
+
+
 def _match_shared(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device) -> UnitMatch:
     if "shared_up" not in a.roles:
         return UnitMatch(torch.arange(0), torch.ones(0), False, 0.0, 0.0, 0.0)
-    return match_units(UnitRows.of(a, a.roles, None, device), UnitRows.of(b, b.roles, None, device), units)
+    shared = [UnitRows.of(layer, layer.roles, None, device) for layer in (a, b)]
+    for layer, rows in zip((a, b), shared, strict=True):
+        if not math.isfinite(rows.squared_norm):
+            raise _not_finite(layer, "the shared expert")
+    return match_units(shared[0], shared[1], units)

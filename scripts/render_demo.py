@@ -16,7 +16,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from hf_moe_lmc.demo import demo
+from hf_moe_lmc import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")
@@ -26,8 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "demo"
         started = time.perf_counter()
-        for line in demo(output):
-            print(line)
+        demo(output, tell=print)
         seconds = time.perf_counter() - started
         for pair in ("independent", "shuffled"):
             shutil.copyfile(output / pair / "barrier.png", ROOT / "model_cards" / f"demo-{pair}.png")

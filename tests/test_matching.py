@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.layer import ActedLayer
 from hf_moe_lmc.matching import (
     SCALE_GAIN,
@@ -223,3 +224,25 @@ def test_unknown_methods_are_refused() -> None:
         check_methods("random", "plain")
     with pytest.raises(InputError, match="expected one of plain, scaled"):
         check_methods("best", "some")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("order", ["gate", "expert", "best"])
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("mlp.gate.weight", "router row 3"), ("mlp.experts.3.up", "expert 3"), ("mlp.shared_expert.down", "the shared expert")],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_weights_that_are_not_finite_are_named(
+    saved: Callable[..., Path], copy: Callable[..., Path], order: str, part: str, named: str, value: float, swapped: bool
+) -> None:
+    bad = copy("qwen2_moe", "per-expert", 1)
+
+    def spoil(content: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in content if name.startswith(f"model.layers.1.{part}")]:
+            content[name].view(-1)[3 * 16] = value
+
+    tiny.edit(bad, spoil)
+    pair = [model(folder).layers[1] for folder in (saved("qwen2_moe"), bad)]
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(bad))}: layer 1: {named} holds NaN"):
+        match_layer(*(pair[::-1] if swapped else pair), order=order)

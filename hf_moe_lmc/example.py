@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,15 @@ class _Trainer:
         self.tokenizer.save_pretrained(self.root / name)
 
 
-def demo(output: str | os.PathLike[str]) -> Iterator[str]:
-    """Trains, measures and merges; yields lines that tell the story. Takes two to four minutes on two cores.
+def demo(output: str | os.PathLike[str], *, tell: Callable[[str], None] = lambda line: None) -> dict[str, BarrierReport]:
+    """Trains, measures and merges. Takes two to four minutes on two cores.
 
     Args:
         output: a new or empty folder: checkpoints/, reports of both pairs, merge/ and summary.json.
+        tell: called with lines that tell the story as it goes.
+
+    Returns:
+        The reports of the pairs `independent` and `shuffled`.
     """
     check_output(output)
     root = Path(output)
@@ -86,7 +90,7 @@ def demo(output: str | os.PathLike[str]) -> Iterator[str]:
     torch.manual_seed(0)
     base = MixtralForCausalLM(CONFIG)
     loss = _train(base, tokens, BASE, seed=0, layers=None, name="training the base")
-    yield f"base: {sum(p.numel() for p in base.parameters()) / 1e6:.1f}M parameters, training loss {loss:.2f} nats per token"
+    tell(f"base: {sum(p.numel() for p in base.parameters()) / 1e6:.1f}M parameters, training loss {loss:.2f} nats per token")
     trainer = _Trainer(base, tokenizer, tokens, checkpoints)
     trainer.variant("a", init_seed=1, data_seed=1)
     trainer.variant("b-independent", init_seed=2, data_seed=2)
@@ -103,8 +107,9 @@ def demo(output: str | os.PathLike[str]) -> Iterator[str]:
             context=CONTEXT,
             max_tokens=HELD_OUT_TOKENS,
         )
-        yield f"\n{pair} pair"
-        yield from (f"  {reports[pair].sentence(path)}" for path in ("naive", "aligned"))
+        tell(f"\n{pair} pair")
+        for path in ("naive", "aligned"):
+            tell(f"  {reports[pair].sentence(path)}")
     merge(checkpoints / "a", checkpoints / "b-independent", root / "merge")
     summary = {
         pair: {path: {"barrier": report.curve(path).barrier, "area": report.curve(path).area} for path in report.losses}
@@ -112,7 +117,8 @@ def demo(output: str | os.PathLike[str]) -> Iterator[str]:
         for pair, report in reports.items()
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    yield "\nmerged at t = 0.5: merge; plots: independent/barrier.png, shuffled/barrier.png; figures: summary.json"
+    tell("\nmerged at t = 0.5: merge; plots: independent/barrier.png, shuffled/barrier.png; figures: summary.json")
+    return reports
 
 
 def _train(

@@ -5,22 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from hf_moe_lmc import demo
+from hf_moe_lmc import example
 from hf_moe_lmc.protocol import Training, standard_library_text
 from tests.test_protocol import EMAIL
 
 
 def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "standard_library_text", lambda: standard_library_text(EMAIL, minimum_characters=100))
-    monkeypatch.setattr(demo, "BASE", Training(steps=12, learning_rate=4e-3, batch=4, warmup=3))
-    monkeypatch.setattr(demo, "BLOCK", Training(steps=8, learning_rate=2e-3, batch=4, warmup=3))
-    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr(example, "standard_library_text", lambda: standard_library_text(EMAIL, minimum_characters=100))
+    monkeypatch.setattr(example, "BASE", Training(steps=12, learning_rate=4e-3, batch=4, warmup=3))
+    monkeypatch.setattr(example, "BLOCK", Training(steps=8, learning_rate=2e-3, batch=4, warmup=3))
+    monkeypatch.setattr(example, "HELD_OUT_TOKENS", 256)
     output = tmp_path / "demo"
-    story = "\n".join(demo.demo(output))
+    lines: list[str] = []
+    reports = example.demo(output, tell=lines.append)
+    story = "\n".join(lines)
     summary = json.loads((output / "summary.json").read_text())
     for pair in ("independent", "shuffled"):
         report = json.loads((output / pair / "report.json").read_text())
-        assert report["paths"]["aligned"]["barrier"] == summary[pair]["aligned"]["barrier"]
+        assert report["paths"]["aligned"]["barrier"] == reports[pair].aligned.barrier == summary[pair]["aligned"]["barrier"]
         assert len(report["paths"]["naive"]["t"]) == 25
         assert (output / pair / "barrier.png").exists()
         assert f"{pair} pair" in story
