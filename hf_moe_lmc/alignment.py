@@ -18,11 +18,12 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_moe_lmc.card import model_card
-from hf_moe_lmc.checkpoint import Checkpoint, FolderWriter
+from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
+from hf_moe_lmc.output import FolderWriter
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 ALIGNMENT_VERSION = 1

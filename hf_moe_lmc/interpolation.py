@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hf_moe_lmc.alignment import Alignment, align_models, load_symmetry, open_models
 from hf_moe_lmc.card import model_card
-from hf_moe_lmc.checkpoint import FolderWriter
 from hf_moe_lmc.errors import InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod, UnitMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
+from hf_moe_lmc.output import FolderWriter
 from hf_moe_lmc.symmetry import ModelSymmetry
 
 

@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from hf_moe_lmc.alignment import align_models, load_symmetry, open_models
-from hf_moe_lmc.checkpoint import FolderWriter
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError, listing
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
 from hf_moe_lmc.model import ModelStream, MoEModel
+from hf_moe_lmc.output import FolderWriter
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows, window_losses
 from hf_moe_lmc.report import BarrierReport
 from hf_moe_lmc.symmetry import ModelSymmetry

@@ -30,8 +30,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from hf_moe_lmc import BarrierReport, barrier
 from hf_moe_lmc.alignment import open_models
 from hf_moe_lmc.assignment import assign
-from hf_moe_lmc.matching import UnitRows, match_units
 from hf_moe_lmc.protocol import Training, reinitialise, standard_library_text, token_stream, train, train_tokenizer
+from hf_moe_lmc.units import UnitRows, match_units
 
 CONFIG = MixtralConfig(
     vocab_size=1024,

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hf_moe_lmc.alignment import align, apply, rewritten
-from hf_moe_lmc.checkpoint import Checkpoint, FolderWriter
+from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, MismatchError, SymmetryError
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.model import ModelStream, MoEModel, read_model
+from hf_moe_lmc.output import FolderWriter
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from tests import tiny
 

@@ -11,18 +11,10 @@ import torch
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.layer import ActedLayer
-from hf_moe_lmc.matching import (
-    SCALE_GAIN,
-    UnitMethod,
-    UnitRows,
-    check_methods,
-    expert_cost,
-    gate_cost,
-    match_layer,
-    match_units,
-    unit_cost,
-)
+from hf_moe_lmc.matching import check_methods, match_layer
 from hf_moe_lmc.model import MoEModel, read_model
+from hf_moe_lmc.order import expert_cost, gate_cost
+from hf_moe_lmc.units import SCALE_GAIN, UnitMethod, UnitRows, match_units, unit_cost
 from tests import tiny
 
 CPU = torch.device("cpu")

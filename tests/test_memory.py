@@ -23,10 +23,10 @@ MEASURE = """
 import json, sys, threading, time
 import torch
 torch.set_num_threads(1)
-import hf_moe_lmc.matching as matching
+import hf_moe_lmc.order as order
 from hf_moe_lmc import align, merge
 
-matching.WORKSPACE = 1 << 20  # Gram matrices of two experts, not the 256 MiB that real sizes get
+order.WORKSPACE = 1 << 20  # Gram matrices of two experts, not the 256 MiB that real sizes get
 
 def anonymous():
     fields = dict(line.split(":") for line in open("/proc/self/status"))

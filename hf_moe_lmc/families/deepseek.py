@@ -1,12 +1,8 @@
+from hf_moe_lmc.families.layouts import GATE_UP_DOWN
 from hf_moe_lmc.family import MoEFamily, register
 
-EXPERTS = {
-    "mlp.gate.weight": "router: expert model",
-    "mlp.experts.{expert}.gate_proj.weight": "gate: unit model",
-    "mlp.experts.{expert}.up_proj.weight": "up: unit model",
-    "mlp.experts.{expert}.down_proj.weight": "down: model unit",
-    "mlp.experts.gate_up_proj": "gate up: expert (half unit) model",
-    "mlp.experts.down_proj": "down: expert model unit",
+WEIGHTS = {
+    **GATE_UP_DOWN,
     # n_shared_experts are one MLP on disk and in the forward pass
     "mlp.shared_experts.gate_proj.weight": "shared_gate: shared model",
     "mlp.shared_experts.up_proj.weight": "shared_up: shared model",
@@ -25,7 +21,7 @@ register(
         model_types=("deepseek_v2",),
         router="softmax",
         units="swiglu",
-        weights=EXPERTS,
+        weights=WEIGHTS,
         sizes=SIZES,
         moe_layers="layer >= first_k_dense_replace",
         groups="n_group if topk_method == 'group_limited_greedy' and topk_group < n_group else 1",
@@ -38,7 +34,7 @@ register(
         model_types=("deepseek_v3",),
         router="sigmoid",
         units="swiglu",
-        weights={**EXPERTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"},
+        weights={**WEIGHTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"},
         sizes=SIZES,
         moe_layers="layer >= first_k_dense_replace",
         groups="n_group if (n_group or 1) > 1 and topk_group < n_group else 1",

@@ -1,3 +1,4 @@
+from hf_moe_lmc.families.layouts import GATE_UP_DOWN
 from hf_moe_lmc.family import MoEFamily, register
 
 register(
@@ -6,14 +7,7 @@ register(
         model_types=("olmoe",),
         router="softmax",
         units="swiglu",
-        weights={
-            "mlp.gate.weight": "router: expert model",
-            "mlp.experts.{expert}.gate_proj.weight": "gate: unit model",
-            "mlp.experts.{expert}.up_proj.weight": "up: unit model",
-            "mlp.experts.{expert}.down_proj.weight": "down: model unit",
-            "mlp.experts.gate_up_proj": "gate up: expert (half unit) model",
-            "mlp.experts.down_proj": "down: expert model unit",
-        },
+        weights=GATE_UP_DOWN,
         sizes={"expert": "num_experts", "unit": "intermediate_size", "model": "hidden_size"},
     )
 )

@@ -1,13 +1,6 @@
+from hf_moe_lmc.families.layouts import GATE_UP_DOWN
 from hf_moe_lmc.family import MoEFamily, register
 
-EXPERTS = {
-    "mlp.gate.weight": "router: expert model",
-    "mlp.experts.{expert}.gate_proj.weight": "gate: unit model",
-    "mlp.experts.{expert}.up_proj.weight": "up: unit model",
-    "mlp.experts.{expert}.down_proj.weight": "down: model unit",
-    "mlp.experts.gate_up_proj": "gate up: expert (half unit) model",
-    "mlp.experts.down_proj": "down: expert model unit",
-}
 SPARSE_STEP = "layer not in (mlp_only_layers or []) and num_experts > 0 and (layer + 1) % decoder_sparse_step == 0"
 
 register(
@@ -17,7 +10,7 @@ register(
         router="softmax",
         units="swiglu",
         weights={
-            **EXPERTS,
+            **GATE_UP_DOWN,
             "mlp.shared_expert.gate_proj.weight": "shared_gate: shared model",
             "mlp.shared_expert.up_proj.weight": "shared_up: shared model",
             "mlp.shared_expert.down_proj.weight": "shared_down: model shared",
@@ -39,7 +32,7 @@ register(
         model_types=("qwen3_moe",),
         router="softmax",
         units="swiglu",
-        weights=EXPERTS,
+        weights=GATE_UP_DOWN,
         sizes={"expert": "num_experts", "unit": "moe_intermediate_size", "model": "hidden_size"},
         moe_layers=SPARSE_STEP,
     )

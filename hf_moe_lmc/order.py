@@ -1,0 +1,139 @@
+"""Costs for the order of the experts: distances of router rows (Eq. 10) and of Gram matrices (Eq. 11, generalised)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.family import RouterKind
+from hf_moe_lmc.layer import LayerSource, MoELayer
+from hf_moe_lmc.units import UnitMethod, UnitRows
+
+WORKSPACE = 256 << 20  # bytes for the Gram matrices of one role; two experts in float32 where that is more
+SKETCH_SEED = 20250911  # one fixed projection, independent of the weights
+
+
+def gate_cost(a: LayerSource, b: LayerSource, roles: Sequence[str], router: RouterKind) -> Tensor:
+    """Distances between router rows, float64 [expert, expert] (Eq. 10).
+
+    The rows of a softmax router are centred, since translating them changes nothing; a sigmoid router's are not. A
+    router bias counts as one more column; a correction bias steers only the selection and does not count.
+    """
+
+    def rows(source: LayerSource) -> Tensor:
+        parts = [source.read("router").double()]
+        if "router_bias" in roles:
+            parts.append(source.read("router_bias").double()[:, None])
+        joined = torch.cat(parts, dim=1)
+        return joined - joined.mean(dim=0) if router == "softmax" else joined
+
+    return torch.cdist(rows(a), rows(b), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """Distances between the Gram matrices of experts (Eq. 11), and the form they were computed in.
+
+    Attributes:
+        values: float64 [expert, expert].
+        form: `gram` (d x d matrices), `products` (no Gram matrix is formed), or `sketch` (Gram matrices times one fixed
+            random d x k matrix, where they would not fit the workspace; an unbiased estimate).
+        columns: k for a sketch, else None.
+    """
+
+    values: Tensor
+    form: Literal["gram", "products", "sketch"]
+    columns: int | None = None
+
+
+def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device, workspace: int | None = None) -> ExpertCost:
+    """sqrt of the summed squared distances between the Gram matrices of gate, up and down (Eq. 11, generalised).
+
+    A Gram matrix X^T X over the hidden units does not see their order, nor their signs. With `scaled` units each unit is
+    first balanced (||u|| = ||d||), so that it does not see their scales either; `plain` takes the weights as they are,
+    as the paper does. The cheapest form that fits max(`workspace`, two experts in float32) bytes is used; `workspace` is
+    WORKSPACE by default.
+    """
+    experts, unit, width = a.experts, a.sizes["unit"], a.sizes["model"]
+    budget = max(WORKSPACE if workspace is None else workspace, 2 * 4 * a.expert_numel)
+    columns = min(width, max(1, budget // (4 * experts * width)))
+    gram_work = 2 * unit * width**2 + experts * width**2  # per expert of A and role
+    if experts * unit**2 * width < gram_work and 4 * experts * unit * width <= budget:
+        form: Literal["gram", "products", "sketch"] = "products"
+        features, inner = (lambda rows: rows), _product_inner
+    elif columns == width:
+        form, inner = "gram", _feature_inner
+        features = lambda rows: rows.T @ rows  # noqa: E731
+    else:
+        form, inner = "sketch", _feature_inner
+        features = _sketch(columns, device)
+    total = torch.zeros(experts, experts, dtype=torch.float64)
+    for role in ("gate", "up", "down"):
+        total += _squared_gram_distances(
+            _rows_of(a, role, units, device), _rows_of(b, role, units, device), experts, features, inner
+        )
+    return ExpertCost(total.clamp_min_(0).sqrt_(), form, columns if form == "sketch" else None)
+
+
+def _rows_of(layer: MoELayer, role: str, units: UnitMethod, device: torch.device) -> Callable[[int], Tensor]:
+    """Expert -> its [unit, width] matrix of `role` whose Gram matrix counts, balanced if `units` are scaled."""
+
+    def rows(expert: int) -> Tensor:
+        if units == "plain" and role != "down":
+            values = layer.read(role, expert).to(device, torch.float32)
+            if f"{role}_bias" in layer.roles:
+                values = torch.cat([values, layer.read(f"{role}_bias", expert).to(device, torch.float32)[:, None]], dim=1)
+            return values
+        whole = UnitRows.of(layer, layer.roles, expert, device)
+        values = getattr(whole, role)
+        if units == "scaled" and role != "gate":
+            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
+            values = values / ratio if role == "up" else values * ratio
+        if role == "down" and whole.down_bias is not None:
+            values = torch.cat([values, whole.down_bias[None]])
+        return values
+
+    return rows
+
+
+def _squared_gram_distances(
+    of_a: Callable[[int], Tensor],
+    of_b: Callable[[int], Tensor],
+    experts: int,
+    features: Callable[[Tensor], Tensor],
+    inner: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """||K_i - K'_j||^2 for all i, j, from inner products; A's features are held, B's are made one at a time."""
+    first = features(of_a(0))
+    held = first.new_empty(experts, *first.shape)
+    for i in range(experts):
+        held[i] = features(of_a(i)) if i else first
+    norms_a = torch.stack([inner(held[i : i + 1], held[i])[0] for i in range(experts)])
+    norms_b, products = [], []
+    for j in range(experts):
+        feature = features(of_b(j))
+        norms_b.append(inner(feature[None], feature)[0])
+        products.append(inner(held, feature))
+    return norms_a[:, None] + torch.stack(norms_b)[None, :] - 2 * torch.stack(products, dim=1)
+
+
+def _feature_inner(held: Tensor, feature: Tensor) -> Tensor:
+    return torch.mv(held.flatten(1), feature.flatten()).to("cpu", torch.float64)
+
+
+def _product_inner(held: Tensor, feature: Tensor) -> Tensor:
+    """<X^T X, Y^T Y> = ||X Y^T||^2."""
+    return torch.stack([(rows @ feature.T).square().sum(dtype=torch.float64) for rows in held]).cpu()
+
+
+def _sketch(columns: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def features(rows: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(SKETCH_SEED)
+        signs = torch.randint(2, (rows.shape[1], columns), generator=generator).to(device, torch.float32) * 2 - 1
+        return rows.T @ (rows @ signs) / columns**0.5
+
+    return features
