@@ -125,8 +125,13 @@ def demo(output: str | os.PathLike[str], *, tell: Callable[[str], None] = lambda
 def _train(
     model: PreTrainedModel, tokens: torch.Tensor, recipe: Training, *, seed: int, layers: list[int] | None, name: str
 ) -> float:
-    with tqdm(total=recipe.steps, desc=name, unit="step") as bar:
-        return train(model, tokens, recipe, seed=seed, layers=layers, progress=lambda step: bar.update(1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain little from a second one, and lose much when a core is taken
+    try:
+        with tqdm(total=recipe.steps, desc=name, unit="step") as bar:
+            return train(model, tokens, recipe, seed=seed, layers=layers, progress=lambda step: bar.update(1))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _shuffle(source: Path, output: Path) -> None:

@@ -1,0 +1,46 @@
+"""The README quotes what scripts measured, and describes the commands that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import hf_moe_lmc
+from hf_moe_lmc.cli import _parser
+from hf_moe_lmc.family import families
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_measured_figure_is_in_the_json_beside_its_script() -> None:
+    protocol = json.loads((ROOT / "scripts" / "paper_protocol.json").read_text())
+    for name, setting in protocol["settings"].items():
+        shares = " | ".join(f"{value:.1f} %" for value in setting["mean_percent_of_naive"].values())
+        assert f"| {name} | {setting['mean_naive_barrier']:.3f} | {shares} |" in README
+    # the goals: mean aligned barrier with default options, as a share of the naive one
+    assert protocol["settings"]["first"]["mean_percent_of_naive"]["default"] <= 28
+    assert protocol["settings"]["last"]["mean_percent_of_naive"]["default"] <= 42
+    for pair in json.loads((ROOT / "scripts" / "demo.json").read_text())["pairs"].values():
+        barriers = f"{pair['naive']['barrier']:.3f} | {pair['aligned']['barrier']:.3f}"
+        assert f"{barriers} | {pair['aligned_percent_of_naive']:.1f} %" in README
+
+
+def test_the_commands_parse_and_the_links_lead_somewhere() -> None:
+    commands = re.findall(r"^hf-moe-lmc (.*(?:\\\n.*)*)", README, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        _parser().parse_args(command.replace("\\\n", " ").split())
+    for path in re.findall(r"(?:\]\(|bash )((?:model_cards|scripts|hf_moe_lmc)/[\w./-]+)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_module_has_its_place_on_the_map_and_every_family_is_named() -> None:
+    modules = {path.stem for path in (ROOT / "hf_moe_lmc").glob("*.py")} - {"__init__", "__main__"}
+    table = README[README.index("### Where things live") : README.index("## Families")]
+    assert not [module for module in modules if f"`{module}`" not in table]
+    names = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE"}
+    for model_type in families():
+        assert names.get(model_type, model_type.replace("deepseek_v", "DeepSeek-V")) in README
+    assert all(f"lmc.{verb}(" in README or f"`{verb}" in README for verb in hf_moe_lmc.__all__ if verb.islower())
