@@ -28,7 +28,7 @@ def test_every_measured_figure_is_in_the_json_beside_its_script() -> None:
 
 
 def test_the_commands_parse_and_the_links_lead_somewhere() -> None:
-    commands = re.findall(r"^hf-moe-lmc (.*(?:\\\n.*)*)", README, re.MULTILINE)
+    commands = re.findall(r"^hf-moe-lmc ((?:.*\\\n)*.*)", README, re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
         _parser().parse_args(command.replace("\\\n", " ").split())
