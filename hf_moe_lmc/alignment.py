@@ -23,7 +23,7 @@ from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
-from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 ALIGNMENT_VERSION = 1
@@ -156,7 +156,7 @@ def open_models(
 def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units: UnitMethod = "scaled") -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
-    Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 8 bytes a hidden unit.
+    Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
     check_methods(order, units)
     started = time.perf_counter()
@@ -181,7 +181,7 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
     for warning in found:
         warnings.warn(warning, stacklevel=2)
     symmetries = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
-    metadata: dict[str, str] = {"order": order, "units": units}
+    metadata: dict[str, str] = {"method": "weight matching", "order": order, "units": units}
     metadata |= {f"{side}_{key}": value for side, origin in (("a", origin_a), ("b", origin_b)) for key, value in origin.items()}
     return Alignment(
         symmetry=ModelSymmetry(b.family.name, b.groups, symmetries, metadata),
@@ -207,7 +207,7 @@ def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
             continue
         distance, norm_a, norm_b, inner = _moments(a.checkpoint, b.checkpoint, name)
         total, total_norm = total + distance, total_norm + norm_a
-        relative[name] = math.sqrt(distance / norm_a) if norm_a else math.inf if distance else 0.0
+        relative[name] = math.sqrt(distance / (norm_a or norm_b or 1.0))
         if len(info.shape) > 1 and norm_a and norm_b:
             cosines.append(inner / math.sqrt(norm_a * norm_b))
     furthest = sorted(relative, key=lambda name: -relative[name])[:5]
@@ -283,6 +283,7 @@ def align(
     check_publishable(push_to_hub)
     if symmetry_only and push_to_hub:
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
+    check_output(output)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
@@ -314,6 +315,7 @@ def apply(
         SymmetryError: the symmetry is of another family or of other shapes.
         InputError: whatever else does not fit, before anything is written.
     """
+    check_output(output)
     with ExitStack() as stack:
         model = read_model(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)

@@ -27,8 +27,8 @@ class BarrierCurve:
 
     @property
     def barrier(self) -> float:
-        """The largest excess, ends included: never negative. Nats per token."""
-        return max(0.0, *self.excess)
+        """The largest excess, ends included: never negative. Nats per token; nan where a loss is not finite."""
+        return max(0.0, *self.excess) if all(map(math.isfinite, self.excess)) else math.nan
 
     @property
     def barrier_t(self) -> float:

@@ -17,7 +17,7 @@ from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod, UnitMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
-from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.symmetry import ModelSymmetry
 
 
@@ -104,6 +104,7 @@ def merge(
     check_publishable(push_to_hub)
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
+    check_output(output)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None

@@ -29,7 +29,7 @@ from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError, listin
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
 from hf_moe_lmc.model import ModelStream, MoEModel
-from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows, window_losses
 from hf_moe_lmc.report import BarrierReport
 from hf_moe_lmc.symmetry import ModelSymmetry
@@ -208,6 +208,7 @@ def barrier(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
+    check_output(output)
     source = _text_source(text, dataset, dataset_config, split, column)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
@@ -233,6 +234,7 @@ def barrier(
                 batch_size=batch,
                 inspect_model=lambda model: implementations.update(_implementations(model)),
             )
+            _warn_of_losses_that_are_not_finite(losses, grid)
             report = BarrierReport(
                 a={**model_a.checkpoint.origin(), "source": model_a.checkpoint.name},
                 b={**model_b.checkpoint.origin(), "source": model_b.checkpoint.name},
@@ -254,6 +256,13 @@ def barrier(
             writer.write_text("report.md", report.to_markdown())
             report.plot(writer.path("barrier.png"))
     return report
+
+
+def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float]) -> None:
+    for name, values in losses.items():
+        bad = [f"{t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
+        if bad:
+            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}; try --dtype float32", stacklevel=3)
 
 
 def _check_numbers(**values: tuple[int | None, int]) -> None:

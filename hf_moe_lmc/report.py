@@ -14,11 +14,14 @@ report.json, version 1 (later versions add keys and keep these):
                 endpoint_change: L(B') - L(B), nats, which alignment should leave at rounding level
     versions    of the packages that computed it
     seconds     of the whole measurement
+
+null stands for a number that is not finite.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +72,7 @@ class BarrierReport:
 
     @property
     def percent_of_naive(self) -> float | None:
-        if self.naive is None or self.naive.barrier < NEGLIGIBLE:
+        if self.naive is None or not self.naive.barrier >= NEGLIGIBLE:
             return None
         return 100 * self.aligned.barrier / self.naive.barrier
 
@@ -106,7 +109,7 @@ class BarrierReport:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """Losses along the path and the barriers, for a terminal."""
@@ -183,6 +186,15 @@ class BarrierReport:
         axes.grid(alpha=0.25)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
         figure.savefig(path, dpi=160)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(source: str) -> str:
