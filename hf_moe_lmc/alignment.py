@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
@@ -91,7 +91,12 @@ class Alignment:
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def with_output(self, fingerprint: str) -> Alignment:
+        """The same, with the fingerprint of the aligned checkpoint on record: what the inverse acts on."""
+        metadata = {**self.symmetry.metadata, "aligned_fingerprint": fingerprint}
+        return replace(self, symmetry=replace(self.symmetry, metadata=metadata))
 
     def totals(self) -> dict[str, float]:
         """Counts and relative distances over all layers."""
@@ -140,7 +145,7 @@ def layer_report(index: int, matching: Matching) -> dict[str, Any]:
 def open_models(
     a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, *, ignore_extra_layers: bool = False
 ) -> tuple[MoEModel, MoEModel]:
-    """Opens, recognises and compares two checkpoints from headers alone, and only then downloads weights.
+    """Opens, recognises and compares two checkpoints from headers alone.
 
     Raises:
         InputError: whatever is wrong with either, or between them.
@@ -148,8 +153,6 @@ def open_models(
     model_a, model_b = (read_model(stack.enter_context(Checkpoint.open(model))) for model in (a, b))
     for warning in check_pair(model_a, model_b, ignore_extra_layers=ignore_extra_layers):
         warnings.warn(warning, stacklevel=3)
-    for model in (model_a, model_b):
-        model.checkpoint.download()
     return model_a, model_b
 
 
@@ -165,14 +168,14 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
         device = torch.device("cpu")  # distances are summed in float64, which MPS lacks
     origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
     found = []
-    if origin_a["fingerprint"] == origin_b["fingerprint"]:
-        found.append("A and B are the same checkpoint; the alignment is the identity")
     layers: dict[int, Matching] = {}
     for index in tqdm(sorted(a.layers.keys() & b.layers.keys()), desc="matching layers", unit="layer"):
         layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
     outside = outside_distance(a, b)
+    if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
+        found.append("A and B hold the same weights; the alignment is the identity")
     if outside.unrelated:
         found.append(
             f"outside the MoE blocks the two models are unrelated (median cosine {outside.median_cosine:.2f}, "
@@ -225,12 +228,15 @@ def _moments(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, flo
         x, y = values.float(), b.read(name, first, len(values)).float()
         terms: tuple[Tensor, ...] = (torch.square(x - y), x.square(), y.square(), x * y)
         sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
+    for checkpoint, total in ((a, sums[1]), (b, sums[2])):
+        if not bool(total.isfinite()):
+            raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite weights")
     distance, norm_a, norm_b, inner = sums.tolist()
     return distance, norm_a, norm_b, inner
 
 
 def load_symmetry(symmetry: str | os.PathLike[str] | ModelSymmetry, model: MoEModel, *, inverse: bool = False) -> ModelSymmetry:
-    """A symmetry that acts on `model`, checked; warns where it was recorded for other weights.
+    """A saved or given symmetry (or its inverse), checked to act on `model`.
 
     Raises:
         SymmetryError: not a symmetry, of another family, or of other shapes.
@@ -238,16 +244,17 @@ def load_symmetry(symmetry: str | os.PathLike[str] | ModelSymmetry, model: MoEMo
     value = symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
     value = value.inverse() if inverse else value
     model.check_symmetry(value)
-    model.checkpoint.download()
-    recorded = value.metadata.get("b_fingerprint")
-    if recorded is not None and (recorded == model.checkpoint.fingerprint()) == inverse:
-        expected = (
-            "the aligned checkpoint, and this is the one it was made from"
-            if inverse
-            else f"another checkpoint ({recorded[:12]})"
-        )
-        warnings.warn(f"{model.checkpoint.name}: the symmetry was recorded for {expected}", stacklevel=3)
     return value
+
+
+def warn_if_recorded_for_another(symmetry: ModelSymmetry, model: MoEModel) -> None:
+    """Compares the recorded fingerprint of what `symmetry` acts on with that of `model`."""
+    recorded = symmetry.metadata.get("b_fingerprint")
+    if recorded is not None and recorded != model.checkpoint.fingerprint():
+        warnings.warn(
+            f"{model.checkpoint.name}: the symmetry was recorded for another checkpoint (fingerprint {recorded[:12]})",
+            stacklevel=3,
+        )
 
 
 def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
@@ -287,14 +294,17 @@ def align(
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+            for model in (model_a, model_b):
+                model.checkpoint.download()
             alignment = align_models(model_a, model_b, order=order, units=units)
-            folder = "" if symmetry_only else "alignment/"
-            alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
-            writer.write_text(f"{folder}alignment.json", alignment.to_json())
             if not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
+                alignment = alignment.with_output(writer.fingerprint())
                 writer.write_text("README.md", align_card(model_a, model_b, alignment))
+            folder = "" if symmetry_only else "alignment/"
+            alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
+            writer.write_text(f"{folder}alignment.json", alignment.to_json())
     if push_to_hub:
         publish(output, push_to_hub, private=private)
     return alignment
@@ -320,6 +330,8 @@ def apply(
         model = read_model(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
         with FolderWriter(output, [model.checkpoint]) as writer:
+            model.checkpoint.download()
+            warn_if_recorded_for_another(value, model)
             writer.write_tensors(rewritten(model, value))
             writer.write_checkpoint_files(model.checkpoint)
             value.save(writer.path("alignment/symmetry.safetensors"))

@@ -99,5 +99,5 @@ def _license(checkpoint: Checkpoint) -> str | None:
         card = RepoCard(checkpoint.source.path("README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):  # a card that the Hub could not read either names no licence
         return None
-    license = card.data.get("license")
-    return license if isinstance(license, str) else None
+    named = card.data.get("license")
+    return named if isinstance(named, str) else None

@@ -28,7 +28,7 @@ SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
-PROBE = 4096  # bytes of each tensor that enter the fingerprint
+PROBE, PROBES = 512, 8  # the fingerprint sees so many bytes in so many places of each tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,9 +48,19 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-SIDE_FILE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-SIDE_FILE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_SIDE_FILES = {"config.json", INDEX, "trainer_state.json", "all_results.json", "train_results.json"}
+# What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
+FOREIGN_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".zip", ".tar", ".gz",
+    ".py", ".log", ".lock",
+}  # fmt: skip
+FOREIGN_FILES = {
+    "config.json",
+    "README.md",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+}
 
 
 @dataclass(frozen=True)
@@ -178,15 +188,17 @@ class Checkpoint:
         return [file for file in self.source.files() if _is_side_file(file)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, every shard's header and size, and the first 4 KiB of each tensor."""
+        """SHA-256 over config.json, every shard's header and size, and 4 KiB of each tensor, taken in PROBES places."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in sorted(self.shards.values(), key=lambda shard: shard.name):
             digest.update(f"{shard.name} {shard.size} ".encode() + shard.header)
             for name in shard.tensors:
                 info = self.tensors[name]
-                probe = torch.empty(min(PROBE, info.nbytes), dtype=torch.uint8)
-                self._fill(probe, info, 0)
-                digest.update(probe.numpy().tobytes())
+                spread = info.nbytes > PROBE * PROBES  # a smaller tensor is seen whole
+                for i in range(PROBES if spread else 1):
+                    probe = torch.empty(PROBE if spread else info.nbytes, dtype=torch.uint8)
+                    self._fill(probe, info, i * (info.nbytes - len(probe)) // (PROBES - 1))
+                    digest.update(probe.numpy().tobytes())
         return digest.hexdigest()
 
     def origin(self) -> dict[str, str]:
@@ -226,9 +238,8 @@ def _is_side_file(file: str) -> bool:
     folder, _, name = file.rpartition("/")
     if folder:
         return folder == "additional_chat_templates"
-    if name.startswith(".") or name in NOT_SIDE_FILES or name.endswith(".index.json"):
-        return False
-    return Path(name).suffix in SIDE_FILE_SUFFIXES or name.startswith(SIDE_FILE_PREFIXES)
+    foreign = name.startswith((".", "events.out.")) or name in FOREIGN_FILES or name.endswith(".index.json")
+    return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
 
 
 def _refuse_other_kinds(name: str, files: set[str]) -> None:

@@ -43,4 +43,4 @@ class BarrierCurve:
 
     @property
     def perplexity(self) -> tuple[float, ...]:
-        return tuple(math.exp(loss) if loss < 700 else math.inf for loss in self.nll)
+        return tuple(math.inf if loss >= 700 else math.exp(loss) for loss in self.nll)

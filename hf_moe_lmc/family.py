@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pkgutil import iter_modules
-from types import CodeType
 from typing import Any, Literal
 
 from hf_moe_lmc.errors import FamilyError
@@ -74,7 +73,7 @@ class TensorSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape on disk."""
-        known = {"half": len(self.roles), "1": 1, **sizes}
+        known = dict(zip(self.axes, self.axis_sizes(sizes), strict=True))
         return tuple(math.prod(known[word] for word in group) for group in self.groups)
 
 
@@ -178,16 +177,12 @@ class MoEFamily:
         Raises:
             FamilyError: the configuration lacks an attribute, or holds a value of another type.
         """
-        code = _compiled(expression)
+        code = compile(expression, f"<{self.name}>", "eval")
         try:
             names = {name: known[name] if name in known else getattr(config, name) for name in code.co_names}
             return eval(code, {"__builtins__": {}}, names)  # the expression is ours; the configuration supplies values only
         except (AttributeError, TypeError) as error:
             raise FamilyError(f"{self.name}: cannot evaluate {expression!r} on config.json: {error}") from error
-
-
-def _compiled(expression: str) -> CodeType:
-    return compile(expression, "<family>", "eval")
 
 
 _FAMILIES: dict[str, MoEFamily] = {}

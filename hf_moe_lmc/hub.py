@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, is_offline_mode, snapshot_download
@@ -30,27 +30,6 @@ from huggingface_hub.utils import validate_repo_id
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
-
-
-class Source(Protocol):
-    """A place that holds the files of one checkpoint."""
-
-    @property
-    def name(self) -> str:
-        """How messages and reports call it."""
-
-    @property
-    def commit(self) -> str | None:
-        """The commit that all files are taken from; None for a local folder."""
-
-    def files(self) -> list[str]:
-        """Names of all files, relative to the root, with forward slashes."""
-
-    def path(self, file: str) -> Path:
-        """The local path of `file`, after bringing it here if need be."""
-
-    def fetch(self, files: Sequence[str]) -> None:
-        """Brings many files here at once."""
 
 
 @dataclass(frozen=True)
@@ -124,28 +103,28 @@ class Repository:
 def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
     """Finds MODEL: an existing local folder, or a Hub id with an optional @REVISION.
 
-    Something that looks like a path (it starts with `.`, `/` or `~`, holds a backslash or more than one slash, ends in
-    a slash, or its first part is a folder here) is never asked for on the Hub; `hf://owner/name` always is.
+    Something that looks like a path (it starts with `.`, `/` or `~`, holds a backslash, no slash or more than one, ends
+    in a slash, or its first part is a folder here) is never asked for on the Hub; `hf://OWNER/NAME` always is.
 
     Raises:
         CheckpointError: the path does not exist, is no folder, or the id, revision or permission is wrong.
         HubError: the Hub cannot be reached.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    path = _expanded(text)
     explicit = text.startswith("hf://")
     if not explicit and path.is_dir():
         return Folder(path)
     if not explicit and path.exists():
         raise CheckpointError(f"{text}: expected the folder of a checkpoint, found a file; give its folder")
-    if isinstance(model, os.PathLike) or (not explicit and _looks_local(text)):
+    if isinstance(model, os.PathLike) or (not explicit and looks_local(text)):
         raise CheckpointError(
             f"{text}: no such folder (it looks like a local path, so the Hub was not asked; write hf://OWNER/NAME for a Hub id)"
         )
     repo_id, at, revision = text.removeprefix("hf://").partition("@")
     if not REPO_ID.fullmatch(repo_id) or (at and not revision):
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
-    with _hub_errors(text):
+    with _hub_errors(f"{text} (no such folder here)"):
         if is_offline_mode():
             snapshot = Path(hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True)).parent
             return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
@@ -155,15 +134,22 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
     return Repository(repo_id, info.sha, tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
 
 
-def _looks_local(text: str) -> bool:
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise CheckpointError(f"{text}: no such folder ({error})") from error
+
+
+def looks_local(text: str) -> bool:
+    """Whether a name is a path rather than a Hub id, OWNER/NAME[@REVISION]."""
     repo_id = text.partition("@")[0]
-    first, slash, _ = repo_id.partition("/")
     return (
         text.startswith((".", "/", "~"))
         or "\\" in text
         or text.endswith("/")
-        or repo_id.count("/") > 1
-        or bool(slash and Path(first).is_dir())
+        or repo_id.count("/") != 1
+        or Path(repo_id.partition("/")[0]).is_dir()
     )
 
 
@@ -177,9 +163,7 @@ def _hub_errors(what: str, writing: bool = False) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         if writing:
             raise HubError(f"{what}: no such repository, or no permission to write to it; log in (hf auth login)") from error
-        raise CheckpointError(
-            f"{what}: no such folder here and no such repository on the Hub (or it is private: hf auth login)"
-        ) from error
+        raise CheckpointError(f"{what}: no such repository on the Hub either (or it is private: hf auth login)") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{what}: the repository has no such revision") from error
     except LocalEntryNotFoundError as error:

@@ -63,7 +63,7 @@ class MoELayer:
 
     Attributes:
         index: number of its layer.
-        sizes: size of every axis word, measured from the shapes on disk.
+        sizes: size of every axis word, by the configuration; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
     """
 

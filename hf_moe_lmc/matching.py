@@ -66,6 +66,11 @@ class Matching:
     scales_kept: int
     seconds: float
 
+    @property
+    def is_trivial(self) -> bool:
+        """Whether the blocks were equal to begin with."""
+        return self.distance_before == self.router_distance_before == self.shared_distance_before == 0
+
 
 @dataclass
 class _Pairs:
@@ -172,8 +177,9 @@ def _check_finite(cost: Tensor, a: MoELayer, b: MoELayer) -> None:
     """Raises CheckpointError, naming the expert of A or B that makes a cost [expert, expert] not finite."""
     bad = ~cost.isfinite()
     if bool(bad.any()):
-        rows, columns = bad.all(dim=1).nonzero(), bad.all(dim=0).nonzero()
-        raise _not_finite(a, f"expert {int(rows[0])}") if len(rows) else _not_finite(b, f"expert {int(columns[0])}")
+        of_a = bad.all(dim=1)
+        layer, number = (a, of_a) if bool(of_a.any()) else (b, bad.any(dim=0))
+        raise _not_finite(layer, f"expert {int(number.nonzero()[0])}")
 
 
 def _not_finite(layer: MoELayer, what: str) -> CheckpointError:
@@ -181,7 +187,7 @@ def _not_finite(layer: MoELayer, what: str) -> CheckpointError:
 
 
 def _match_shared(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device) -> UnitMatch:
-    if "shared_up" not in a.roles:
+    if not a.sizes.get("shared"):
         return UnitMatch(torch.arange(0), torch.ones(0), False, 0.0, 0.0, 0.0)
     shared = [UnitRows.of(layer, layer.roles, None, device) for layer in (a, b)]
     for layer, rows in zip((a, b), shared, strict=True):

@@ -226,7 +226,7 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
         )
     of_a, of_b = a.config.to_dict(), b.config.to_dict()
     return [
-        f"config.json: {key} is {of_a.get(key)!r} in A and {of_b.get(key)!r} in B; both are read with A's"
+        f"config.json: {key} is {of_a.get(key)!r} in A and {of_b.get(key)!r} in B; the path and a merge take A's"
         for key in sorted(of_a.keys() | of_b.keys())
         if key not in COSMETIC_CONFIG and of_a.get(key) != of_b.get(key)
     ]

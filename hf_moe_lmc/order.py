@@ -13,7 +13,7 @@ from hf_moe_lmc.family import RouterKind
 from hf_moe_lmc.layer import LayerSource, MoELayer
 from hf_moe_lmc.units import UnitMethod, UnitRows
 
-WORKSPACE = 256 << 20  # bytes for the Gram matrices of one role; two experts in float32 where that is more
+WORKSPACE = 256 << 20  # most bytes for the Gram matrices of one role; see `_workspace`
 SKETCH_SEED = 20250911  # one fixed projection, independent of the weights
 
 
@@ -55,11 +55,10 @@ def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.devic
 
     A Gram matrix X^T X over the hidden units does not see their order, nor their signs. With `scaled` units each unit is
     first balanced (||u|| = ||d||), so that it does not see their scales either; `plain` takes the weights as they are,
-    as the paper does. The cheapest form that fits max(`workspace`, two experts in float32) bytes is used; `workspace` is
-    WORKSPACE by default.
+    as the paper does. The cheapest form that fits `workspace` bytes is used, by default a few experts; see `_workspace`.
     """
     experts, unit, width = a.experts, a.sizes["unit"], a.sizes["model"]
-    budget = max(WORKSPACE if workspace is None else workspace, 2 * 4 * a.expert_numel)
+    budget = workspace or _workspace(4 * a.expert_numel)
     columns = min(width, max(1, budget // (4 * experts * width)))
     gram_work = 2 * unit * width**2 + experts * width**2  # per expert of A and role
     if experts * unit**2 * width < gram_work and 4 * experts * unit * width <= budget:
@@ -70,7 +69,7 @@ def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.devic
         features = lambda rows: rows.T @ rows  # noqa: E731
     else:
         form, inner = "sketch", _feature_inner
-        features = _sketch(columns, device)
+        features = _sketch(width, columns, device)
     total = torch.zeros(experts, experts, dtype=torch.float64)
     for role in ("gate", "up", "down"):
         total += _squared_gram_distances(
@@ -79,11 +78,16 @@ def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.devic
     return ExpertCost(total.clamp_min_(0).sqrt_(), form, columns if form == "sketch" else None)
 
 
+def _workspace(expert: int) -> int:
+    """Bytes for the Gram matrices of one role: eight experts in float32, at most WORKSPACE unless two are more than that."""
+    return max(2 * expert, min(8 * expert, WORKSPACE))
+
+
 def _rows_of(layer: MoELayer, role: str, units: UnitMethod, device: torch.device) -> Callable[[int], Tensor]:
     """Expert -> its [unit, width] matrix of `role` whose Gram matrix counts, balanced if `units` are scaled."""
 
     def rows(expert: int) -> Tensor:
-        if units == "plain" and role != "down":
+        if role == "gate" or (role == "up" and units == "plain"):
             values = layer.read(role, expert).to(device, torch.float32)
             if f"{role}_bias" in layer.roles:
                 values = torch.cat([values, layer.read(f"{role}_bias", expert).to(device, torch.float32)[:, None]], dim=1)
@@ -130,10 +134,8 @@ def _product_inner(held: Tensor, feature: Tensor) -> Tensor:
     return torch.stack([(rows @ feature.T).square().sum(dtype=torch.float64) for rows in held]).cpu()
 
 
-def _sketch(columns: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    def features(rows: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(SKETCH_SEED)
-        signs = torch.randint(2, (rows.shape[1], columns), generator=generator).to(device, torch.float32) * 2 - 1
-        return rows.T @ (rows @ signs) / columns**0.5
-
-    return features
+def _sketch(width: int, columns: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Expert -> its Gram matrix times fixed random signs [width, columns]; with a bias, a row more."""
+    generator = torch.Generator().manual_seed(SKETCH_SEED)
+    signs = torch.randint(2, (width + 1, columns), generator=generator).to(device, torch.float32) * 2 - 1
+    return lambda rows: rows.T @ (rows @ signs[: rows.shape[1]]) / columns**0.5

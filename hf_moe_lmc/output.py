@@ -52,6 +52,7 @@ class FolderWriter:
         try:
             self._staging.mkdir(parents=True)
         except OSError as error:
+            self._remove_made()
             raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from error
         return self
 
@@ -62,15 +63,23 @@ class FolderWriter:
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             if kind is not None:
-                for path in self._made:  # innermost first; each is empty unless somebody else uses it
-                    if not any(path.iterdir()):
-                        path.rmdir()
+                self._remove_made()
+
+    def _remove_made(self) -> None:
+        for path in self._made:  # innermost first; each is empty unless somebody else uses it
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
     def path(self, file: str) -> Path:
         """Where to write `file` (relative to the output); it appears in the output when all is done."""
         path = self._staging / file
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def fingerprint(self) -> str:
+        """Of the checkpoint that has been written so far."""
+        with Checkpoint.open(self._staging) as written:
+            return written.fingerprint()
 
     def write_text(self, file: str, text: str) -> None:
         self.path(file).write_text(text, encoding="utf-8")

@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_moe_lmc.alignment import align_models, load_symmetry, open_models
+from hf_moe_lmc.alignment import align_models, load_symmetry, open_models, warn_if_recorded_for_another
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError, listing
+from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
 from hf_moe_lmc.model import ModelStream, MoEModel
@@ -168,7 +169,7 @@ def barrier(
     b: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    text: Sequence[str | os.PathLike[str]] = (),
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     dataset: str | None = None,
     dataset_config: str | None = None,
     split: str = "test",
@@ -189,7 +190,7 @@ def barrier(
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
         output: a new or empty folder for report.json, report.md, barrier.png and symmetry.safetensors.
-        text: UTF-8 files, each one document; or `dataset`, whose rows are documents.
+        text: a UTF-8 file or several, each one document; or `dataset`, whose rows are documents.
         points: grid points from t = 0 to t = 1, both included.
         naive: evaluate the path to B as it is, too.
         symmetry: a saved or given symmetry instead of matching.
@@ -209,7 +210,8 @@ def barrier(
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
     check_output(output)
-    source = _text_source(text, dataset, dataset_config, split, column)
+    files = [text] if isinstance(text, str | os.PathLike) else text
+    source = _text_source(files, dataset, dataset_config, split, column)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
@@ -218,6 +220,10 @@ def barrier(
         length = _context(model_a, context)
         windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens)
         with writer:
+            for model in (model_a, model_b):
+                model.checkpoint.download()
+            if given is not None:
+                warn_if_recorded_for_another(given, model_b)
             alignment = None if given else align_models(model_a, model_b, order=order, units=units)
             used = alignment.symmetry if alignment else given or model_b.identity()
             batch = batch_size or max(1, TOKENS_PER_BATCH // length)
@@ -234,7 +240,7 @@ def barrier(
                 batch_size=batch,
                 inspect_model=lambda model: implementations.update(_implementations(model)),
             )
-            _warn_of_losses_that_are_not_finite(losses, grid)
+            _warn_of_losses_that_are_not_finite(losses, grid, dtype)
             report = BarrierReport(
                 a={**model_a.checkpoint.origin(), "source": model_a.checkpoint.name},
                 b={**model_b.checkpoint.origin(), "source": model_b.checkpoint.name},
@@ -245,7 +251,12 @@ def barrier(
                     "batch_size": batch,
                     **implementations,
                 },
-                matching=alignment.to_dict() if alignment else {"symmetry": str(symmetry), **dict(used.metadata)},
+                matching=alignment.to_dict()
+                if alignment
+                else {
+                    "symmetry": None if isinstance(symmetry, ModelSymmetry) else str(symmetry),
+                    **used.metadata,
+                },
                 windows=windows,
                 losses=losses,
                 t=grid,
@@ -258,11 +269,12 @@ def barrier(
     return report
 
 
-def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float]) -> None:
+def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float], dtype: str) -> None:
     for name, values in losses.items():
         bad = [f"{t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
         if bad:
-            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}; try --dtype float32", stacklevel=3)
+            advice = "; try --dtype float32" if dtype != "float32" else ""
+            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}", stacklevel=3)
 
 
 def _check_numbers(**values: tuple[int | None, int]) -> None:
@@ -272,6 +284,8 @@ def _check_numbers(**values: tuple[int | None, int]) -> None:
 
 
 def _check_device(device: str | None) -> None:
+    if device == "meta":
+        raise InputError("device 'meta' holds no data; choose a real one")
     if device is not None:
         try:
             torch.empty(0, device=device)
@@ -284,7 +298,11 @@ def _text_source(
 ) -> Text:
     if bool(text) == (dataset is not None):
         raise InputError("give the text to evaluate on: either text files or one dataset")
-    return DatasetText(dataset, config, split, column) if dataset is not None else TextFiles.of(text)
+    if dataset is None:
+        return TextFiles.of(text)
+    if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
+        raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
+    return DatasetText(dataset, config, split, column)
 
 
 def _context(model: MoEModel, context: int | None) -> int:
@@ -316,6 +334,7 @@ def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not set(names) & set(model.checkpoint.source.files()):
         return None
+    model.checkpoint.source.fetch(model.checkpoint.side_files())
     folder = model.checkpoint.source.path("config.json").parent
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -71,12 +71,16 @@ class DatasetText:
     def documents(self) -> Iterator[str]:
         """Raises InputError where there is no such dataset, configuration, split or column."""
         from datasets import load_dataset  # slow to import, and text files need none of it
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
         try:
-            rows = load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+            # slices such as train[:100] exist only without streaming
+            rows = load_dataset(self.name, self.config, split=self.split, streaming="[" not in self.split)
+            yield from self._texts(rows)
+        except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ValueError) as error:
             raise InputError(f"dataset {self.name}, config {self.config}, split {self.split}: {error}") from error
+
+    def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for row in rows:
             if not isinstance(row.get(self.column), str):
                 raise InputError(

@@ -169,6 +169,7 @@ class ModelSymmetry:
         groups: number of expert groups that bind (1: none).
         layers: by layer index.
         metadata: where it came from (method, fingerprints or commits of the inputs); no part of the group element.
+            `b_fingerprint` is that of the checkpoint it acts on, `aligned_fingerprint` that of the result.
     """
 
     family: str
@@ -181,8 +182,11 @@ class ModelSymmetry:
         return all(layer.is_lossless for layer in self.layers.values())
 
     def inverse(self) -> ModelSymmetry:
+        """Undoes it; the recorded fingerprints of what it acts on and what that gives change places."""
         layers = {index: layer.inverse() for index, layer in self.layers.items()}
-        return ModelSymmetry(self.family, self.groups, layers, self.metadata)
+        swapped = {"b_fingerprint": "aligned_fingerprint", "aligned_fingerprint": "b_fingerprint"}
+        metadata = {swapped.get(key, key): value for key, value in self.metadata.items()}
+        return ModelSymmetry(self.family, self.groups, layers, metadata)
 
     def __matmul__(self, first: ModelSymmetry) -> ModelSymmetry:
         """`(g @ f)` acts as f, then as g; where it came from is forgotten."""
@@ -250,10 +254,11 @@ class ModelSymmetry:
             raise SymmetryError(f"{file}: not a readable safetensors file ({error})") from error
         if metadata.get("hf_moe_lmc") != "symmetry":
             raise SymmetryError(f"{file}: a safetensors file, but no symmetry saved by hf_moe_lmc")
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise SymmetryError(
-                f"{file}: format version {metadata['format_version']}, this release reads {FORMAT_VERSION}; update hf_moe_lmc"
-            )
+        found = metadata.get("format_version")
+        if found != FORMAT_VERSION:
+            raise SymmetryError(f"{file}: format version {found}, this release reads {FORMAT_VERSION}; update hf_moe_lmc")
+        if "family" not in metadata or not metadata.get("groups", "").isdecimal():
+            raise SymmetryError(f"{file}: its metadata lack the family or the number of expert groups")
         symmetry = cls(metadata["family"], int(metadata["groups"]), _layers(tensors, str(file)), metadata)
         symmetry.validate(str(file))
         return symmetry

@@ -16,7 +16,7 @@ from hf_moe_lmc.layer import LayerSource
 UnitMethod = Literal["plain", "scaled"]
 
 SCALE_GAIN = 0.01  # scales are kept where they lower an expert's remaining squared distance by more than this share
-BLOCK = 32 << 20  # bytes of one row block of a unit cost matrix
+BLOCK = 8 << 20  # bytes of one row block of a unit cost matrix
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,24 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod) -> Tensor:
     scaled: ||g - g'||^2 + min over +-s of ||u - s u'||^2 + ||d - d'/s||^2 with s^2 = (||u|| ||d'||) / (||d|| ||u'||),
     the scale that balances the norms (s = +-1 where a norm is 0).
 
-    Computed in blocks of rows: besides the result, BLOCK bytes for each of a few temporaries.
+    Computed in blocks of rows: besides the result, four times BLOCK bytes.
     """
     count = len(a.up)
     cost = torch.empty(count, count, dtype=torch.float64)
+    up, down = b.up.square().sum(dim=1), b.down.square().sum(dim=1)
     step = max(1, BLOCK // (4 * count))
     for first in range(0, count, step):
         rows = slice(first, first + step)
-        block = -2 * (a.gate[rows] @ b.gate.T)
+        block = (a.gate[rows] @ b.gate.T).mul_(-2)
         on_up, on_down = a.up[rows] @ b.up.T, a.down[rows] @ b.down.T
         if units == "plain":
-            block -= 2 * (on_up + on_down)
+            block.sub_(on_up.add_(on_down), alpha=2)
         else:
             scale = a.norm_ratio[rows, None] / b.norm_ratio[None, :]
-            scale = scale.masked_fill_(scale.isnan(), 1)
-            block += scale.square() * b.up.square().sum(dim=1) + b.down.square().sum(dim=1) / scale.square()
-            block -= 2 * (scale * on_up + on_down / scale).abs()
+            scale.nan_to_num_(nan=1.0)
+            block.sub_(on_up.mul_(scale).add_(on_down.div_(scale)).abs_(), alpha=2)
+            scale.square_()
+            block.add_(torch.mul(scale, up, out=on_up)).add_(torch.div(down, scale, out=on_down))
         cost[rows] = block.to("cpu", torch.float64)
     return cost
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from hf_moe_lmc.alignment import align, apply, rewritten
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.errors import InputError, MismatchError, SymmetryError
+from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError, SymmetryError
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.model import ModelStream, MoEModel, read_model
 from hf_moe_lmc.output import FolderWriter
@@ -192,10 +192,15 @@ def test_the_recorded_fingerprint_is_compared(saved: Callable[..., Path], tmp_pa
     align(a, tmp_path / "b", tmp_path / "out")
     with pytest.warns(UserWarning, match="recorded for another checkpoint"):
         apply(tmp_path / "out", other, tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match="this is the one it was made from"):
-        apply(tmp_path / "out", tmp_path / "b", tmp_path / "twice", inverse=True)
-    apply(tmp_path / "out", tmp_path / "b", tmp_path / "again")  # the recorded one: no warning
+    for wrong in (tmp_path / "b", other):  # the inverse acts on what was aligned
+        with pytest.warns(UserWarning, match="recorded for another checkpoint"):
+            apply(tmp_path / "out", wrong, tmp_path / f"wrong-{wrong.name}", inverse=True)
+    # the recorded ones: no warning, neither from the file nor from the value, nor from what an inverse was saved as
+    symmetry = ModelSymmetry.load(tmp_path / "out")
+    apply(symmetry, tmp_path / "b", tmp_path / "again")
     apply(tmp_path / "out", tmp_path / "out", tmp_path / "undone", inverse=True)
+    apply(symmetry.inverse(), tmp_path / "out", tmp_path / "undone-again")
+    apply(tmp_path / "undone", tmp_path / "undone", tmp_path / "redone", inverse=True)
     stored, undone = tiny.tensors(tmp_path / "b"), tiny.tensors(tmp_path / "undone")
     assert all(tiny.same_bytes(stored[name], undone[name]) for name in stored)
 
@@ -253,7 +258,7 @@ def test_outside_tensors_must_agree(saved: Callable[..., Path], copy: Callable[.
         align(saved("mixtral"), b, tmp_path / "out")
 
 
-@pytest.mark.filterwarnings("ignore:A and B are the same")
+@pytest.mark.filterwarnings("ignore:A and B hold the same")
 def test_an_output_that_cannot_be_used_is_refused(
     saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -292,10 +297,42 @@ def test_the_same_checkpoint_twice_is_the_identity(
     saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     b = copy("qwen3_moe")
-    with pytest.warns(UserWarning, match="same checkpoint"):
+    with pytest.warns(UserWarning, match="hold the same weights"):
         alignment = align(saved("qwen3_moe"), b, tmp_path / "out")
     assert alignment.symmetry == read(b).identity()
-    shutil.rmtree(tmp_path / "out")
+
+    def swap_two_units(content: dict[str, torch.Tensor]) -> None:
+        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            values = content[f"model.layers.1.mlp.experts.3.{name}.weight"]
+            values.copy_(values.index_select(axis, torch.tensor([0, 1, 3, 2, *range(4, 16)])))
+
+    tiny.edit(b, swap_two_units)  # as near as can be to the same: no warning, and the swap is found
+    assert align(saved("qwen3_moe"), b, tmp_path / "swapped").totals()["units_moved"] == 2
+
+
+@pytest.mark.parametrize("absent", [False, True])  # transformers saves empty tensors
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_deepseek_without_shared_experts(tmp_path: Path, layout: str, absent: bool) -> None:
+    config = tiny.CONFIGS["deepseek_v2"]()
+    config.n_shared_experts = 0
+    torch.manual_seed(0)
+    a = tiny.save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "a", layout)
+    if absent:
+        tiny.edit(a, lambda content: [content.pop(name) for name in list(content) if "shared" in name])
+    planted = random_symmetry(read(a))
+    apply(planted, a, tmp_path / "b")
+    assert align(a, tmp_path / "b", tmp_path / "out").symmetry.isclose(planted.inverse())
+
+
+def test_weights_outside_the_blocks_that_are_not_finite_are_named(
+    copy: Callable[..., Path], saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = copy("mixtral")
+    tiny.edit(bad, lambda content: content["model.norm.weight"].fill_(torch.nan))
+    for pair in ((bad, saved("mixtral")), (saved("mixtral"), bad)):
+        with pytest.raises(CheckpointError, match=r"copy: tensor model\.norm\.weight holds NaN"):
+            align(*pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:outside the MoE blocks")

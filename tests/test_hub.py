@@ -200,10 +200,11 @@ def test_inspect_at_a_revision(
     assert only_header_was_read(hub, commit)
 
 
-def test_inspect_takes_ids_without_owner_and_with_scheme(hub: HubServer, run: Callable[..., Outcome], model: Path) -> None:
+def test_ids_without_owner_need_the_scheme(hub: HubServer, run: Callable[..., Outcome], model: Path) -> None:
     hub.publish("legacy", contents(model))
-    for name in ("legacy", "hf://legacy", "hf://legacy@main"):
+    for name in ("hf://legacy", "hf://legacy@main"):
         assert run("inspect", name).code == 0
+    run("inspect", "legacy").expect(2, "the Hub was not asked", "hf://")
 
 
 def test_a_header_of_any_length_is_read(hub: HubServer, run: Callable[..., Outcome], model: Path) -> None:

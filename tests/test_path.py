@@ -14,6 +14,7 @@ from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.interpolation import interpolated, merge
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import barrier, load_point
+from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny
 from tests.test_alignment import random_symmetry, read, with_mtp_layer
 
@@ -145,6 +146,9 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
         a, b, tmp_path / "out", text=[text_file, text_file], points=5, context=32, max_tokens=700, naive=False,
         symmetry=output / "symmetry.safetensors",
     )  # fmt: skip
+    symmetry = ModelSymmetry.load(output)
+    given = barrier(a, b, tmp_path / "given", text=text_file, points=2, max_tokens=64, naive=False, symmetry=symmetry)
+    assert given.matching["symmetry"] is None and given.matching["order"] == "best"
     assert again.naive is None and again.percent_of_naive is None
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(found["paths"]) == ["aligned"]
@@ -181,6 +185,8 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
         ({"context": 65}, "has positions for 64 tokens"),
         ({"dtype": "int8"}, "expected one of float32"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
+        ({"device": "meta"}, "holds no data"),
+        ({"text": [], "dataset": "./none"}, "the Hub was not asked"),
         ({"symmetry": tmp_path / "none"}, "no symmetry here"),
     ):
         with pytest.raises(InputError, match=message):

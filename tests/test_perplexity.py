@@ -78,5 +78,9 @@ def test_each_row_of_a_dataset_is_a_document(tmp_path: Path) -> None:
         list(DatasetText(name, column="body").documents())
     with pytest.raises(InputError, match="split nowhere"):
         list(DatasetText(name, split="nowhere").documents())
+    assert list(DatasetText(name, split="test[2:]").documents()) == ["third"]
     with pytest.raises(InputError, match="dataset"):
         list(DatasetText(str(tmp_path / "none")).documents())
+    (tmp_path / "test.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
+    with pytest.raises(InputError, match="dataset"):
+        list(DatasetText(name).documents())

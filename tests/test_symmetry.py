@@ -106,6 +106,10 @@ def test_loading_what_is_no_symmetry_is_refused(tmp_path: Path) -> None:
     save_file({"layers.0.expert_order": torch.arange(2)}, file, good | {"format_version": "99"})
     with pytest.raises(SymmetryError, match="format version 99"):
         ModelSymmetry.load(file)
+    for missing in ("format_version", "family", "groups"):
+        save_file({"layers.0.expert_order": torch.arange(2)}, file, {k: v for k, v in good.items() if k != missing})
+        with pytest.raises(SymmetryError, match=r"format version None|lack the family"):
+            ModelSymmetry.load(file)
     save_file({"layers.0.expert_order": torch.arange(2)}, file, good)
     with pytest.raises(SymmetryError, match="layer 0 lacks unit_order"):
         ModelSymmetry.load(file)
