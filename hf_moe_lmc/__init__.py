@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.hub import push
     from hf_moe_lmc.inspection import Inspection, inspect
     from hf_moe_lmc.interpolation import merge
-    from hf_moe_lmc.path import barrier
+    from hf_moe_lmc.measurement import barrier
     from hf_moe_lmc.report import BarrierReport
     from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
@@ -34,7 +34,7 @@ _HOMES = {
     "ModelSymmetry": "symmetry",
     "align": "alignment",
     "apply": "alignment",
-    "barrier": "path",
+    "barrier": "measurement",
     "demo": "example",
     "inspect": "inspection",
     "merge": "interpolation",

@@ -120,7 +120,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    lmc.demo(options.output, tell=print)
+    lmc.demo(options.output, tell=lambda line: print(line, flush=True))
     _say_where(options.output, None)
 
 

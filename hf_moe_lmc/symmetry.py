@@ -125,8 +125,6 @@ class LayerSymmetry:
             torch.equal(getattr(self, name), getattr(other, name)) for name in FIELDS
         )
 
-    __hash__ = None  # type: ignore[assignment]  # tensors inside
-
     def isclose(self, other: LayerSymmetry, tolerance: float = 1e-5) -> bool:
         """Equal orders and signs, scales equal to a relative `tolerance`."""
         orders = ("expert_order", "unit_order", "shared_order")
@@ -204,8 +202,6 @@ class ModelSymmetry:
             and (self.family, self.groups) == (other.family, other.groups)
             and dict(self.layers) == dict(other.layers)
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def isclose(self, other: ModelSymmetry, tolerance: float = 1e-5) -> bool:
         """Equal orders and signs in every layer, scales equal to a relative `tolerance`."""

@@ -12,8 +12,9 @@ from hf_moe_lmc.alignment import apply
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.interpolation import interpolated, merge
+from hf_moe_lmc.measurement import barrier
 from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import barrier, load_point
+from hf_moe_lmc.path import load_point
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny
 from tests.test_alignment import random_symmetry, read, with_mtp_layer

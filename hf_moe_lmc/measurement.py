@@ -1,0 +1,232 @@
+"""The main job: the perplexity barrier between two checkpoints, on the naive and on the aligned path."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_moe_lmc.alignment import align_models, load_symmetry, open_models, warn_if_recorded_for_another
+from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
+from hf_moe_lmc.hub import looks_local
+from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
+from hf_moe_lmc.model import MoEModel
+from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.path import evaluate_path, implementations
+from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
+from hf_moe_lmc.report import BarrierReport
+from hf_moe_lmc.symmetry import ModelSymmetry
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_CONTEXT = 2048
+
+
+def barrier(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "test",
+    column: str = "text",
+    points: int = 25,
+    naive: bool = True,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    context: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> BarrierReport:
+    """Measures the perplexity barrier between two checkpoints, naive and aligned.
+
+    Args:
+        a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
+        output: a new or empty folder for report.json, report.md, barrier.png and symmetry.safetensors.
+        text: a UTF-8 file or several, each one document; or `dataset`, whose rows are documents.
+        points: grid points from t = 0 to t = 1, both included.
+        naive: evaluate the path to B as it is, too.
+        symmetry: a saved or given symmetry instead of matching.
+        context: tokens per window, by default 2048 or the model's maximum if that is less.
+        max_tokens: tokens of text to read; None reads everything.
+        batch_size: windows per forward pass, by default about 4096 tokens' worth.
+        dtype: in which the models run: float32, bfloat16 or float16.
+        device: put each model there; by default accelerate's device map spreads it over GPUs, CPU and disk.
+
+    Raises:
+        InputError: the inputs do not fit, before anything is written.
+    """
+    check_methods(order, units)
+    _check_numbers(points=(points, 2), context=(context, 2), max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    _check_device(device)
+    check_output(output)
+    files = [text] if isinstance(text, str | os.PathLike) else text
+    source = _text_source(files, dataset, dataset_config, split, column)
+    with ExitStack() as stack:
+        model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
+        given = load_symmetry(symmetry, model_b) if symmetry is not None else None
+        writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
+        tokenizer = _common_tokenizer(model_a, model_b)
+        length = _context(model_a, context)
+        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens)
+        with writer:
+            report, used = _measure(
+                model_a,
+                model_b,
+                given,
+                windows,
+                t=tuple(i / (points - 1) for i in range(points)),
+                naive=naive,
+                order=order,
+                units=units,
+                batch_size=batch_size or max(1, TOKENS_PER_BATCH // windows.context),
+                dtype=dtype,
+                device=device,
+                text=source.describe(),
+                symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
+            )
+            used.save(writer.path("symmetry.safetensors"))
+            writer.write_text("report.json", report.to_json())
+            writer.write_text("report.md", report.to_markdown())
+            report.plot(writer.path("barrier.png"))
+    return report
+
+
+def _measure(
+    a: MoEModel,
+    b: MoEModel,
+    given: ModelSymmetry | None,
+    windows: Windows,
+    *,
+    t: tuple[float, ...],
+    naive: bool,
+    order: OrderMethod,
+    units: UnitMethod,
+    batch_size: int,
+    dtype: str,
+    device: str | None,
+    text: dict[str, Any],
+    symmetry: str | os.PathLike[str] | None,
+) -> tuple[BarrierReport, ModelSymmetry]:
+    """Downloads, aligns unless a symmetry is given, evaluates; everything has been checked."""
+    started = time.perf_counter()
+    for model in (a, b):
+        model.checkpoint.download()
+    if given is None:
+        alignment = align_models(a, b, order=order, units=units)
+        used, matching = alignment.symmetry, alignment.to_dict()
+    else:
+        warn_if_recorded_for_another(given, b)
+        used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
+    ran_with: dict[str, Any] = {}
+    losses = evaluate_path(
+        a,
+        b,
+        {"aligned": used, **({"naive": b.identity()} if naive else {})},
+        t,
+        windows,
+        dtype=DTYPES[dtype],
+        device=device,
+        batch_size=batch_size,
+        inspect_model=lambda model: ran_with.update(implementations(model)),
+    )
+    _warn_of_losses_that_are_not_finite(losses, t, dtype)
+    report = BarrierReport(
+        a={**a.checkpoint.origin(), "source": a.checkpoint.name},
+        b={**b.checkpoint.origin(), "source": b.checkpoint.name},
+        evaluation={"text": text, **windows.describe(), "dtype": dtype, "batch_size": batch_size, **ran_with},
+        matching=matching,
+        windows=windows,
+        losses=losses,
+        t=t,
+        seconds=time.perf_counter() - started,
+    )
+    return report, used
+
+
+def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float], dtype: str) -> None:
+    for name, values in losses.items():
+        bad = [f"{t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
+        if bad:
+            advice = "; try --dtype float32" if dtype != "float32" else ""
+            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}", stacklevel=3)
+
+
+def _check_numbers(**values: tuple[int | None, int]) -> None:
+    for name, (value, least) in values.items():
+        if value is not None and value < least:
+            raise InputError(f"{name.replace('_', '-')} {value}: expected at least {least}")
+
+
+def _check_device(device: str | None) -> None:
+    if device == "meta":
+        raise InputError("device 'meta' holds no data; choose a real one")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r} cannot be used here: {error}") from error
+
+
+def _text_source(
+    text: Sequence[str | os.PathLike[str]], dataset: str | None, config: str | None, split: str, column: str
+) -> Text:
+    if bool(text) == (dataset is not None):
+        raise InputError("give the text to evaluate on: either text files or one dataset")
+    if dataset is None:
+        return TextFiles.of(text)
+    if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
+        raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
+    return DatasetText(dataset, config, split, column)
+
+
+def _context(model: MoEModel, context: int | None) -> int:
+    longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if context is not None and context > longest:
+        raise InputError(f"context {context}: {model.checkpoint.name} has positions for {longest} tokens")
+    return context or min(DEFAULT_CONTEXT, longest)
+
+
+def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
+    """A's tokenizer, B's being the same.
+
+    Raises:
+        CheckpointError: A has none that transformers can load.
+        MismatchError: vocabulary or special tokens differ.
+    """
+    of_a = _tokenizer(a)
+    if of_a is None:
+        raise CheckpointError(f"{a.checkpoint.name}: no tokenizer here; copy its files from the model it was made from")
+    of_b = _tokenizer(b)
+    if of_b is not None and (of_a.get_vocab(), of_a.all_special_ids) != (of_b.get_vocab(), of_b.all_special_ids):
+        raise MismatchError(
+            f"A ({a.checkpoint.name}) and B ({b.checkpoint.name}) have different tokenizers: their losses cannot be compared"
+        )
+    return of_a
+
+
+def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not set(names) & set(model.checkpoint.source.files()):
+        return None
+    model.checkpoint.source.fetch(model.checkpoint.side_files())
+    folder = model.checkpoint.source.path("config.json").parent
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{model.checkpoint.name}: transformers cannot load its tokenizer ({error})") from error
+    return tokenizer
