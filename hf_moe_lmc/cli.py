@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
-from hf_moe_lmc.errors import MoELMCError
+from hf_moe_lmc.errors import InputError, MoELMCError
 
 if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     verb: Callable[[argparse.Namespace], None] = options.verb
     try:
+        _refuse_idle_options(vars(options))
         verb(options)
     except MoELMCError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,6 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _refuse_idle_options(options: dict[str, Any]) -> None:
+    """An option that could have no effect is a misunderstanding: better said than ignored."""
+    for idle, because, unless in (
+        (("order", "units"), "nothing is matched", options.get("symmetry") is None and options.get("align", True)),
+        (("dataset_config", "split", "column"), "the text is a file", not options.get("text")),
+    ):
+        named = [f"--{name.replace('_', '-')}" for name in idle if options.get(name) is not None]
+        if named and not unless:
+            raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave it out")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     found = lmc.inspect(options.model)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
@@ -49,8 +61,8 @@ def _align(options: argparse.Namespace) -> None:
         options.a,
         options.b,
         options.output,
-        order=options.order,
-        units=options.units,
+        order=options.order or "best",
+        units=options.units or "scaled",
         symmetry_only=options.symmetry_only,
         push_to_hub=options.push_to_hub,
         private=options.private,
@@ -72,13 +84,13 @@ def _barrier(options: argparse.Namespace) -> None:
         text=options.text,
         dataset=options.dataset,
         dataset_config=options.dataset_config,
-        split=options.split,
-        column=options.column,
+        split=options.split or "test",
+        column=options.column or "text",
         points=options.points,
         naive=options.naive,
         symmetry=options.symmetry,
-        order=options.order,
-        units=options.units,
+        order=options.order or "best",
+        units=options.units or "scaled",
         context=options.context,
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
@@ -97,8 +109,8 @@ def _merge(options: argparse.Namespace) -> None:
         options.t,
         align=options.align,
         symmetry=options.symmetry,
-        order=options.order,
-        units=options.units,
+        order=options.order or "best",
+        units=options.units or "scaled",
         push_to_hub=options.push_to_hub,
         private=options.private,
     )
@@ -172,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--text", metavar="FILE", action="append", default=[], help="UTF-8 text, one document; repeatable")
     text.add_argument("--dataset", metavar="NAME", help="dataset on the Hub or in a folder; each row is a document")
     barrier.add_argument("--dataset-config", metavar="C")
-    barrier.add_argument("--split", metavar="S", default="test", help="(default: %(default)s)")
-    barrier.add_argument("--column", metavar="COL", default="text", help="(default: %(default)s)")
+    barrier.add_argument("--split", metavar="S", help="(default: test)")
+    barrier.add_argument("--column", metavar="COL", help="(default: text)")
     barrier.add_argument("--points", metavar="N", type=int, default=25, help="grid points, both ends included (default: 25)")
     barrier.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
     barrier.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
@@ -233,14 +245,12 @@ def _matching(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--order",
         choices=("gate", "expert", "best"),
-        default="best",
-        help="order the experts by router rows, by Gram matrices, or keep the better (default: %(default)s)",
+        help="order the experts by router rows, by Gram matrices, or keep the better (default: best)",
     )
     verb.add_argument(
         "--units",
         choices=("plain", "scaled"),
-        default="scaled",
-        help="match hidden units as they are, or up to sign and scale (default: %(default)s)",
+        help="match hidden units as they are, or up to sign and scale (default: scaled)",
     )
 
 

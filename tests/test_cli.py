@@ -135,6 +135,9 @@ def test_other_refusals_name_what_is_wrong(
         (("push", tmp_path / "full", "me/model"), "README.md (the card) is missing"),
         (("push", tmp_path / "none", "me/model"), "no such folder to publish"),
         (("push", tmp_path / "full", "a/b/c"), "not a Hub id to publish under"),
+        (("merge", a, b, "-o", tmp_path / "out", "--no-align", "--order", "gate"), "--order would have no effect"),
+        (("merge", a, b, "-o", tmp_path / "out", "--symmetry", "g", "--units", "plain"), "--units would have no effect"),
+        (("barrier", a, b, "-o", tmp_path / "out", "--text", text_file, "--split", "test"), "--split would have no effect"),
         (("merge", a, b, "-o", tmp_path / "out", "--push-to-hub", "no spaces"), "not a Hub id to publish under"),
         (("align", a, b, "-o", tmp_path / "out", "--symmetry-only", "--push-to-hub", "me/m"), "no checkpoint to publish"),
     ):
