@@ -247,9 +247,14 @@ def load_symmetry(symmetry: str | os.PathLike[str] | ModelSymmetry, model: MoEMo
     return value
 
 
-def warn_if_recorded_for_another(symmetry: ModelSymmetry, model: MoEModel) -> None:
-    """Compares the recorded fingerprint of what `symmetry` acts on with that of `model`."""
-    recorded = symmetry.metadata.get("b_fingerprint")
+def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
+    """Brings the weights, once everything has been checked from headers.
+
+    Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
+    """
+    for model in models:
+        model.checkpoint.download()
+    recorded = given.metadata.get("b_fingerprint") if given else None
     if recorded is not None and recorded != model.checkpoint.fingerprint():
         warnings.warn(
             f"{model.checkpoint.name}: the symmetry was recorded for another checkpoint (fingerprint {recorded[:12]})",
@@ -294,8 +299,7 @@ def align(
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
-            for model in (model_a, model_b):
-                model.checkpoint.download()
+            download(model_a, model_b)
             alignment = align_models(model_a, model_b, order=order, units=units)
             if not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
@@ -330,8 +334,7 @@ def apply(
         model = read_model(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
         with FolderWriter(output, [model.checkpoint]) as writer:
-            model.checkpoint.download()
-            warn_if_recorded_for_another(value, model)
+            download(model, given=value)
             writer.write_tensors(rewritten(model, value))
             writer.write_checkpoint_files(model.checkpoint)
             value.save(writer.path("alignment/symmetry.safetensors"))

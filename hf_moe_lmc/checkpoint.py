@@ -105,6 +105,7 @@ class Checkpoint:
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
+    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
 
     @classmethod
@@ -189,6 +190,11 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json, every shard's header and size, and 4 KiB of each tensor, taken in PROBES places."""
+        if self._fingerprint is None:
+            self._fingerprint = self._compute_fingerprint()
+        return self._fingerprint
+
+    def _compute_fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in sorted(self.shards.values(), key=lambda shard: shard.name):
             digest.update(f"{shard.name} {shard.size} ".encode() + shard.header)

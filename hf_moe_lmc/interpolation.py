@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.alignment import Alignment, align_models, load_symmetry, open_models, warn_if_recorded_for_another
+from hf_moe_lmc.alignment import Alignment, align_models, download, load_symmetry, open_models
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.errors import InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
@@ -109,10 +109,7 @@ def merge(
         model_a, model_b = open_models(a, b, stack)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
-            for model in (model_a, model_b):
-                model.checkpoint.download()
-            if given is not None:
-                warn_if_recorded_for_another(given, model_b)
+            download(model_a, model_b, given=given)
             alignment = align_models(model_a, model_b, order=order, units=units) if align and given is None else None
             used = alignment.symmetry if alignment else given or model_b.identity()
             writer.write_tensors(interpolated(model_a, model_b, used, t))

@@ -84,19 +84,14 @@ class _Pairs:
 
     def match(self, i: int, j: int) -> UnitMatch:
         if (i, j) not in self.matches:
-            self.matches[i, j] = match_units(self._rows(self.a, i), self._rows(self.b, j), self.units)
+            of_a, of_b = _finite_rows(self.a, i, self.device), _finite_rows(self.b, j, self.device)
+            self.matches[i, j] = match_units(of_a, of_b, self.units)
         return self.matches[i, j]
 
     def squared_before(self, i: int, j: int) -> float:
         if (i, j) in self.matches:
             return self.matches[i, j].squared_before
-        return self._rows(self.a, i).squared_distance(self._rows(self.b, j))
-
-    def _rows(self, layer: MoELayer, expert: int) -> UnitRows:
-        rows = UnitRows.of(layer, layer.roles, expert, self.device)
-        if not math.isfinite(rows.squared_norm):
-            raise _not_finite(layer, f"expert {expert}")
-        return rows
+        return _finite_rows(self.a, i, self.device).squared_distance(_finite_rows(self.b, j, self.device))
 
 
 def match_layer(
@@ -189,8 +184,12 @@ def _not_finite(layer: MoELayer, what: str) -> CheckpointError:
 def _match_shared(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device) -> UnitMatch:
     if not a.sizes.get("shared"):
         return UnitMatch(torch.arange(0), torch.ones(0), False, 0.0, 0.0, 0.0)
-    shared = [UnitRows.of(layer, layer.roles, None, device) for layer in (a, b)]
-    for layer, rows in zip((a, b), shared, strict=True):
-        if not math.isfinite(rows.squared_norm):
-            raise _not_finite(layer, "the shared expert")
-    return match_units(shared[0], shared[1], units)
+    return match_units(_finite_rows(a, None, device), _finite_rows(b, None, device), units)
+
+
+def _finite_rows(layer: MoELayer, expert: int | None, device: torch.device) -> UnitRows:
+    """One routed expert, or with None the shared one; raises CheckpointError where it is not finite."""
+    rows = UnitRows.of(layer, layer.roles, expert, device)
+    if not math.isfinite(rows.squared_norm):
+        raise _not_finite(layer, "the shared expert" if expert is None else f"expert {expert}")
+    return rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moe_lmc.alignment import align_models, load_symmetry, open_models, warn_if_recorded_for_another
+from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
@@ -124,13 +124,11 @@ def _measure(
 ) -> tuple[BarrierReport, ModelSymmetry]:
     """Downloads, aligns unless a symmetry is given, evaluates; everything has been checked."""
     started = time.perf_counter()
-    for model in (a, b):
-        model.checkpoint.download()
+    download(a, b, given=given)
     if given is None:
         alignment = align_models(a, b, order=order, units=units)
         used, matching = alignment.symmetry, alignment.to_dict()
     else:
-        warn_if_recorded_for_another(given, b)
         used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
     ran_with: dict[str, Any] = {}
     losses = evaluate_path(

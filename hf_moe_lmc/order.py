@@ -94,7 +94,7 @@ def _rows_of(layer: MoELayer, role: str, units: UnitMethod, device: torch.device
             return values
         whole = UnitRows.of(layer, layer.roles, expert, device)
         values = getattr(whole, role)
-        if units == "scaled" and role != "gate":
+        if units == "scaled":
             ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
             values = values / ratio if role == "up" else values * ratio
         if role == "down" and whole.down_bias is not None:
