@@ -101,7 +101,8 @@ class Alignment:
     def totals(self) -> dict[str, float]:
         """Counts and relative distances over all layers."""
         reports = [layer_report(index, matching) for index, matching in self.layers.items()]
-        norm = math.hypot(*(matching.norm for matching in self.layers.values())) or 1.0
+        reports += [bank for report in reports for bank in report.get("banks", {}).values()]
+        norm = math.hypot(*(report["norm"] for report in reports)) or 1.0
         counts = ("experts", "experts_moved", "units", "units_moved", "signs", "scales_kept")
         distances = ("distance_before", "distance_after_order", "distance_after_units")
         return {
@@ -111,9 +112,10 @@ class Alignment:
 
 
 def layer_report(index: int, matching: Matching) -> dict[str, Any]:
-    """One layer's entry in alignment.json."""
+    """One layer's entry in alignment.json; `banks` holds the same for each further bank of experts."""
     symmetry = matching.symmetry
     identity = LayerSymmetry.identity(*symmetry.sizes.values())
+    banks = {name: layer_report(index, other) for name, other in matching.others.items()}
     moved = {
         name: int((getattr(symmetry, name) != getattr(identity, name)).sum())
         for name in ("expert_order", "unit_order", "shared_order")
@@ -139,6 +141,7 @@ def layer_report(index: int, matching: Matching) -> dict[str, Any]:
         "signs": int((symmetry.unit_scale < 0).sum() + (symmetry.shared_scale < 0).sum()),
         "scales_kept": matching.scales_kept,
         "seconds": matching.seconds,
+        **({"banks": banks} if banks else {}),
     }
 
 

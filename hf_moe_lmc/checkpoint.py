@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_moe_lmc.errors import CheckpointError, listing
 from hf_moe_lmc.hub import Folder, Repository, resolve
+from hf_moe_lmc.quantisation import Quantisation, read_quantisation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,6 +38,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -98,12 +100,14 @@ class Checkpoint:
         config: config.json as written.
         shards: by file name, in the order of the weight map.
         tensors: by name, in shard and file order.
+        quantisation: what config.json declares of the weights.
     """
 
     source: Folder | Repository
     config: dict[str, Any]
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
+    quantisation: Quantisation | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
@@ -121,7 +125,7 @@ class Checkpoint:
         files = set(source.files())
         _refuse_other_kinds(source.name, files)
         config = _read_json(source, "config.json")
-        _refuse_quantised(source.name, config)
+        quantisation = read_quantisation(source.name, config)
         weight_map = _read_weight_map(source, files)
         names = list(dict.fromkeys(weight_map.values())) if weight_map else [SINGLE]
         shards: dict[str, Shard] = {}
@@ -138,7 +142,7 @@ class Checkpoint:
                 tensors[info.name] = info
         if weight_map:
             _check_weight_map(source.name, weight_map, tensors)
-        return cls(source=source, config=config, shards=shards, tensors=tensors)
+        return cls(source=source, config=config, shards=shards, tensors=tensors, quantisation=quantisation)
 
     @property
     def name(self) -> str:
@@ -267,16 +271,6 @@ def _refuse_other_kinds(name: str, files: set[str]) -> None:
         raise CheckpointError(f"{name}: expected {SINGLE} or {INDEX}, found neither; is this a model folder?")
     if "config.json" not in top:
         raise CheckpointError(f"{name}: config.json is missing; copy it from the model this checkpoint comes from")
-
-
-def _refuse_quantised(name: str, config: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method", "unnamed") if isinstance(config[key], dict) else config[key]
-            raise CheckpointError(
-                f"{name}: config.json declares quantised weights ({key}: {method}); averaging and scaling need plain floats. "
-                "Dequantise first (transformers: from_pretrained(..., dtype='bfloat16'), dequantize(), save_pretrained)"
-            )
 
 
 def _read_json(source: Folder | Repository, file: str) -> dict[str, Any]:

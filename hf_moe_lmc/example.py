@@ -28,7 +28,6 @@ from hf_moe_lmc.model import read_model
 from hf_moe_lmc.output import check_output
 from hf_moe_lmc.protocol import Training, reinitialise, standard_library_text, token_stream, train, train_tokenizer
 from hf_moe_lmc.report import BarrierReport
-from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 CONFIG = MixtralConfig(
     vocab_size=1024,
@@ -138,9 +137,5 @@ def _shuffle(source: Path, output: Path) -> None:
     """Writes `source` moved by a random symmetry with signs and scales: the same function, far away as weights."""
     generator = torch.Generator().manual_seed(0)
     with Checkpoint.open(source) as checkpoint:
-        identity = read_model(checkpoint).identity()
-    layers = {
-        index: LayerSymmetry.random(*layer.sizes.values(), scale=2.0, generator=generator)
-        for index, layer in identity.layers.items()
-    }
-    apply(ModelSymmetry(identity.family, identity.groups, layers), source, output)
+        symmetry = read_model(checkpoint).random(generator, scale=2.0)
+    apply(symmetry, source, output)

@@ -92,11 +92,11 @@ def _describe(model: MoEModel) -> Inspection:
         commit=checkpoint.source.commit if isinstance(checkpoint.source, Repository) else None,
         family=model.family.name,
         model_type=str(checkpoint.config["model_type"]),
-        num_layers=model.num_hidden_layers,
+        num_layers=model.num_layers,
         moe_layers=tuple(model.layers),
         experts=model.sizes["expert"],
         top_k=model.top_k,
-        router=model.family.router,
+        router=next(iter(model.layers.values())).facts.router,
         expert_groups=model.groups,
         shared_units=model.sizes.get("shared", 0),
         units=model.sizes["unit"],
@@ -126,7 +126,7 @@ def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:
     ]
     if shared:
         lines.append(f"hidden units of the shared expert likewise (S_{shared})")
-    if model.family.router == "softmax":
+    if next(iter(model.layers.values())).facts.router == "softmax":
         lines.append("one vector added to all router rows (left alone: it cannot change a barrier)")
     else:
         lines.append("no translation of the router (sigmoid)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -18,11 +18,23 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.errors import FamilyError, listing
-from hf_moe_lmc.family import EXPERT_ROLES, SCALE_EXPONENT, MoEFamily, Template
+from hf_moe_lmc.claim import Claim, outputs_first
+from hf_moe_lmc.family import (
+    AXIS_WORDS,
+    EXPERT_VECTORS,
+    PACKED,
+    UNIT_KINDS,
+    LayerFacts,
+    MoEFamily,
+    UnitKind,
+    bank_size,
+    is_expert_role,
+    split_role,
+)
+from hf_moe_lmc.quantisation import Quantisation, dequantise_fp8, dequantise_mxfp4
 from hf_moe_lmc.symmetry import LayerSymmetry
 
-CANONICAL = ("expert", "1", "unit", "shared", "model")
+CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
 
 
 class LayerSource(Protocol):
@@ -36,17 +48,8 @@ class LayerSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One tensor on disk under a block: the template that claims it, and the expert that its key names."""
-
-    name: str
-    template: Template
-    expert: int | None
-
-
-@dataclass(frozen=True)
 class Piece:
-    """A contiguous range of one tensor on disk: one expert of it, or all of it.
+    """A contiguous range of one tensor on disk: one expert of it, or all of it that belongs to one bank.
 
     Attributes:
         first: its first element.
@@ -63,53 +66,133 @@ class MoELayer:
 
     Attributes:
         index: number of its layer.
-        sizes: size of every axis word, by the configuration; the shapes on disk agree.
+        facts: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
+        quantisation: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     family: MoEFamily
     index: int
-    sizes: Mapping[str, int]
+    facts: LayerFacts
     claims: Mapping[str, Claim]
+    quantisation: Quantisation | None = None
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.facts.sizes
 
     @cached_property
-    def _holders(self) -> dict[tuple[str, int | None], Claim]:
-        """(role, expert named by the key) -> the claim that holds it."""
-        return {(role, claim.expert): claim for claim in self.claims.values() for role in claim.template.spec.roles}
+    def units(self) -> Mapping[str, UnitKind]:
+        """What hidden units allow, by bank ('' is the first), and of the `shared` expert."""
+        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantisation else self.facts.units
+
+    @cached_property
+    def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
+        """(role, expert named by the key) -> the claim that holds it, and the segment of it."""
+        return {
+            (role, claim.expert): (claim, segment)
+            for claim in self.claims.values()
+            for segment in claim.segments
+            for role in claim.spec.segments[segment]
+        }
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(role for role, _ in self._holders))
+        return tuple(dict.fromkeys(role for role, _ in self.holders))
 
     @property
     def expert_roles(self) -> tuple[str, ...]:
-        """Roles that every expert has, e.g. gate, up, down."""
-        return tuple(role for role in self.roles if role in EXPERT_ROLES)
+        """Roles that every expert of a bank has, e.g. gate, up, down."""
+        return tuple(role for role in self.roles if is_expert_role(role))
 
     @property
     def experts(self) -> int:
         return self.sizes["expert"]
 
-    @property
+    @cached_property
+    def banks(self) -> dict[str, Bank]:
+        """The banks of experts, the first one ('') first."""
+        names = dict.fromkeys(["", *(split_role(role)[0] for role in self.roles)])
+        return {name: Bank(self, name) for name in names}
+
+    @cached_property
     def expert_numel(self) -> int:
-        """Elements of one expert."""
-        return len([role for role in self.expert_roles if not role.endswith("bias")]) * self.sizes["unit"] * self.sizes["model"]
+        """Elements of the largest expert."""
+        return max(bank.expert_numel for bank in self.banks.values())
+
+    def identity(self) -> LayerSymmetry:
+        """The identity of this block's group."""
+        parts = {
+            name: LayerSymmetry.identity(bank.experts, bank.unit_count, bank.shared_count) for name, bank in self.banks.items()
+        }
+        own = parts.pop("")
+        return replace(own, others=parts)
+
+    def random(self, generator: torch.Generator, *, groups: int = 1, scale: float = 1.0) -> LayerSymmetry:
+        """A random element of this block's group; `scale`: see LayerSymmetry.random."""
+        parts = {name: bank.random(generator, groups=1 if name else groups, scale=scale) for name, bank in self.banks.items()}
+        own = parts.pop("")
+        return replace(own, others=parts)
+
+    def problems(self, symmetry: LayerSymmetry) -> list[str]:
+        """What in a valid symmetry of these sizes the hidden units of this block do not allow."""
+        return [problem for name, bank in self.banks.items() for problem in bank.problems(symmetry.bank(name))]
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
-        claim = self._holders.get((role, expert)) or self._holders[role, None]
-        spec = claim.template.spec
-        fixed = {} if len(spec.roles) == 1 else {"half": spec.roles.index(role)}
-        if role in EXPERT_ROLES and claim.expert is None:
+        claim, segment = self.holders.get((role, expert)) or self.holders[role, None]
+        roles = claim.spec.segments[segment]
+        fixed = {} if len(roles) == 1 else {"half": roles.index(role)}
+        if is_expert_role(role) and claim.expert is None:
             assert expert is not None
             fixed["expert"] = expert
-        return self._read_at(claim, fixed)
+        return self._read_at(claim, segment, fixed)
 
-    def _read_at(self, claim: Claim, fixed: Mapping[str, int]) -> Tensor:
+    def values(self, role: str, expert: int | None = None) -> Tensor:
+        """As `read`, with quantised weights in float32."""
+        held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
+        if held is None or self.quantisation is None:
+            return self.read(role, expert)
+        weight, scales = held
+        assert scales.whole is not None
+        spec = scales.whole
+        known = dict(zip(spec.axes, spec.axis_sizes(self.sizes, scales.segment or 0), strict=True))
+        groups = outputs_first(spec) if self.quantisation.method == "mxfp4" else spec.groups
+        groups = groups[1:] if groups[0] == ("expert",) else groups
+        shape = tuple(math.prod(known[word] for word in group) for group in groups)
+
+        def part(claim: Claim, shape: tuple[int, ...]) -> Tensor:
+            first = 0 if claim.expert is not None or expert is None else expert * math.prod(shape)
+            return self.checkpoint.read(claim.name, first, math.prod(shape)).view(shape)
+
+        low = part(scales, self.quantisation.shape("_scales", shape))
+        if self.quantisation.method == "mxfp4":
+            values = dequantise_mxfp4(part(weight, self.quantisation.shape("_blocks", shape)), low)
+        else:
+            values = dequantise_fp8(part(weight, shape), low, self.quantisation.block)
+        axes = [word for group in groups for word in group]
+        values = values.view([known[word] for word in axes])
+        if "half" in axes:
+            values = values.select(axes.index("half"), spec.segments[scales.segment or 0].index(role))
+            axes.remove("half")
+        return values.permute([axes.index(axis) for axis in CANONICAL if axis in axes])
+
+    @cached_property
+    def _quantised(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
+        """(role, expert named by the key) -> the tensor that holds its quantised values, and its scales."""
+        found = {}
+        for claim in self.claims.values():
+            if claim.whole and claim.roles[0].endswith("_scales"):
+                holder = self.claims.get(f"{claim.weight}_blocks") or self.claims[claim.weight]
+                for role in claim.whole.segments[claim.segment or 0]:
+                    found[role, claim.expert] = (holder, claim)
+        return found
+
+    def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int]) -> Tensor:
         """The tensor at the given indices of some axes, the other axes in canonical order; reads the least range."""
-        axes = list(claim.template.spec.axes)
-        shape = list(claim.template.spec.axis_sizes(self.sizes))
-        first = 0
+        axes = list(claim.spec.axes)
+        shape = list(claim.axis_sizes(self.sizes, segment))
+        first = self._segment_start(claim, segment)
         while axes and axes[0] in fixed:  # leading indices narrow the range
             first += fixed[axes.pop(0)] * math.prod(shape[1:])
             shape.pop(0)
@@ -119,24 +202,30 @@ class MoELayer:
             axes.remove(axis)
         return values.permute([axes.index(axis) for axis in CANONICAL if axis in axes])
 
+    def _segment_start(self, claim: Claim, segment: int) -> int:
+        """First element of a segment of a tensor."""
+        before = [other for other in claim.segments if other < segment]
+        return sum(math.prod(claim.axis_sizes(self.sizes, other)) for other in before)
+
     def pieces(self, name: str) -> Iterator[Piece]:
         """The pieces of tensor `name`, in the order on disk; each is as large as one expert, or as the router."""
         claim = self.claims[name]
-        spec = claim.template.spec
-        if spec.roles[0] in EXPERT_ROLES and claim.expert is None:
-            numel = math.prod(spec.axis_sizes(self.sizes)) // self.experts
-            if spec.axes[0] != "expert":
-                raise FamilyError(f"{self.family.name}: {claim.template.key}: the expert axis must come first on disk")
-            for expert in range(self.experts):
-                yield Piece(expert * numel, tuple((role, expert) for role in spec.roles))
-        else:
-            yield Piece(0, tuple((role, claim.expert) for role in spec.roles))
+        for segment in claim.segments:
+            roles = claim.spec.segments[segment]
+            first = self._segment_start(claim, segment)
+            if is_expert_role(roles[0]) and claim.expert is None:
+                experts = bank_size(self.sizes, split_role(roles[0])[0], "expert")
+                numel = math.prod(claim.axis_sizes(self.sizes, segment)) // experts
+                for expert in range(experts):
+                    yield Piece(first + expert * numel, tuple((role, expert) for role in roles))
+            else:
+                yield Piece(first, tuple((role, claim.expert) for role in roles))
 
     def assemble(self, name: str, piece: Piece, source: LayerSource) -> Tensor:
         """The values of `piece` in this layout, taken from `source`: one row, in the dtype of the source."""
-        spec = self.claims[name].template.spec
+        spec = self.claims[name].spec
         axes = [axis for axis in spec.axes if axis != "half"]
-        if spec.roles[0] in EXPERT_ROLES and "expert" in axes:
+        if is_expert_role(spec.roles[0]) and "expert" in axes:
             axes.remove("expert")
         canonical = [axis for axis in CANONICAL if axis in axes]
         parts = [source.read(role, expert).permute([canonical.index(axis) for axis in axes]) for role, expert in piece.parts]
@@ -147,117 +236,153 @@ class MoELayer:
 
 
 @dataclass(frozen=True)
+class Bank:
+    """The experts of one bank of a block, with the roles that are theirs.
+
+    The first bank ('') holds the shared expert as well.
+    """
+
+    layer: MoELayer
+    name: str
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.layer.checkpoint.name}: layer {self.layer.index}" + (f", bank {self.name}" if self.name else "")
+
+    @cached_property
+    def roles(self) -> tuple[str, ...]:
+        """Its roles, without the bank's name."""
+        return tuple(base for role in self.layer.roles for bank, base in [split_role(role)] if bank == self.name)
+
+    @property
+    def router(self) -> str:
+        return self.layer.facts.router
+
+    @property
+    def kind(self) -> UnitKind:
+        return self.layer.units[self.name]
+
+    @property
+    def shared_kind(self) -> UnitKind:
+        return self.layer.units["shared"]
+
+    @property
+    def experts(self) -> int:
+        return bank_size(self.layer.sizes, self.name, "expert")
+
+    @property
+    def unit_count(self) -> int:
+        """Hidden units of each expert; 0 where they have none, or none that is whole."""
+        return bank_size(self.layer.sizes, self.name, "unit") if {"up", "down"} <= set(self.roles) else 0
+
+    @property
+    def shared_count(self) -> int:
+        return self.layer.sizes.get("shared", 0) if "shared_up" in self.roles else 0
+
+    @cached_property
+    def width(self) -> int:
+        """What the experts read: the residual width, or a latent one."""
+        claim, segment = next(
+            held for (role, _), held in self.layer.holders.items() if role == (f"{self.name}.up" if self.name else "up")
+        )
+        sizes = dict(zip(claim.spec.axes, claim.axis_sizes(self.layer.sizes, segment), strict=True))
+        return next(sizes[word] for word in ("model", "latent") if word in sizes)
+
+    @property
+    def expert_numel(self) -> int:
+        """Elements of one expert."""
+        matrices = [role for role in ("gate", "up", "down") if role in self.roles]
+        return len(matrices) * self.unit_count * self.width if self.unit_count else 0
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        """As LayerSource.read; quantised weights as the values that they stand for, in float32."""
+        return self.layer.values(f"{self.name}.{role}" if self.name else role, expert)
+
+    def random(self, generator: torch.Generator, *, groups: int = 1, scale: float = 1.0) -> LayerSymmetry:
+        """A random element of this bank's group."""
+
+        def drawn(kind: UnitKind) -> LayerSymmetry:
+            return LayerSymmetry.random(
+                self.experts,
+                self.unit_count,
+                self.shared_count,
+                groups=groups,
+                signs=kind.sign,
+                scale=scale if kind.scale else 1.0,
+                generator=generator,
+            )
+
+        routed, shared = drawn(self.kind), drawn(self.shared_kind)
+        still = LayerSymmetry.identity(self.experts, self.unit_count, self.shared_count)
+        return LayerSymmetry(
+            expert_order=routed.expert_order,
+            unit_order=(routed if self.kind.order else still).unit_order,
+            unit_scale=routed.unit_scale,
+            shared_order=(shared if self.shared_kind.order else still).shared_order,
+            shared_scale=shared.shared_scale,
+        )
+
+    def problems(self, symmetry: LayerSymmetry) -> list[str]:
+        """What in a valid symmetry of these sizes the hidden units of this bank do not allow."""
+        found = []
+        for what, kind, order, scale in (
+            ("hidden units", self.kind, symmetry.unit_order, symmetry.unit_scale),
+            ("the shared expert's hidden units", self.shared_kind, symmetry.shared_order, symmetry.shared_scale),
+        ):
+            where = f"layer {self.layer.index}" + (f", bank {self.name}" if self.name else "") + f": {what}"
+            if not kind.order and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
+                found.append(f"{where} change places, but {kind.words}")
+            if not kind.sign and bool((scale < 0).any()):
+                found.append(f"{where} change sign; allowed: {kind.words}")
+            if not kind.scale and bool((scale.abs() != 1).any()):
+                found.append(f"{where} are scaled; allowed: {kind.words}")
+        return found
+
+
+@dataclass(frozen=True)
 class ActedLayer:
     """A block in the coordinates that a symmetry gives it.
 
     Orders alone move values in their own dtype. Scales are applied in float32 (float64 stays), and the result is not
     cast back: whoever writes casts once.
+
+    Attributes:
+        units: what hidden units allow, as in MoELayer: it says how a scale enters.
     """
 
     layer: LayerSource
     symmetry: LayerSymmetry
+    units: Mapping[str, UnitKind]
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
-        g = self.symmetry
-        if role in EXPERT_ROLES:
+        bank, base = split_role(role)
+        g = self.symmetry.bank(bank)
+        if is_expert_role(role):
             assert expert is not None
             values = self.layer.read(role, int(g.expert_order[expert]))
-            return values if role == "down_bias" else _act_on_units(role, values, g.unit_order[expert], g.unit_scale[expert])
+            if base == "down_bias" or base.endswith(PACKED):
+                return values
+            return _act_on_units(base, values, g.unit_order[expert], g.unit_scale[expert], self.units[bank])
         values = self.layer.read(role)
-        if role in ("shared_gate", "shared_up", "shared_down"):
-            return _act_on_units(role, values, g.shared_order, g.shared_scale)
-        if role == "shared_router":
-            return values
-        return values.index_select(0, g.expert_order)
+        if base.startswith("shared_") and base not in ("shared_router", "shared_down_bias") and not base.endswith(PACKED):
+            return _act_on_units(base.removeprefix("shared_"), values, g.shared_order, g.shared_scale, self.units["shared"])
+        if base == "expert_table":
+            return g.expert_order.argsort().to(values.dtype)[values]
+        return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
 
 
-def _act_on_units(role: str, values: Tensor, order: Tensor, scale: Tensor) -> Tensor:
-    """Units in their new order; linear-branch rows times `scale`, down columns divided by it. values: [unit, ...]."""
+def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind: UnitKind) -> Tensor:
+    """Units in their new order; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...]."""
+    if not len(order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
+        return values
     if not torch.equal(order, torch.arange(len(order))):
         values = values.index_select(0, order)
-    exponent = SCALE_EXPONENT.get(role, 0)
-    if exponent and not bool((scale == 1).all()):
+    if base in ("up", "up_bias", "down") and not bool((scale == 1).all()):
         scale = scale.view(-1, *[1] * (values.ndim - 1))
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        values = values * scale if exponent > 0 else values / scale
+        if base == "down":
+            return values / scale**kind.power
+        if base == "up_bias" and kind.offset:
+            return (values + kind.offset) * scale - kind.offset
+        return values * scale
     return values
-
-
-def claim_block(
-    checkpoint: Checkpoint, family: MoEFamily, index: int, names: Mapping[str, str], sizes: Mapping[str, int]
-) -> MoELayer:
-    """Claims every tensor under one MoE block and checks that the block is complete.
-
-    Args:
-        names: tensor names under the block, by their key below the layer.
-        sizes: what the configuration says of every axis word.
-
-    Raises:
-        FamilyError: a tensor that no template claims, a role that is missing or filled twice, another shape.
-    """
-    claims: dict[str, Claim] = {}
-    unclaimed = []
-    for key, name in names.items():
-        matches = [(template, match) for template in family.templates if (match := template.pattern.fullmatch(key))]
-        if len(matches) != 1:
-            unclaimed.append(name)
-            continue
-        template, match = matches[0]
-        claims[name] = Claim(name, template, int(match["expert"]) if template.is_per_expert else None)
-    layer = MoELayer(checkpoint, family, index, sizes, claims)
-    problems = [f"{name}: not a tensor of an MoE block of family {family.name}" for name in unclaimed]
-    problems += _role_problems(layer)
-    for claim in claims.values():
-        expected, found = claim.template.spec.shape(sizes), checkpoint.tensors[claim.name].shape
-        if expected != found:
-            problems.append(
-                f"{claim.name}: expected shape {list(expected)} ({claim.template.spec.text}; "
-                f"{', '.join(f'{word} {size}' for word, size in sizes.items())} by config.json), found {list(found)}"
-            )
-        elif not checkpoint.tensors[claim.name].dtype.is_floating_point or checkpoint.tensors[claim.name].dtype.itemsize < 2:
-            problems.append(f"{claim.name}: dtype {checkpoint.tensors[claim.name].dtype} is quantised; dequantise first")
-    if problems:
-        raise FamilyError(f"{checkpoint.name}: layer {index} is not a whole MoE block:\n{listing(problems)}")
-    return layer
-
-
-def _role_problems(layer: MoELayer) -> list[str]:
-    """Missing roles and roles filled twice."""
-    held: dict[tuple[str, int | None], list[str]] = {}
-    for claim in layer.claims.values():
-        for role in claim.template.spec.roles:
-            experts = range(layer.experts) if claim.expert is None and role in EXPERT_ROLES else [claim.expert]
-            for expert in experts:
-                held.setdefault((role, expert), []).append(claim.name)
-    prefix = layer.family.layer_prefix.format(layer=layer.index)
-    problems = []
-    for role, templates in _templates_by_role(layer.family, layer.sizes).items():
-        for expert in range(layer.experts) if role in EXPERT_ROLES else [None]:
-            if (role, expert) not in held:
-                likely = [template for template in templates if _fits_layout(template, layer)] or templates
-                keys = " or ".join(prefix + template.key.replace("{expert}", str(expert)) for template in likely)
-                problems.append(f"missing: {keys} ({role})")
-    for (role, expert), names in held.items():
-        if len(names) > 1:
-            problems.append(f"{role} is given twice, by {' and '.join(names)}")
-        if expert is not None and expert >= layer.experts:
-            problems.append(f"{names[0]}: config.json says {layer.experts} experts, numbered from 0")
-    return problems
-
-
-def _fits_layout(template: Template, layer: MoELayer) -> bool:
-    """Whether a template belongs to the layout of what is there (of several, a message names the likely key)."""
-    present = [claim.template for claim in layer.claims.values()]
-    holds_experts = [one.is_per_expert for one in present if one.spec.roles[0] in EXPERT_ROLES]
-    same_form = template.spec.roles[0] not in EXPERT_ROLES or template.is_per_expert in holds_experts
-    return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
-
-
-def _templates_by_role(family: MoEFamily, sizes: Mapping[str, int]) -> dict[str, list[Template]]:
-    """The templates that may fill each role which a configuration of these sizes has."""
-    found: dict[str, list[Template]] = {}
-    for template in family.templates:
-        if all(sizes.get(word, 1) for word in template.spec.axes):
-            for role in template.spec.roles:
-                found.setdefault(role, []).append(template)
-    return found

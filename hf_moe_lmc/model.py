@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.claim import Block, check_scales, claim_block
 from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError, listing
-from hf_moe_lmc.family import MoEFamily, get_family
-from hf_moe_lmc.layer import ActedLayer, LayerSource, MoELayer, claim_block
+from hf_moe_lmc.family import (
+    SHARED_ROLES,
+    MoEFamily,
+    Stack,
+    families,
+    get_family,
+    is_expert_role,
+    refusals,
+    split_role,
+)
+from hf_moe_lmc.layer import ActedLayer, LayerSource, MoELayer
+from hf_moe_lmc.quantisation import WAY_OUT, Quantisation
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 # Differences in these say nothing about the function that the weights compute.
@@ -30,20 +43,22 @@ class MoEModel:
     """A checkpoint whose every tensor has been accounted for, from headers alone.
 
     Attributes:
-        config: as AutoConfig reads it.
-        sizes: size of every axis word that the family has.
+        config: as AutoConfig reads it, the whole of a composite one.
+        num_layers: layers of all stacks of the text model.
         groups: number of expert groups that bind (1: none).
         top_k: experts per token.
         layers: the MoE layers by number, multi-token-prediction layers included.
+        towers: what stands before `layers.` (or what the family has in its place), by stack.
     """
 
     checkpoint: Checkpoint
     family: MoEFamily
     config: PreTrainedConfig
-    sizes: Mapping[str, int]
+    num_layers: int
     groups: int
     top_k: int
     layers: Mapping[int, MoELayer]
+    towers: tuple[str, ...]
 
     @cached_property
     def layer_of(self) -> dict[str, MoELayer]:
@@ -56,25 +71,37 @@ class MoEModel:
         return tuple(name for name in self.checkpoint.tensors if name not in self.layer_of)
 
     @property
-    def num_hidden_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
+    def text_config(self) -> PreTrainedConfig:
+        return self.config.get_text_config()
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        return self.checkpoint.quantisation
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes of the axis words in the first MoE layer; in nearly all models, of every one."""
+        return next(iter(self.layers.values())).sizes
 
     @cached_property
     def extra_layers(self) -> tuple[int, ...]:
-        """The multi-token-prediction layers that are present."""
-        return tuple(index for index in self.layers if index >= self.num_hidden_layers)
+        """The multi-token-prediction layers that are present and have experts."""
+        return tuple(index for index in self.layers if index >= self.num_layers)
 
     def is_extra(self, name: str) -> bool:
         """Whether a tensor belongs to a multi-token-prediction layer."""
-        match = self.family.layer_pattern.fullmatch(name)
-        return match is not None and int(match["layer"]) >= self.num_hidden_layers
+        if len(self.towers) > 1:
+            return False
+        match = _layer_pattern(self.family.stacks[0], self.towers[0]).fullmatch(name)
+        return match is not None and int(match["layer"]) >= self.num_layers
 
     def identity(self) -> ModelSymmetry:
         """The identity of this model's group."""
-        layers = {
-            index: LayerSymmetry.identity(layer.experts, layer.sizes["unit"], layer.sizes.get("shared", 0))
-            for index, layer in self.layers.items()
-        }
+        return ModelSymmetry(self.family.name, self.groups, {index: layer.identity() for index, layer in self.layers.items()})
+
+    def random(self, generator: torch.Generator, *, scale: float = 1.0) -> ModelSymmetry:
+        """A random element of this model's group; `scale`: see LayerSymmetry.random."""
+        layers = {index: layer.random(generator, groups=self.groups, scale=scale) for index, layer in self.layers.items()}
         return ModelSymmetry(self.family.name, self.groups, layers)
 
     def check_symmetry(self, symmetry: ModelSymmetry) -> None:
@@ -92,13 +119,26 @@ class MoEModel:
             for index, layer in symmetry.layers.items()
             if index in expected.layers and layer.sizes != expected.layers[index].sizes
         ]
+        problems += [
+            f"layer {index}: expected the banks {_banks(expected.layers[index])}, found {_banks(layer)}"
+            for index, layer in symmetry.layers.items()
+            if index in expected.layers and _banks(layer) != _banks(expected.layers[index])
+        ]
         if problems:
             raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
         ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
+        problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
+        if problems and self.quantisation:
+            raise SymmetryError(
+                f"{where} is quantised ({self.quantisation.method}): only whole experts can change places, anything else would "
+                f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
+            )
+        if problems:
+            raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
 
     def acted(self, symmetry: ModelSymmetry) -> dict[int, LayerSource]:
         """The MoE layers in the coordinates that `symmetry` gives them."""
-        return {index: ActedLayer(layer, symmetry.layers[index]) for index, layer in self.layers.items()}
+        return {index: ActedLayer(layer, symmetry.layers[index], layer.units) for index, layer in self.layers.items()}
 
 
 @dataclass(frozen=True)
@@ -127,72 +167,157 @@ class ModelStream:
             yield piece.first, layer.assemble(name, piece, self.layers[layer.index])
 
 
-def read_model(checkpoint: Checkpoint) -> MoEModel:
+def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:
     """Recognises a checkpoint: family, sizes, MoE layers; every tensor under an MoE block claimed exactly once.
+
+    Args:
+        family: what to read it as; by default the family that its model type is registered under. Of a composite model,
+            that is the family of its own type or else of its text tower's.
 
     Raises:
         CheckpointError: the configuration cannot be read.
         FamilyError: an unknown family, missing or extra tensors or layers, shapes that contradict the configuration.
     """
-    family = get_family(str(checkpoint.config.get("model_type")), checkpoint.name)
-    config = _read_config(checkpoint)
-    sizes = {word: int(family.evaluate(expression, config) or 0) for word, expression in family.sizes.items()}
-    layers = {
-        index: claim_block(checkpoint, family, index, names, sizes)
-        for index, names in _blocks(checkpoint, family, config).items()
-    }
+    config = read_config(checkpoint)
+    family = family or get_family(model_type(config), checkpoint.name)
+    text = config.get_text_config()
+    layers: dict[int, MoELayer] = {}
+    towers, start = [], 0
+    for stack in family.stacks:
+        tower = _find_tower(checkpoint, family, stack, config)
+        towers.append(tower)
+        count = int(family.evaluate(stack.layers, text))
+        for index, names in _blocks(checkpoint, family, stack, tower, text, count).items():
+            block = Block(
+                checkpoint=checkpoint,
+                family=family,
+                index=start + index,
+                prefix=tower + stack.stem.format(layer=index),
+                names=names,
+                facts=family.at(text, min(index, count - 1)),
+                quantisation=checkpoint.quantisation,
+            )
+            layers[block.index] = MoELayer(
+                checkpoint, family, block.index, block.facts, claim_block(block), checkpoint.quantisation
+            )
+        start += count
     if not layers:
-        raise FamilyError(f"{checkpoint.name}: no MoE layer in it: config.json ({family.moe_layers}) makes every layer dense")
-    return MoEModel(
+        raise FamilyError(
+            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
+        )
+    model = MoEModel(
         checkpoint=checkpoint,
         family=family,
         config=config,
-        sizes=sizes,
-        groups=int(family.evaluate(family.groups, config)),
-        top_k=int(family.evaluate(family.top_k, config)),
+        num_layers=start,
+        groups=int(family.evaluate(family.groups, text)),
+        top_k=int(family.evaluate(family.top_k, text)),
         layers=layers,
+        towers=tuple(towers),
     )
+    if checkpoint.quantisation:
+        check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    return model
 
 
-def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def model_type(config: PreTrainedConfig) -> str:
+    """The model type that decides the family: the configuration's own if it is known, else that of its text tower."""
+    known = families().keys() | refusals().keys()
+    return str(config.model_type if config.model_type in known else config.get_text_config().model_type)
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """config.json as AutoConfig reads it.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or it asks for code of its own.
+    """
     folder = checkpoint.source.path("config.json").parent
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({error})") from error
 
 
-def _blocks(checkpoint: Checkpoint, family: MoEFamily, config: PreTrainedConfig) -> dict[int, dict[str, str]]:
-    """Names of the tensors under each MoE block: {layer: {key below the layer: name}}.
+def _layer_pattern(stack: Stack, tower: str | None) -> re.Pattern[str]:
+    """Matches the keys of a stack's layers, in the given tower or in any."""
+    stem = re.escape(stack.stem).replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)")
+    before = r"(?P<tower>(?:.*\.)?)" if tower is None else re.escape(tower)
+    return re.compile(before + stem + "(?P<rest>.+)")
+
+
+def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config: PreTrainedConfig) -> str:
+    """What stands before `layers.N.` in this checkpoint: the family's own prefix, or that of a tower in a composite model.
+
+    Raises:
+        FamilyError: several towers hold experts of this family, and nothing says which one is the text tower.
+    """
+    if config.model_type in family.towers:
+        return family.towers[config.model_type]
+    pattern = _layer_pattern(stack, None)
+    experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
+    endings = tuple(checkpoint.quantisation.suffixes) if checkpoint.quantisation else ()
+    found = set()
+    for name in checkpoint.tensors:
+        match = pattern.fullmatch(name)
+        if match and match["tower"] not in found:
+            key = next((match["rest"].removesuffix(ending) for ending in endings if name.endswith(ending)), match["rest"])
+            if any(expert.fullmatch(key) for expert in experts):
+                found.add(match["tower"])
+    if stack.tower in found:
+        return stack.tower
+    # layers for multi-token prediction may stand beside the others under a prefix of their own
+    towers = sorted(tower for tower in found if not any(part.startswith("mtp") for part in tower.split(".")))
+    if len(towers) > 1:
+        raise FamilyError(
+            f"{checkpoint.name}: experts of family {family.name} stand under {' and under '.join(towers)}; "
+            "expected one text tower. A family's `towers` says which it is"
+        )
+    return towers[0] if towers else stack.tower
+
+
+def _blocks(
+    checkpoint: Checkpoint, family: MoEFamily, stack: Stack, tower: str, config: PreTrainedConfig, count: int
+) -> dict[int, dict[str, str]]:
+    """Names of the tensors under each MoE block of a stack: {layer: {key below the layer: name}}.
 
     Raises:
         FamilyError: layers missing or in excess, or an MoE tensor in a layer that the configuration makes dense.
     """
     layers: dict[int, dict[str, str]] = {}
+    pattern = _layer_pattern(stack, tower)
     for name in checkpoint.tensors:
-        if match := family.layer_pattern.fullmatch(name):
+        if match := pattern.fullmatch(name):
             layers.setdefault(int(match["layer"]), {})[match["rest"]] = name
-    count = int(config.num_hidden_layers)
-    extra = int(family.evaluate(family.extra_layers, config) or 0)
-    problems = [f"layer {index} is missing" for index in range(count) if index not in layers]
+    moe = [index for index in range(count) if family.evaluate(stack.moe_layers, config, layer=index)]
+    extra = int(family.evaluate(family.extra_layers, config) or 0) if len(family.stacks) == 1 else 0
+    # a stack with a suffix after its number (an encoder's `layer.1`) shows only some of the tensors of a layer
+    expected = range(count) if stack.stem.endswith("{layer}.") else moe
+    problems = [f"layer {index} is missing" for index in expected if index not in layers]
     problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= count + extra]
     if problems:
         raise FamilyError(
             f"{checkpoint.name}: config.json says {count} layers"
             + (f" and up to {extra} for multi-token prediction" if extra else "")
-            + f"; in the shards ({family.layer_prefix.format(layer='N')}):\n{listing(problems)}"
+            + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}"
         )
+    # what only an MoE layer has; a shared expert may be what a dense layer has as well
+    telling = [t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES]
     blocks = {}
     for index in sorted(layers):
         names = {key: name for key, name in layers[index].items() if key.startswith(family.block_prefixes)}
-        if index >= count or family.evaluate(family.moe_layers, config, layer=index):
+        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in telling)]
+        if index in moe or (index >= count and held):  # a layer for multi-token prediction may be dense
             blocks[index] = names
-        elif wrong := [name for key, name in names.items() if any(t.pattern.fullmatch(key) for t in family.templates)]:
+        elif held:
             raise FamilyError(
-                f"{checkpoint.name}: config.json ({family.moe_layers}) makes layer {index} dense, but it holds\n"
-                + listing(wrong)
+                f"{checkpoint.name}: config.json ({stack.moe_layers}) makes layer {index} dense, but it holds\n" + listing(held)
             )
     return blocks
+
+
+def _banks(layer: LayerSymmetry) -> dict[str, dict[str, int]]:
+    return {name: other.sizes for name, other in layer.others.items()}
 
 
 def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -> list[str]:
@@ -210,15 +335,23 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
     problems = []
     for what, of_a, of_b in (
         ("family", a.family.name, b.family.name),
-        ("layers", a.num_hidden_layers, b.num_hidden_layers),
+        ("layers", a.num_layers, b.num_layers),
         ("MoE layers", _regular(a), _regular(b)),
         ("experts per token", a.top_k, b.top_k),
         ("binding expert groups", a.groups, b.groups),
+        ("quantisation", a.quantisation, b.quantisation),
         *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
     ):
         if of_a != of_b:
             problems.append(f"{what}: A has {of_a}, B has {of_b}")
     if a.family is b.family:
+        for i in [i for i in _regular(a) if i in b.layers]:
+            layer_a, layer_b = a.layers[i], b.layers[i]
+            for word in [word for word in a.sizes if a.sizes[word] == b.sizes.get(word)]:
+                if layer_a.sizes[word] != layer_b.sizes[word]:
+                    problems.append(f"layer {i}: size of axis {word}: A has {layer_a.sizes[word]}, B has {layer_b.sizes[word]}")
+            if not a.quantisation and set(layer_a.roles) != set(layer_b.roles):
+                problems.append(f"layer {i}: in one of the two only: {', '.join(set(layer_a.roles) ^ set(layer_b.roles))}")
         problems += _outside_problems(a, b, ignore_extra_layers)
     if problems:
         raise MismatchError(
@@ -233,7 +366,7 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
 
 
 def _regular(model: MoEModel) -> list[int]:
-    return [index for index in model.layers if index < model.num_hidden_layers]
+    return [index for index in model.layers if index < model.num_layers]
 
 
 def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[str]:

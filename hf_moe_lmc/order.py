@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.family import RouterKind
-from hf_moe_lmc.layer import LayerSource, MoELayer
+from hf_moe_lmc.layer import Bank
 from hf_moe_lmc.units import UnitMethod, UnitRows
 
 WORKSPACE = 256 << 20  # most bytes for the Gram matrices of one role; see `_workspace`
 SKETCH_SEED = 20250911  # one fixed projection, independent of the weights
 
 
-def gate_cost(a: LayerSource, b: LayerSource, roles: Sequence[str], router: RouterKind) -> Tensor:
+def gate_cost(a: Bank, b: Bank) -> Tensor:
     """Distances between router rows, float64 [expert, expert] (Eq. 10).
 
     The rows of a softmax router are centred, since translating them changes nothing; a sigmoid router's are not. A
     router bias counts as one more column; a correction bias steers only the selection and does not count.
     """
 
-    def rows(source: LayerSource) -> Tensor:
-        parts = [source.read("router").double()]
-        if "router_bias" in roles:
-            parts.append(source.read("router_bias").double()[:, None])
+    def rows(bank: Bank) -> Tensor:
+        parts = [bank.read("router").double()]
+        if "router_bias" in bank.roles:
+            parts.append(bank.read("router_bias").double()[:, None])
         joined = torch.cat(parts, dim=1)
-        return joined - joined.mean(dim=0) if router == "softmax" else joined
+        return joined - joined.mean(dim=0) if bank.router == "softmax" else joined
 
     return torch.cdist(rows(a), rows(b), compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -41,29 +40,35 @@ class ExpertCost:
     Attributes:
         values: float64 [expert, expert].
         form: `gram` (d x d matrices), `products` (no Gram matrix is formed), or `sketch` (Gram matrices times one fixed
-            random d x k matrix, where they would not fit the workspace; an unbiased estimate).
+            random d x k matrix, where they would not fit the workspace; an unbiased estimate). Where hidden units cannot
+            move, `direct`: the weights themselves.
         columns: k for a sketch, else None.
     """
 
     values: Tensor
-    form: Literal["gram", "products", "sketch"]
+    form: Literal["gram", "products", "sketch", "direct"]
     columns: int | None = None
 
 
-def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.device, workspace: int | None = None) -> ExpertCost:
+def expert_cost(a: Bank, b: Bank, units: UnitMethod, device: torch.device, workspace: int | None = None) -> ExpertCost:
     """sqrt of the summed squared distances between the Gram matrices of gate, up and down (Eq. 11, generalised).
 
     A Gram matrix X^T X over the hidden units does not see their order, nor their signs. With `scaled` units each unit is
     first balanced (||u|| = ||d||), so that it does not see their scales either; `plain` takes the weights as they are,
     as the paper does. The cheapest form that fits `workspace` bytes is used, by default a few experts; see `_workspace`.
     """
-    experts, unit, width = a.experts, a.sizes["unit"], a.sizes["model"]
+    experts, unit, width = a.experts, a.unit_count, a.width
     budget = workspace or _workspace(4 * a.expert_numel)
     columns = min(width, max(1, budget // (4 * experts * width)))
     gram_work = 2 * unit * width**2 + experts * width**2  # per expert of A and role
-    if experts * unit**2 * width < gram_work and 4 * experts * unit * width <= budget:
-        form: Literal["gram", "products", "sketch"] = "products"
-        features, inner = (lambda rows: rows), _product_inner
+    form: Literal["gram", "products", "sketch", "direct"]
+    if not a.kind.order:
+        columns = min(width, max(1, budget // (4 * experts * unit)))
+        form, inner = "direct", _feature_inner
+        features = (lambda rows: rows) if columns == width else _projection(width, columns, device)
+    elif experts * unit**2 * width < gram_work and 4 * experts * unit * width <= budget:
+        form, inner = "products", _product_inner
+        features = lambda rows: rows  # noqa: E731
     elif columns == width:
         form, inner = "gram", _feature_inner
         features = lambda rows: rows.T @ rows  # noqa: E731
@@ -71,11 +76,12 @@ def expert_cost(a: MoELayer, b: MoELayer, units: UnitMethod, device: torch.devic
         form, inner = "sketch", _feature_inner
         features = _sketch(width, columns, device)
     total = torch.zeros(experts, experts, dtype=torch.float64)
-    for role in ("gate", "up", "down"):
+    for role in [role for role in ("gate", "up", "down") if role in a.roles]:
         total += _squared_gram_distances(
             _rows_of(a, role, units, device), _rows_of(b, role, units, device), experts, features, inner
         )
-    return ExpertCost(total.clamp_min_(0).sqrt_(), form, columns if form == "sketch" else None)
+    estimated = form == "sketch" or (form == "direct" and columns < width)
+    return ExpertCost(total.clamp_min_(0).sqrt_(), form, columns if estimated else None)
 
 
 def _workspace(expert: int) -> int:
@@ -83,20 +89,22 @@ def _workspace(expert: int) -> int:
     return max(2 * expert, min(8 * expert, WORKSPACE))
 
 
-def _rows_of(layer: MoELayer, role: str, units: UnitMethod, device: torch.device) -> Callable[[int], Tensor]:
+def _rows_of(bank: Bank, role: str, units: UnitMethod, device: torch.device) -> Callable[[int], Tensor]:
     """Expert -> its [unit, width] matrix of `role` whose Gram matrix counts, balanced if `units` are scaled."""
+    balanced = units == "scaled" and bank.kind.scale
 
     def rows(expert: int) -> Tensor:
-        if role == "gate" or (role == "up" and units == "plain"):
-            values = layer.read(role, expert).to(device, torch.float32)
-            if f"{role}_bias" in layer.roles:
-                values = torch.cat([values, layer.read(f"{role}_bias", expert).to(device, torch.float32)[:, None]], dim=1)
+        if role == "gate" or (role == "up" and not balanced):
+            values = bank.read(role, expert).to(device, torch.float32)
+            if f"{role}_bias" in bank.roles:
+                bias = bank.read(f"{role}_bias", expert).to(device, torch.float32)
+                values = torch.cat([values, bias[:, None] + (bank.kind.offset if role == "up" else 0)], dim=1)
             return values
-        whole = UnitRows.of(layer, layer.roles, expert, device)
+        whole = UnitRows.of(bank, expert, device)
         values = getattr(whole, role)
-        if units == "scaled":
+        if balanced:
             ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
-            values = values / ratio if role == "up" else values * ratio
+            values = values / ratio if role == "up" else values * ratio**bank.kind.power
         if role == "down" and whole.down_bias is not None:
             values = torch.cat([values, whole.down_bias[None]])
         return values
@@ -136,6 +144,12 @@ def _product_inner(held: Tensor, feature: Tensor) -> Tensor:
 
 def _sketch(width: int, columns: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Expert -> its Gram matrix times fixed random signs [width, columns]; with a bias, a row more."""
+    project = _projection(width, columns, device)
+    return lambda rows: rows.T @ project(rows)
+
+
+def _projection(width: int, columns: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Expert -> its matrix times fixed random signs [width, columns]; with a bias, a row more."""
     generator = torch.Generator().manual_seed(SKETCH_SEED)
     signs = torch.randint(2, (width + 1, columns), generator=generator).to(device, torch.float32) * 2 - 1
-    return lambda rows: rows.T @ (rows @ signs[: rows.shape[1]]) / columns**0.5
+    return lambda rows: rows @ signs[: rows.shape[1]] / columns**0.5

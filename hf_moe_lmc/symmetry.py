@@ -6,6 +6,8 @@ symmetries by the permutations of the experts (within and of groups, where routi
     new expert i, unit k  =  old expert e = expert_order[i], unit unit_order[i, k],
     its up row times unit_scale[i, k], its down column divided by it.
 
+A layer that has further banks of experts, which move among themselves only, has one such element for each of them.
+
 The translation of a softmax router (paper, Sec. 3) is deliberately absent: it moves all interpolated logits by one
 common amount, so it cannot change a barrier (paper, Prop. D.1).
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -38,6 +40,7 @@ class LayerSymmetry:
         unit_scale: float32 [expert, unit], finite and not zero; -1 is a flipped sign.
         shared_order: int64 [shared], of the shared expert's units; empty where there is none.
         shared_scale: float32 [shared].
+        others: the elements of further banks of experts by their names.
     """
 
     expert_order: Tensor
@@ -45,16 +48,24 @@ class LayerSymmetry:
     unit_scale: Tensor
     shared_order: Tensor
     shared_scale: Tensor
+    others: Mapping[str, LayerSymmetry] = field(default_factory=dict)
 
     @classmethod
-    def identity(cls, experts: int, units: int, shared: int = 0) -> LayerSymmetry:
+    def identity(
+        cls, experts: int, units: int, shared: int = 0, *, others: Mapping[str, LayerSymmetry] | None = None
+    ) -> LayerSymmetry:
         return cls(
             expert_order=torch.arange(experts),
             unit_order=torch.arange(units).repeat(experts, 1),
             unit_scale=torch.ones(experts, units),
             shared_order=torch.arange(shared),
             shared_scale=torch.ones(shared),
+            others=others or {},
         )
+
+    def bank(self, name: str) -> LayerSymmetry:
+        """The element of one bank: '' is the first, which this itself describes."""
+        return self.others[name] if name else self
 
     @classmethod
     def random(
@@ -64,13 +75,14 @@ class LayerSymmetry:
         shared: int = 0,
         *,
         groups: int = 1,
+        signs: bool = True,
         scale: float = 1.0,
         generator: torch.Generator,
     ) -> LayerSymmetry:
-        """A random element: orders, signs, and scales log-uniform between 1/`scale` and `scale`."""
+        """A random element: orders, `signs` unless turned off, and scales log-uniform between 1/`scale` and `scale`."""
 
         def scales(*shape: int) -> Tensor:
-            sign = torch.randint(2, shape, generator=generator) * 2.0 - 1.0
+            sign = torch.randint(2, shape, generator=generator) * 2.0 - 1.0 if signs else torch.ones(shape)
             return sign * scale ** (torch.rand(shape, generator=generator) * 2 - 1)
 
         def orders(count: int, size: int) -> Tensor:
@@ -94,7 +106,8 @@ class LayerSymmetry:
     @property
     def is_lossless(self) -> bool:
         """Whether it changes no magnitude: then every dtype carries it, and its inverse restores the bytes."""
-        return bool((self.unit_scale.abs() == 1).all() and (self.shared_scale.abs() == 1).all())
+        own = (self.unit_scale.abs() == 1).all() and (self.shared_scale.abs() == 1).all()
+        return bool(own) and all(other.is_lossless for other in self.others.values())
 
     def inverse(self) -> LayerSymmetry:
         expert = self.expert_order.argsort()
@@ -106,11 +119,12 @@ class LayerSymmetry:
             unit_scale=(1 / self.unit_scale.gather(1, unit))[expert],
             shared_order=shared,
             shared_scale=1 / self.shared_scale[shared],
+            others={name: other.inverse() for name, other in self.others.items()},
         )
 
     def __matmul__(self, first: LayerSymmetry) -> LayerSymmetry:
         """`(g @ f)` acts as f, then as g."""
-        if self.sizes != first.sizes:
+        if self.sizes != first.sizes or self.others.keys() != first.others.keys():
             raise SymmetryError(f"cannot compose symmetries of sizes {self.sizes} and {first.sizes}")
         return LayerSymmetry(
             expert_order=first.expert_order[self.expert_order],
@@ -118,11 +132,14 @@ class LayerSymmetry:
             unit_scale=first.unit_scale[self.expert_order].gather(1, self.unit_order) * self.unit_scale,
             shared_order=first.shared_order[self.shared_order],
             shared_scale=first.shared_scale[self.shared_order] * self.shared_scale,
+            others={name: other @ first.others[name] for name, other in self.others.items()},
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LayerSymmetry) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in FIELDS
+        return (
+            isinstance(other, LayerSymmetry)
+            and all(torch.equal(getattr(self, name), getattr(other, name)) for name in FIELDS)
+            and dict(self.others) == dict(other.others)
         )
 
     def isclose(self, other: LayerSymmetry, tolerance: float = 1e-5) -> bool:
@@ -133,6 +150,8 @@ class LayerSymmetry:
             and all(torch.equal(getattr(self, name), getattr(other, name)) for name in orders)
             and torch.allclose(self.unit_scale, other.unit_scale, rtol=tolerance, atol=0)
             and torch.allclose(self.shared_scale, other.shared_scale, rtol=tolerance, atol=0)
+            and self.others.keys() == other.others.keys()
+            and all(mine.isclose(other.others[name], tolerance) for name, mine in self.others.items())
         )
 
     def validate(self, where: str, groups: int = 1) -> None:
@@ -156,6 +175,8 @@ class LayerSymmetry:
             group = (self.expert_order // (experts // groups)).view(groups, -1)
             if not bool((group == group[:, :1]).all()):
                 raise SymmetryError(f"{where}: expert_order tears the {groups} expert groups apart")
+        for name, other in self.others.items():
+            other.validate(f"{where}, bank {name}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +238,14 @@ class ModelSymmetry:
             layer.validate(f"{where}, layer {index}", self.groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: `layers.{layer}.{field}`, orders as int32; family and origin in its metadata."""
+        """Writes a safetensors file: `layers.{layer}.{field}`, in further banks `layers.{layer}.{bank}.{field}`.
+
+        Orders are int32; family and origin stand in its metadata.
+        """
         tensors = {
-            f"layers.{index}.{name}": getattr(layer, name).to(torch.int32 if name.endswith("order") else torch.float32)
+            f"layers.{index}.{bank}{name}": getattr(part, name).to(torch.int32 if name.endswith("order") else torch.float32)
             for index, layer in self.layers.items()
+            for bank, part in {"": layer, **{f"{name}.": other for name, other in layer.others.items()}}.items()
             for name in FIELDS
         }
         metadata = {
@@ -269,16 +294,34 @@ def _locate(path: Path) -> Path:
 
 
 def _layers(tensors: Mapping[str, Tensor], where: str) -> dict[int, LayerSymmetry]:
-    found: dict[int, dict[str, Tensor]] = {}
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}  # layer, bank, field
     for key, tensor in tensors.items():
         prefix, _, rest = key.partition(".")
-        index, _, name = rest.partition(".")
+        index, _, rest = rest.partition(".")
+        bank, _, name = rest.rpartition(".")
         if prefix != "layers" or not index.isdecimal() or name not in FIELDS:
             raise SymmetryError(f"{where}: unexpected tensor {key}")
-        found.setdefault(int(index), {})[name] = tensor.to(torch.int64 if name.endswith("order") else torch.float32)
-    for number, fields in found.items():
-        if missing := [name for name in FIELDS if name not in fields]:
-            raise SymmetryError(f"{where}: layer {number} lacks {', '.join(missing)}")
-        if fields["unit_order"].ndim != 2:
-            raise SymmetryError(f"{where}: layer {number}: unit_order must be [expert, unit]")
-    return {number: LayerSymmetry(**found[number]) for number in sorted(found)}
+        values = tensor.to(torch.int64 if name.endswith("order") else torch.float32)
+        found.setdefault(int(index), {"": {}}).setdefault(bank, {})[name] = values
+    for number, banks in found.items():
+        for bank, fields in banks.items():
+            named = f"layer {number}" + (f", bank {bank}" if bank else "")
+            if missing := [name for name in FIELDS if name not in fields]:
+                raise SymmetryError(f"{where}: {named} lacks {', '.join(missing)}")
+            if fields["unit_order"].ndim != 2:
+                raise SymmetryError(f"{where}: {named}: unit_order must be [expert, unit]")
+    layers = {}
+    for number in sorted(found):
+        parts = {
+            bank: LayerSymmetry(
+                expert_order=fields["expert_order"],
+                unit_order=fields["unit_order"],
+                unit_scale=fields["unit_scale"],
+                shared_order=fields["shared_order"],
+                shared_scale=fields["shared_scale"],
+            )
+            for bank, fields in found[number].items()
+        }
+        own = parts.pop("")
+        layers[number] = replace(own, others=parts)
+    return layers

@@ -1,8 +1,11 @@
-"""Matching the hidden units of two experts: Git Re-Basin's weight matching, and its extension to sign and scale."""
+"""Matching the hidden units of two experts: Git Re-Basin's weight matching, and its extension to sign and scale.
+
+What a unit allows is its kind's (`UnitKind`): its up row times s, its down column divided by s**power, where s may be
+negative, or of any magnitude, or neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.assignment import assign
-from hf_moe_lmc.layer import LayerSource
+from hf_moe_lmc.family import UNIT_KINDS, UnitKind
+from hf_moe_lmc.layer import Bank
 
 UnitMethod = Literal["plain", "scaled"]
 
@@ -24,36 +28,41 @@ class UnitRows:
     """The weights of one expert by hidden unit, float32: a unit's row of gate and up (with its bias), its down column.
 
     Attributes:
-        gate: [unit, model (+ 1 with a bias)].
-        up: [unit, model (+ 1 with a bias)].
+        gate: [unit, model (+ 1 with a bias)]; [unit, 0] where the expert has no gate.
+        up: [unit, model (+ 1 with a bias)]; the bias counts from the kind's offset, so that a scale acts on all of it.
         down: [unit, model].
         down_bias: [model], or None; it belongs to no unit.
+        kind: what the units allow.
     """
 
     gate: Tensor
     up: Tensor
     down: Tensor
     down_bias: Tensor | None = None
+    kind: UnitKind = UNIT_KINDS["swiglu"]
 
     @cached_property
     def norm_ratio(self) -> Tensor:
-        """sqrt(||u|| / ||d||) of each unit, nan where either is 0."""
+        """(||u|| / ||d||)^(1 / (1 + power)) of each unit, nan where either is 0: what balances the two norms."""
         up, down = self.up.norm(dim=1), self.down.norm(dim=1)
-        return torch.where((up > 0) & (down > 0), up / down, torch.nan).sqrt()
+        return torch.where((up > 0) & (down > 0), up / down, torch.nan).pow(1 / (1 + self.kind.power))
 
     @classmethod
-    def of(cls, source: LayerSource, roles: Sequence[str], expert: int | None, device: torch.device) -> UnitRows:
-        """Reads one routed expert, or with `expert` None the shared one, of a source that has `roles`."""
+    def of(cls, bank: Bank, expert: int | None, device: torch.device) -> UnitRows:
+        """Reads one routed expert of a bank, or with `expert` None the shared one."""
         prefix = "" if expert is not None else "shared_"
+        kind = bank.kind if expert is not None else bank.shared_kind
 
         def read(role: str) -> Tensor:
-            return source.read(prefix + role, expert).to(device=device, dtype=torch.float32)
+            return bank.read(prefix + role, expert).to(device=device, dtype=torch.float32)
 
-        def rows(role: str) -> Tensor:
+        def rows(role: str, offset: int = 0) -> Tensor:
             bias = f"{role}_bias"
-            return torch.cat([read(role), read(bias)[:, None]], dim=1) if prefix + bias in roles else read(role)
+            return torch.cat([read(role), read(bias)[:, None] + offset], dim=1) if prefix + bias in bank.roles else read(role)
 
-        return cls(rows("gate"), rows("up"), read("down"), read("down_bias") if prefix + "down_bias" in roles else None)
+        up = rows("up", kind.offset)
+        gate = rows("gate") if prefix + "gate" in bank.roles else up[:, :0]
+        return cls(gate, up, read("down"), read("down_bias") if prefix + "down_bias" in bank.roles else None, kind)
 
     @cached_property
     def squared_norm(self) -> float:
@@ -92,22 +101,24 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
 
     Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
     without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN, and by more than three
-    times what one free scale per unit gains on pure noise, 1 / (3 model).
+    times what one free scale per unit gains on pure noise, 1 / (3 model). With `plain`, or where the kind of the units
+    allows no more, only their order is matched, and where it allows not even that, nothing.
     """
-    order = assign(unit_cost(a, b, units)).to(a.up.device)
+    kind = a.kind
+    order = assign(unit_cost(a, b, units)) if kind.order else torch.arange(len(a.up))
+    order = order.to(a.up.device)
     norm, before = a.squared_norm, a.squared_distance(b)
     gate = _squared(a.gate - b.gate[order]) + a._bias_distance(b)
     up, down = b.up[order], b.down[order]
-    if units == "plain":
-        scale = torch.ones(len(order), device=order.device)
-        after = gate + _squared(a.up - up) + _squared(a.down - down)
-        return UnitMatch(order.cpu(), scale.cpu(), False, norm, before, after)
     on_up, on_down = (a.up * up).sum(dim=1), (a.down * down).sum(dim=1)
-    sign = _sign(on_up + on_down)
+    signed, scalable = kind.sign and units == "scaled", kind.scale and units == "scaled"
+    sign = _sign(on_up + on_down) if signed else torch.ones(len(order), device=order.device)
     after = gate + _scaled_distance(a, up, down, sign)
+    if not scalable:
+        return UnitMatch(order.cpu(), sign.cpu(), False, norm, before, after)
     ratio = a.norm_ratio / b.norm_ratio[order]
     ratio = torch.where(ratio.isnan(), 1, ratio)
-    scale = _sign(ratio * on_up + on_down / ratio) * ratio
+    scale = _sign(ratio * on_up + on_down / ratio**kind.power) * ratio if signed else ratio
     after_scaled = gate + _scaled_distance(a, up, down, scale)
     scaled = after_scaled < (1 - max(SCALE_GAIN, 1 / a.down.shape[1])) * after
     if scaled:
@@ -119,12 +130,14 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod) -> Tensor:
     """Cost of matching A's unit k with B's unit l, float64 [unit, unit], up to constants of each row and column.
 
     plain:  ||g - g'||^2 + ||u - u'||^2 + ||d - d'||^2.
-    scaled: ||g - g'||^2 + min over +-s of ||u - s u'||^2 + ||d - d'/s||^2 with s^2 = (||u|| ||d'||) / (||d|| ||u'||),
-    the scale that balances the norms (s = +-1 where a norm is 0).
+    scaled: ||g - g'||^2 + min over the signs that the kind allows of ||u - s u'||^2 + ||d - d'/s^p||^2, with
+    |s|^(1+p) = (||u|| ||d'||) / (||d|| ||u'||), the scale that balances the norms (1 where a norm is 0, or where the kind
+    allows no scale), and p the kind's power.
 
     Computed in blocks of rows: besides the result, four times BLOCK bytes.
     """
-    count = len(a.up)
+    count, power = len(a.up), a.kind.power
+    signed, scalable = a.kind.sign and units == "scaled", a.kind.scale and units == "scaled"
     cost = torch.empty(count, count, dtype=torch.float64)
     up, down = b.up.square().sum(dim=1), b.down.square().sum(dim=1)
     step = max(1, BLOCK // (4 * count))
@@ -132,20 +145,22 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod) -> Tensor:
         rows = slice(first, first + step)
         block = (a.gate[rows] @ b.gate.T).mul_(-2)
         on_up, on_down = a.up[rows] @ b.up.T, a.down[rows] @ b.down.T
-        if units == "plain":
-            block.sub_(on_up.add_(on_down), alpha=2)
-        else:
+        if scalable:
             scale = a.norm_ratio[rows, None] / b.norm_ratio[None, :]
             scale.nan_to_num_(nan=1.0)
-            block.sub_(on_up.mul_(scale).add_(on_down.div_(scale)).abs_(), alpha=2)
+            inner = on_up.mul_(scale).add_(on_down.div_(scale.pow(power)))
+        else:
+            inner = on_up.add_(on_down)
+        block.sub_(inner.abs_() if signed else inner, alpha=2)
+        if scalable:
             scale.square_()
-            block.add_(torch.mul(scale, up, out=on_up)).add_(torch.div(down, scale, out=on_down))
+            block.add_(torch.mul(scale, up, out=on_up)).add_(torch.div(down, scale.pow_(power), out=on_down))
         cost[rows] = block.to("cpu", torch.float64)
     return cost
 
 
 def _scaled_distance(a: UnitRows, up: Tensor, down: Tensor, scale: Tensor) -> float:
-    return _squared(a.up - scale[:, None] * up) + _squared(a.down - down / scale[:, None])
+    return _squared(a.up - scale[:, None] * up) + _squared(a.down - down / scale[:, None] ** a.kind.power)
 
 
 def _sign(values: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def order_gaps(a: Path, b: Path, layers: list[int], report: BarrierReport) -> li
         for index in layers:
             of_a, of_b = model_a.layers[index], model_b.layers[index]
             rows = [
-                [UnitRows.of(layer, layer.roles, i, torch.device("cpu")) for i in range(layer.experts)]
+                [UnitRows.of(layer.banks[""], i, torch.device("cpu")) for i in range(layer.experts)]
                 for layer in (of_a, of_b)
             ]
             squared = torch.tensor(

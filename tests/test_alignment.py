@@ -23,8 +23,7 @@ from tests import tiny
 def random_symmetry(model: MoEModel, seed: int = 0, scale: float = 3.0, groups: int | None = None) -> ModelSymmetry:
     generator = torch.Generator().manual_seed(seed)
     layers = {
-        index: LayerSymmetry.random(*layer.sizes.values(), groups=groups or model.groups, scale=scale, generator=generator)
-        for index, layer in model.identity().layers.items()
+        index: layer.random(generator, groups=groups or model.groups, scale=scale) for index, layer in model.layers.items()
     }
     return ModelSymmetry(model.family.name, groups or model.groups, layers)
 

@@ -65,7 +65,7 @@ def test_families_that_cannot_work_are_refused() -> None:
     with pytest.raises(FamilyError, match="already described by family mixtral"):
         families()
         register(family(model_types=("mixtral",)))
-    with pytest.raises(FamilyError, match="known: deepseek_v2"):
+    with pytest.raises(FamilyError, match="known: afmoe"):
         get_family("gpt2", "somewhere")
 
 

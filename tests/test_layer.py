@@ -52,11 +52,10 @@ def test_an_inverse_restores_the_bytes(saved: Callable[..., Path], family: str, 
     folder = saved(family, layout)
     model = read_model(Checkpoint.open(folder))
     generator = torch.Generator().manual_seed(1)
-    for index, identity in model.identity().layers.items():
-        layer = model.layers[index]
-        symmetry = type(identity).random(*identity.sizes.values(), groups=model.groups, generator=generator)
-        there = ActedLayer(layer, symmetry)
-        back = ActedLayer(there, symmetry.inverse())
+    for layer in model.layers.values():
+        symmetry = layer.random(generator, groups=model.groups)
+        there = ActedLayer(layer, symmetry, layer.units)
+        back = ActedLayer(there, symmetry.inverse(), layer.units)
         moved = 0
         for role, expert in expected_roles(layer):
             assert torch.equal(back.read(role, expert), layer.read(role, expert))

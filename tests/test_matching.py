@@ -10,10 +10,11 @@ import torch
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
-from hf_moe_lmc.layer import ActedLayer
+from hf_moe_lmc.layer import ActedLayer, Bank, MoELayer
 from hf_moe_lmc.matching import check_methods, match_layer
 from hf_moe_lmc.model import MoEModel, read_model
 from hf_moe_lmc.order import expert_cost, gate_cost
+from hf_moe_lmc.symmetry import LayerSymmetry
 from hf_moe_lmc.units import SCALE_GAIN, UnitMethod, UnitRows, match_units, unit_cost
 from tests import tiny
 
@@ -98,20 +99,20 @@ def test_gate_cost_is_equation_10(saved: Callable[..., Path], family: str) -> No
     if family != "deepseek_v3":  # softmax: centred
         w, v = w - w.mean(0), v - v.mean(0)
     expected = torch.stack([(w[i] - v).norm(dim=1) for i in range(a.experts)])
-    found = gate_cost(a, b, a.roles, a.family.router)
+    found = gate_cost(a.banks[""], b.banks[""])
     assert torch.allclose(found, expected)
-    shifted = gate_cost(a, _Shifted(b), a.roles, a.family.router)
+    shifted = gate_cost(a.banks[""], _Shifted(b.banks[""]))
     assert torch.allclose(found, shifted) == (family != "deepseek_v3")
 
 
 class _Shifted:
-    """A block whose router rows have been translated."""
+    """A bank whose router rows have been translated."""
 
-    def __init__(self, layer: object) -> None:
-        self.layer = layer
+    def __init__(self, bank: Bank) -> None:
+        self.bank, self.roles, self.router = bank, bank.roles, bank.router
 
     def read(self, role: str, expert: int | None = None) -> torch.Tensor:
-        return self.layer.read(role, expert) + (5 if role == "router" else 0)
+        return self.bank.read(role, expert) + (5 if role == "router" else 0)
 
 
 def literal_expert_cost(a: MoEModel, b: MoEModel, balanced: bool) -> torch.Tensor:
@@ -139,39 +140,39 @@ def test_expert_cost_is_equation_11_in_every_form(
 ) -> None:
     a, b = (model(saved(family, "per-expert", seed)) for seed in (0, 1))
     expected = literal_expert_cost(a, b, balanced=units == "scaled")
-    found = expert_cost(a.layers[1], b.layers[1], units, CPU)
+    of_a, of_b = a.layers[1].banks[""], b.layers[1].banks[""]
+    found = expert_cost(of_a, of_b, units, CPU)
     assert found.form == "gram" and torch.allclose(found.values, expected, rtol=1e-4)
-    narrow = {**a.layers[1].sizes, "unit": 1}  # what makes products the cheaper form
-    products = expert_cost(_Resized(a.layers[1], narrow), b.layers[1], units, CPU)
+    products = expert_cost(_Narrow(of_a), of_b, units, CPU)
     assert products.form == "products" and torch.allclose(products.values, expected, rtol=1e-4)
     # too little room for Gram matrices: a sketch, unbiased, and zero where the experts are equal
-    monkeypatch.setattr(type(a.layers[1]), "expert_numel", 1)
-    sketch = expert_cost(a.layers[1], b.layers[1], units, CPU, workspace=6 * a.layers[1].experts * 16 * 4)
+    monkeypatch.setattr(Bank, "expert_numel", 1)
+    sketch = expert_cost(of_a, of_b, units, CPU, workspace=6 * of_a.experts * 16 * 4)
     assert (sketch.form, sketch.columns) == ("sketch", 6)
     assert (sketch.values / expected).log().abs().mean() < 0.3
-    own = expert_cost(a.layers[1], a.layers[1], units, CPU, workspace=6 * a.layers[1].experts * 16 * 4).values
+    own = expert_cost(of_a, of_a, units, CPU, workspace=6 * of_a.experts * 16 * 4).values
     assert (own.diagonal() < 1e-2 * own.mean()).all() and own.mean() > 1
 
 
-class _Resized:
-    """A block that claims other sizes, for the choice of the form."""
+class _Narrow:
+    """A bank that claims to have one hidden unit, which makes products the cheaper form."""
 
-    def __init__(self, layer: object, sizes: dict[str, int]) -> None:
-        self.layer, self.sizes = layer, sizes
+    unit_count = 1
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.layer, name)
+        return getattr(self.bank, name)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 @pytest.mark.parametrize("order", ["gate", "expert", "best"])
 def test_a_planted_symmetry_is_found_exactly(saved: Callable[..., Path], family: str, order: str) -> None:
     a = model(saved(family))
-    identity = a.identity()
     generator = torch.Generator().manual_seed(3)
-    for index, layer in a.layers.items():
-        sizes = identity.layers[index].sizes.values()
-        planted = type(identity.layers[index]).random(*sizes, groups=a.groups, scale=3.0, generator=generator)
+    for layer in a.layers.values():
+        planted = layer.random(generator, groups=a.groups, scale=3.0)
         b = _Planted(layer, planted)
         found = match_layer(layer, b, groups=a.groups, order=order)
         assert found.symmetry.isclose(planted.inverse())
@@ -182,15 +183,15 @@ def test_a_planted_symmetry_is_found_exactly(saved: Callable[..., Path], family:
         assert plain.distance_after_units > 0.1 * plain.distance_before  # signs are invisible to it
 
 
-class _Planted(_Resized):
+class _Planted:
     """A block on disk seen in other coordinates."""
 
-    def __init__(self, layer: object, symmetry: object) -> None:
-        super().__init__(layer, layer.sizes)
-        self.acted = ActedLayer(layer, symmetry)
+    def __init__(self, layer: MoELayer, symmetry: LayerSymmetry) -> None:
+        self.layer, self.values = layer, ActedLayer(layer, symmetry, layer.units).read
+        self.banks = {name: Bank(self, name) for name in layer.banks}
 
-    def read(self, role: str, expert: int | None = None) -> torch.Tensor:
-        return self.acted.read(role, expert)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.layer, name)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -203,7 +204,7 @@ def test_best_keeps_the_order_that_leaves_less_and_reports_all_distances(saved: 
     assert best.distance_after_units == min(best.candidates.values()) == best.candidates[best.order_method]
     assert best.distance_after_units < best.distance_after_order
     for matching in found.values():
-        acted = ActedLayer(layer_b, matching.symmetry)
+        acted = ActedLayer(layer_b, matching.symmetry, layer_b.units)
         pairs = [(r, e) for r in layer_a.expert_roles for e in range(layer_a.experts)]
         after = sum(float((layer_a.read(r, e) - acted.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
         before = sum(float((layer_a.read(r, e) - layer_b.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
