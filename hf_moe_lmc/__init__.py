@@ -1,6 +1,6 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
-The verbs of the command line are functions: `inspect`, `align`, `apply`, `barrier`, `merge`, `push`, `demo`. What they
+The verbs of the command line are functions: `inspect`, `align`, `apply`, `barrier`, `merge`, `push`, `selftest`, `demo`. What they
 hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`, `BarrierCurve`, `Inspection`. A new family of models is
 a `MoEFamily`, made known with `register`.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.inspection import Inspection, inspect
     from hf_moe_lmc.interpolation import merge
     from hf_moe_lmc.measurement import barrier
+    from hf_moe_lmc.recognition import selftest
     from hf_moe_lmc.report import BarrierReport
     from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
@@ -40,6 +41,7 @@ _HOMES = {
     "merge": "interpolation",
     "push": "hub",
     "register": "family",
+    "selftest": "recognition",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "merge",
     "push",
     "register",
+    "selftest",
 ]
 
 

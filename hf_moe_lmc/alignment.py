@@ -22,8 +22,9 @@ from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
-from hf_moe_lmc.model import ModelStream, MoEModel, check_pair, read_model
+from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
 from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 ALIGNMENT_VERSION = 1
@@ -153,7 +154,7 @@ def open_models(
     Raises:
         InputError: whatever is wrong with either, or between them.
     """
-    model_a, model_b = (read_model(stack.enter_context(Checkpoint.open(model))) for model in (a, b))
+    model_a, model_b = (recognise(stack.enter_context(Checkpoint.open(model))) for model in (a, b))
     for warning in check_pair(model_a, model_b, ignore_extra_layers=ignore_extra_layers):
         warnings.warn(warning, stacklevel=3)
     return model_a, model_b
@@ -334,7 +335,7 @@ def apply(
     """
     check_output(output)
     with ExitStack() as stack:
-        model = read_model(stack.enter_context(Checkpoint.open(b)))
+        model = recognise(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
         with FolderWriter(output, [model.checkpoint]) as writer:
             download(model, given=value)

@@ -101,6 +101,7 @@ UNIT_KINDS = {
         UnitKind(
             "clamped", "the signs of the up row and the down column of each together (the clamp binds the scale)", sign=True
         ),
+        UnitKind("plain", "no sign and no scale"),
         UnitKind("shifted", "no sign and no scale (the up projection enters as up + 1)"),
         UnitKind(
             "affine",
@@ -294,7 +295,7 @@ class MoEFamily:
         when: role -> whether layer number `layer` has it, an expression; None: it may be there or not.
         blocks: prefixes below a layer under which every tensor must be claimed; by default the first parts of the templates.
         stacks: where a model has several stacks of layers: layers are numbered through, in this order.
-        towers: model type of a composite model -> what stands before `layers.` in its text tower, if keys alone cannot tell.
+        towers: model type of a composite model -> what the keys of its text tower begin with, where several towers fit.
     """
 
     name: str
@@ -382,7 +383,7 @@ class MoEFamily:
             values = {name: known[name] if name in known else getattr(config, name) for name in names - helpers.keys()}
             # the expression is ours; the configuration supplies values only
             return eval(code, {"__builtins__": {}}, {**values, **helpers})
-        except (AttributeError, TypeError, IndexError, KeyError) as error:
+        except (AttributeError, TypeError, IndexError, KeyError, RuntimeError) as error:
             raise FamilyError(f"{self.name}: cannot evaluate {expression!r} on config.json: {error}") from error
 
     def kind(self, expression: str, config: Any, known_kinds: tuple[str, ...], **known: int) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.hub import Repository
-from hf_moe_lmc.model import MoEModel, read_model
+from hf_moe_lmc.model import MoEModel
+from hf_moe_lmc.recognition import recognise
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         InputError: not a checkpoint that this package reads; the message says why.
     """
     with Checkpoint.open(model) as checkpoint:
-        return _describe(read_model(checkpoint))
+        return _describe(recognise(checkpoint))
 
 
 def _describe(model: MoEModel) -> Inspection:

@@ -12,20 +12,28 @@ from torch import Tensor
 
 from hf_moe_lmc.alignment import Alignment, align_models, download, load_symmetry, open_models
 from hf_moe_lmc.card import model_card
-from hf_moe_lmc.errors import InputError, MismatchError
+from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod, UnitMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
     """(1 - t) a + t b in float32 (float64 stays), not cast back; exactly a at t = 0 and b at t = 1.
 
-    Where a and b are equal the result equals them at every t.
+    Where a and b are equal the result equals them at every t. Integers have to be equal.
+
+    Raises:
+        MismatchError: integers that differ.
     """
+    if not a.dtype.is_floating_point:
+        if not torch.equal(a, b.to(a.dtype)):
+            raise MismatchError("integers that differ between A and B cannot be interpolated")
+        return a
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if t == 0:
         return a.to(dtype)
@@ -36,34 +44,45 @@ def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class InterpolatedLayer:
-    """A point on the line between two MoE blocks."""
+    """A point on the line between two MoE blocks, those of layer `index`."""
 
+    index: int
     a: LayerSource
     b: LayerSource
     t: float
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
-        return interpolate(self.a.read(role, expert), self.b.read(role, expert), self.t)
+        try:
+            return interpolate(self.a.read(role, expert), self.b.read(role, expert), self.t)
+        except MismatchError as error:
+            raise MismatchError(f"layer {self.index}: {role}: {error}") from error
 
 
 def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float) -> ModelStream:
     """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that `symmetry` gives it."""
     acted = b.acted(symmetry)
     layers: dict[int, LayerSource] = {
-        index: InterpolatedLayer(layer, acted[index], t) for index, layer in a.layers.items() if index in acted
+        index: InterpolatedLayer(index, layer, acted[index], t) for index, layer in a.layers.items() if index in acted
     }
 
     def outside(name: str) -> Iterator[tuple[int, Tensor]]:
         for first, values in a.checkpoint.chunks(name):
-            other = b.checkpoint.read(name, first, len(values))
-            if values.dtype.is_floating_point:
-                yield first, interpolate(values, other, t)
-            elif torch.equal(values, other.to(values.dtype)):
-                yield first, values
-            else:
-                raise MismatchError(f"{name}: integers that differ between A and B cannot be interpolated")
+            try:
+                yield first, interpolate(values, b.checkpoint.read(name, first, len(values)), t)
+            except MismatchError as error:
+                raise MismatchError(f"{name}: {error}") from error
 
     return ModelStream(a, layers, outside)
+
+
+def refuse_quantised(*models: MoEModel) -> None:
+    """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
+    for model in models:
+        if model.quantisation:
+            raise CheckpointError(
+                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantisation.method}), which cannot "
+                f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
+            )
 
 
 def check_t(t: float) -> None:
@@ -107,6 +126,7 @@ def merge(
     check_output(output)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack)
+        refuse_quantised(model_a, model_b)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
             download(model_a, model_b, given=given)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import looks_local
+from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
@@ -78,6 +79,7 @@ def barrier(
     source = _text_source(files, dataset, dataset_config, split, column)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
+        refuse_quantised(model_a, model_b)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)

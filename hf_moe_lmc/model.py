@@ -252,8 +252,6 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     Raises:
         FamilyError: several towers hold experts of this family, and nothing says which one is the text tower.
     """
-    if config.model_type in family.towers:
-        return family.towers[config.model_type]
     pattern = _layer_pattern(stack, None)
     experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
     endings = tuple(checkpoint.quantisation.suffixes) if checkpoint.quantisation else ()
@@ -267,7 +265,11 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     if stack.tower in found:
         return stack.tower
     # layers for multi-token prediction may stand beside the others under a prefix of their own
-    towers = sorted(tower for tower in found if not any(part.startswith("mtp") for part in tower.split(".")))
+    towers = sorted(
+        tower
+        for tower in found
+        if tower.startswith(family.towers.get(config.model_type, "")) and not any(part.startswith("mtp") for part in tower.split("."))
+    )
     if len(towers) > 1:
         raise FamilyError(
             f"{checkpoint.name}: experts of family {family.name} stand under {' and under '.join(towers)}; "
@@ -302,7 +304,9 @@ def _blocks(
             + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}"
         )
     # what only an MoE layer has; a shared expert may be what a dense layer has as well
-    telling = [t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES]
+    telling = [
+        t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES
+    ]
     blocks = {}
     for index in sorted(layers):
         names = {key: name for key, name in layers[index].items() if key.startswith(family.block_prefixes)}

@@ -84,9 +84,9 @@ class FolderWriter:
     def write_text(self, file: str, text: str) -> None:
         self.path(file).write_text(text, encoding="utf-8")
 
-    def write_tensors(self, stream: TensorStream) -> None:
+    def write_tensors(self, stream: TensorStream, *, quiet: bool = False) -> None:
         """All shards of the template, with their very headers; each value is cast once, to the template's dtype."""
-        with tqdm(total=stream.template.nbytes, unit="B", unit_scale=True, desc="writing") as progress:
+        with tqdm(total=stream.template.nbytes, unit="B", unit_scale=True, desc="writing", disable=quiet or None) as progress:
             for shard in stream.template.shards.values():
                 self._write_shard(stream, shard, progress)
 

@@ -1,13 +1,8 @@
-from hf_moe_lmc.families.layouts import GATE_UP_DOWN
+from hf_moe_lmc.families.layouts import FIRST_DENSE, GATE_UP_DOWN, GROUPS, LISTED, SHARED_EXPERTS
 from hf_moe_lmc.family import MoEFamily, register
 
-WEIGHTS = {
-    **GATE_UP_DOWN,
-    # n_shared_experts are one MLP on disk and in the forward pass
-    "mlp.shared_experts.gate_proj.weight": "shared_gate: shared model",
-    "mlp.shared_experts.up_proj.weight": "shared_up: shared model",
-    "mlp.shared_experts.down_proj.weight": "shared_down: model shared",
-}
+WEIGHTS = {**GATE_UP_DOWN, **SHARED_EXPERTS}
+WITH_BIAS = {**WEIGHTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"}
 SIZES = {
     "expert": "n_routed_experts",
     "unit": "moe_intermediate_size",
@@ -21,23 +16,134 @@ register(
         model_types=("deepseek_v2",),
         router="softmax",
         units="swiglu",
-        weights=WEIGHTS,
+        weights={
+            **WEIGHTS,
+            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
+            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
+            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+        },
         sizes=SIZES,
-        moe_layers="layer >= first_k_dense_replace",
+        moe_layers=FIRST_DENSE,
         groups="n_group if topk_method == 'group_limited_greedy' and topk_group < n_group else 1",
+        when=dict.fromkeys(
+            ("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "attr('mlp_bias', False) and n_shared_experts"
+        ),
     )
 )
 
 register(
     MoEFamily(
         name="deepseek_v3",
-        model_types=("deepseek_v3",),
+        model_types=("deepseek_v3", "dots1"),
         router="sigmoid",
         units="swiglu",
-        weights={**WEIGHTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"},
+        weights=WITH_BIAS,
         sizes=SIZES,
-        moe_layers="layer >= first_k_dense_replace",
-        groups="n_group if (n_group or 1) > 1 and topk_group < n_group else 1",
-        extra_layers="num_nextn_predict_layers",
+        moe_layers=FIRST_DENSE,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="deepseek_v32",
+        model_types=("deepseek_v32", "axk2"),
+        router="sigmoid",
+        units="swiglu",
+        weights=WITH_BIAS,
+        sizes=SIZES,
+        moe_layers=LISTED,
+        groups=GROUPS,  # axk2 also has checkpoints without groups: None
+    )
+)
+
+register(
+    MoEFamily(
+        name="axk1",
+        model_types=("axk1",),
+        router="sigmoid",
+        units="swiglu",
+        # on the Hub the norm's name begins outside of the block, and dense layers have it too
+        weights={**WITH_BIAS, "mlp.post_mlp_layernorm.weight": "fixed"},
+        sizes=SIZES,
+        moe_layers=LISTED,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="dots3_note",
+        model_types=("dots3_note_text",),
+        router="sigmoid",
+        units="swiglu",
+        weights=WITH_BIAS,
+        sizes={**SIZES, "shared": "n_shared_experts * shared_experts_intermediate_size"},
+        moe_layers=LISTED,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="solar_open",
+        model_types=("solar_open",),
+        router="sigmoid",
+        units="swiglu",
+        weights=WITH_BIAS,
+        sizes=SIZES,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="exaone_moe",
+        model_types=("exaone_moe",),
+        router="sigmoid",
+        units="swiglu",
+        weights={**WITH_BIAS, "mlp.e_score_correction_bias": "correction_bias: expert"},
+        sizes={**SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
+        moe_layers=LISTED,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="bailing_hybrid",
+        model_types=("bailing_hybrid",),
+        router="sigmoid",
+        units="swiglu",
+        weights={**WITH_BIAS, "mlp.gate.expert_bias": "correction_bias: expert"},
+        sizes={**SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
+        moe_layers=LISTED,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="beam",
+        model_types=("beam",),
+        router="sigmoid",
+        units="swiglu",
+        weights={**GATE_UP_DOWN, "mlp.gate.e_score_correction_bias": "correction_bias: expert"},
+        sizes={"expert": "num_experts", "unit": "moe_intermediate_size", "model": "hidden_size"},
+        moe_layers=LISTED,
+        groups=GROUPS,
+    )
+)
+
+register(
+    MoEFamily(
+        name="mimo_v2_flash",
+        model_types=("mimo_v2_flash",),
+        router="sigmoid",
+        units="swiglu",
+        weights={**GATE_UP_DOWN, "mlp.gate.e_score_correction_bias": "correction_bias: expert"},
+        sizes={"expert": "n_routed_experts", "unit": "moe_intermediate_size", "model": "hidden_size"},
+        moe_layers=LISTED,
+        groups=GROUPS,
     )
 )

@@ -4,7 +4,7 @@ from hf_moe_lmc.family import MoEFamily, register
 register(
     MoEFamily(
         name="olmoe",
-        model_types=("olmoe",),
+        model_types=("olmoe", "flex_olmo"),
         router="softmax",
         units="swiglu",
         weights=GATE_UP_DOWN,

@@ -1,0 +1,32 @@
+from hf_moe_lmc.families.layouts import SHARED_EXPERTS
+from hf_moe_lmc.family import MoEFamily, register
+
+register(
+    MoEFamily(
+        name="aria",
+        model_types=("aria_text",),
+        router="softmax",
+        units="swiglu",
+        weights={
+            "mlp.router.weight": "router: expert model",
+            # on the Hub
+            "mlp.experts.fc1.weight": "gate up: expert model (half unit)",
+            "mlp.experts.fc2.weight": "down: expert unit model",
+            # what transformers 5 names them
+            "mlp.experts.gate_up_proj": "gate up: expert model (half unit)",
+            "mlp.experts.down_proj": "down: expert unit model",
+            **SHARED_EXPERTS,
+            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
+            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
+            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+        },
+        sizes={
+            "expert": "moe_num_experts",
+            "unit": "intermediate_size",
+            "shared": "moe_num_shared_experts * intermediate_size",
+            "model": "hidden_size",
+        },
+        top_k="moe_topk",
+        when=dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "mlp_bias"),
+    )
+)
