@@ -1,8 +1,8 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
-The verbs of the command line are functions: `inspect`, `align`, `apply`, `barrier`, `merge`, `push`, `selftest`, `demo`. What they
-hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`, `BarrierCurve`, `Inspection`. A new family of models is
-a `MoEFamily`, made known with `register`.
+The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
+`barrier`, `merge`, `push`, `demo`. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
+`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`. A new family of models is a `MoEFamily`, made known with `register`.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment, align, apply
+    from hf_moe_lmc.catalogue import Catalogue, known_families
     from hf_moe_lmc.curve import BarrierCurve
     from hf_moe_lmc.errors import InputError, MoELMCError
     from hf_moe_lmc.example import demo
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.inspection import Inspection, inspect
     from hf_moe_lmc.interpolation import merge
     from hf_moe_lmc.measurement import barrier
+    from hf_moe_lmc.proof import SelfTest
     from hf_moe_lmc.recognition import selftest
     from hf_moe_lmc.report import BarrierReport
     from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
@@ -27,17 +29,20 @@ _HOMES = {
     "Alignment": "alignment",
     "BarrierCurve": "curve",
     "BarrierReport": "report",
+    "Catalogue": "catalogue",
     "InputError": "errors",
     "Inspection": "inspection",
     "LayerSymmetry": "symmetry",
     "MoEFamily": "family",
     "MoELMCError": "errors",
     "ModelSymmetry": "symmetry",
+    "SelfTest": "proof",
     "align": "alignment",
     "apply": "alignment",
     "barrier": "measurement",
     "demo": "example",
     "inspect": "inspection",
+    "known_families": "catalogue",
     "merge": "interpolation",
     "push": "hub",
     "register": "family",
@@ -48,17 +53,20 @@ __all__ = [
     "Alignment",
     "BarrierCurve",
     "BarrierReport",
+    "Catalogue",
     "InputError",
     "Inspection",
     "LayerSymmetry",
     "MoEFamily",
     "MoELMCError",
     "ModelSymmetry",
+    "SelfTest",
     "align",
     "apply",
     "barrier",
     "demo",
     "inspect",
+    "known_families",
     "merge",
     "push",
     "register",

@@ -12,17 +12,35 @@ import torch
 from hf_moe_lmc.checkpoint import Checkpoint, TensorInfo
 from hf_moe_lmc.errors import FamilyError, listing
 from hf_moe_lmc.family import (
-    EXPERT_ROLES,
-    SHARED_ROLES,
     LayerFacts,
     MoEFamily,
     Template,
     TensorSpec,
     bank_size,
     is_expert_role,
+    parse_spec,
     split_role,
 )
-from hf_moe_lmc.quantisation import FLOAT8, Quantisation
+from hf_moe_lmc.quantisation import FLOAT8, FP4_BLOCK, WAY_OUT, Quantisation, scale_grid
+
+QUANTISED = ("gate", "up", "down")  # weights of an expert, the shared one included, whose parts move along
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a tensor is to the quantised weight that it belongs to.
+
+    Attributes:
+        weight: the name that the weight has, or would have.
+        ending: of the role: `_blocks` (the values), `_scales` or `_activation_scales`.
+        spec: what the weight is, or would be.
+        numel: elements per expert.
+    """
+
+    weight: str
+    ending: str
+    spec: TensorSpec
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -33,8 +51,7 @@ class Claim:
         template: the rule; spec: what it says of this tensor's axes.
         segment: the bank that the key's number falls into; None where the tensor holds all of its template's.
         expert: number within that bank of the expert that the key names.
-        whole: of a part of a quantised weight, what the weight would be; the part's own spec is opaque.
-        packed: elements of that part per expert; its axis is `packed`.
+        part: where it is a part of a quantised weight; its own spec is then opaque, with the axis `packed`.
     """
 
     name: str
@@ -42,25 +59,23 @@ class Claim:
     spec: TensorSpec
     segment: int | None
     expert: int | None
-    whole: TensorSpec | None = None
-    packed: int = 0
+    part: Part | None = None
 
     @property
     def segments(self) -> Sequence[int]:
-        return range(len(self.spec.segments)) if self.segment is None or self.whole else [self.segment]
+        return range(len(self.spec.segments)) if self.segment is None or self.part else [self.segment]
 
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(role for segment in self.segments for role in self.spec.segments[segment])
 
     def axis_sizes(self, sizes: Mapping[str, int], segment: int) -> tuple[int, ...]:
-        return self.spec.axis_sizes({**sizes, "packed": self.packed}, segment)
+        return self.spec.axis_sizes({**sizes, "packed": self.part.numel if self.part else 0}, segment)
 
     @property
-    def weight(self) -> str:
-        """Of a part of a quantised weight, the name that the weight has or would have."""
-        ending = next(ending for ending in ("_scale_inv", "_blocks", "_scales") if self.name.endswith(ending))
-        return self.name.removesuffix(ending)
+    def weight_roles(self) -> tuple[str, ...]:
+        """Of a part of a quantised weight, the roles of the weight."""
+        return self.part.spec.segments[self.segment or 0] if self.part else ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,9 @@ def claim_block(block: Block) -> dict[str, Claim]:
             claims[name] = claim
     problems += _role_problems(block, claims)
     for claim in claims.values():
-        problems += _tensor_problems(block, claim, claims)
+        problems += _tensor_problems(block, claim)
+    if block.quantisation:
+        problems += _uneven(block, claims)
     if problems:
         raise FamilyError(f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}")
     return {name: claim for name, claim in claims.items() if not claim.spec.is_fixed}
@@ -126,9 +143,19 @@ def claim_block(block: Block) -> dict[str, Claim]:
 
 def _claim(block: Block, key: str, name: str) -> Claim | None:
     """The one rule that claims a key; None if there is none, or more than one."""
+    claim = _claim_weight(block, key, name)
+    if block.quantisation is None:
+        return claim
+    if claim is None:
+        found = block.quantisation.part_of(key)
+        weight = _claim_weight(block, found[0], name.removesuffix(key) + found[0]) if found else None
+        return _claim_part(block, weight, name, found[1]) if found and weight else None
+    packed = block.quantisation.method == "fp8" and block.info(name).dtype == torch.int8
+    return _claim_part(block, claim, name, "_blocks") if packed else claim
+
+
+def _claim_weight(block: Block, key: str, name: str) -> Claim | None:
     matches = [(template, match) for template in block.family.templates if (match := template.pattern.fullmatch(key))]
-    if not matches and block.quantisation:
-        return _claim_packed(block, key, name)
     if len(matches) != 1:
         return None
     template, match = matches[0]
@@ -149,43 +176,39 @@ def _locate(block: Block, spec: TensorSpec, number: int) -> tuple[int, int]:
 
 def _orientation(block: Block, template: Template, name: str, segment: int | None) -> TensorSpec:
     """The one of a template's specs that the shape fits, its first if none does; of several, see `_tensor_problems`."""
-    found = block.info(name).shape
-    return next((spec for spec in template.specs if spec.shape(block.facts.sizes, segment) == found), template.spec)
+    info = block.checkpoint.tensors.get(name)  # of a weight in MXFP4, there are only the parts
+    fitting = [spec for spec in template.specs if info and spec.shape(block.facts.sizes, segment) == info.shape]
+    return fitting[0] if fitting else template.spec
 
 
-def _claim_packed(block: Block, key: str, name: str) -> Claim | None:
-    """The claim on a part of a quantised weight: the key is that of the weight with an ending."""
-    assert block.quantisation is not None
-    for ending, role_ending in block.quantisation.suffixes.items():
-        weight = _claim(_unquantised(block), key.removesuffix(ending), name) if key.endswith(ending) else None
-        if weight is None or len(weight.roles) != len(weight.spec.segments[0]):
-            continue
-        bank, base = split_role(weight.roles[0])
-        if base not in (*EXPERT_ROLES, *SHARED_ROLES):
-            continue  # the scales of a router would have to move row by row
-        joined = "_".join(split_role(role)[1].removeprefix("shared_") for role in weight.roles)
-        shared = "shared_" if base in SHARED_ROLES else ""
-        role = (f"{bank}." if bank else "") + shared + joined + role_ending
-        fused = is_expert_role(weight.roles[0]) and weight.expert is None
-        groups = (("expert",), ("packed",)) if fused else (("packed",),)
-        spec = TensorSpec(f"{role}: a part of a quantised weight", ((role,),), groups)
-        packed = block.info(name).numel // (block.experts(role) if fused else 1)
-        return Claim(name, weight.template, spec, weight.segment, weight.expert, weight.spec, packed)
-    return None
+def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | None:
+    """The claim on a part of a quantised weight, given the claim that is or would be the weight's."""
+    roles = weight.roles
+    if len(roles) != len(weight.spec.segments[0]):
+        return None
+    bank, base = split_role(roles[0])
+    fused = is_expert_role(roles[0]) and weight.expert is None
+    alike = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
+    if base.removeprefix("shared_") not in QUANTISED or alike:
+        return Claim(name, weight.template, parse_spec("fixed"), weight.segment, weight.expert)
+    if fused and weight.spec.groups[0] != ("expert",):
+        return None  # the experts share a matrix, and so may the blocks of two experts
+    joined = "_".join(split_role(role)[1].removeprefix("shared_") for role in roles)
+    role = (f"{bank}." if bank else "") + ("shared_" if base.startswith("shared_") else "") + joined + ending
+    spec = TensorSpec(
+        f"{role}: a part of a quantised weight", ((role,),), (("expert",), ("packed",)) if fused else (("packed",),)
+    )
+    numel = block.info(name).numel // (block.experts(role) if fused else 1)
+    return Claim(name, weight.template, spec, weight.segment, weight.expert, Part(weight.name, ending, weight.spec, numel))
 
 
-def _unquantised(block: Block) -> Block:
-    return Block(block.checkpoint, block.family, block.index, block.prefix, block.names, block.facts, None)
-
-
-def _tensor_problems(block: Block, claim: Claim, claims: Mapping[str, Claim]) -> list[str]:
+def _tensor_problems(block: Block, claim: Claim) -> list[str]:
     """What is wrong with the shape or the dtype of a claimed tensor."""
+    info, sizes = block.info(claim.name), block.facts.sizes
+    if claim.part:
+        return _part_problems(block, claim, claim.part)
     if claim.spec.is_fixed:
         return []
-    info, sizes = block.info(claim.name), block.facts.sizes
-    if claim.whole:
-        expected = _packed_shape(block, claim)
-        return [] if info.shape == expected else [f"{claim.name}: expected shape {list(expected)}, found {list(info.shape)}"]
     fitting = [spec for spec in claim.template.specs if spec.shape(sizes, claim.segment) == info.shape]
     if not fitting:
         named = ", ".join(f"{word} {size}" for word, size in sizes.items())
@@ -201,30 +224,97 @@ def _tensor_problems(block: Block, claim: Claim, claims: Mapping[str, Claim]) ->
     if split_role(claim.roles[0])[1] == "expert_table":
         return [f"{claim.name}: dtype {info.dtype}, expected integers"] if info.dtype.is_floating_point else []
     if block.quantisation and block.quantisation.method == "fp8" and info.dtype in FLOAT8:
-        scales = f"{claim.name}_scale_inv"
-        return [] if scales in claims else [f"missing: {scales} (the block scales of {claim.name})"]
+        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTISED, "router"):
+            return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
+        if not set(block.quantisation.scales_of(claim.name)) & block.checkpoint.tensors.keys():
+            return [f"missing: {block.quantisation.scales_of(claim.name)[0]} (the scales of {claim.name})"]
+        if split_role(claim.roles[0])[1] == "router":
+            return [f"{claim.name}: a quantised router: moving its rows would need new scales. {WAY_OUT}"]
+        return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-        return [f"{claim.name}: dtype {info.dtype} is quantised, and config.json declares no quantisation; dequantise first"]
+        declared = block.quantisation.method if block.quantisation else "no quantisation"
+        return [f"{claim.name}: dtype {info.dtype} is quantised, and config.json declares {declared}; dequantise first"]
     return []
 
 
-def _packed_shape(block: Block, claim: Claim) -> tuple[int, ...]:
-    """The shape on disk of a part of a quantised weight."""
-    assert claim.whole is not None and block.quantisation is not None
-    shape = claim.whole.shape(block.facts.sizes, claim.segment)
-    if block.quantisation.method == "mxfp4":
-        sizes = dict(zip(claim.whole.axes, claim.whole.axis_sizes(block.facts.sizes), strict=True))
-        shape = tuple(math.prod(sizes[word] for word in group) for group in outputs_first(claim.whole))
-    ending = next(ending for ending in block.quantisation.suffixes.values() if claim.roles[0].endswith(ending))
-    return block.quantisation.shape(ending, shape)
+def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
+    """What is wrong with a part of a quantised weight: with its shape or dtype, or with what belongs to it."""
+    assert block.quantisation is not None
+    info, tensors = block.info(claim.name), block.checkpoint.tensors
+    own = info.shape
+    if is_expert_role(claim.roles[0]) and claim.expert is None:
+        experts = block.experts(claim.roles[0])
+        if own[:1] != (experts,):
+            return [f"{claim.name}: shape {list(own)}, expected one for each of the {experts} experts"]
+        own = own[1:]
+    if part.ending == "_activation_scales":
+        return []
+    shape = matrix_shape(claim, block.facts.sizes, block.quantisation)
+    if part.ending == "_blocks":
+        last = (shape[1] // 2,) if block.quantisation.method == "fp8" else (shape[1] // FP4_BLOCK, FP4_BLOCK // 2)
+        if own != (shape[0], *last) or shape[1] % FP4_BLOCK or info.dtype not in (torch.int8, torch.uint8):
+            return [
+                f"{claim.name}: {list(own)} of {info.dtype} an expert, expected bytes [{shape[0]}, {', '.join(map(str, last))}]"
+            ]
+        scales = block.quantisation.scales_of(part.weight)
+        return [] if set(scales) & tensors.keys() else [f"missing: {scales[0]} (the scales of {claim.name})"]
+    values = f"{part.weight}_blocks" if block.quantisation.method == "mxfp4" else part.weight
+    if values not in tensors:
+        return [f"missing: {values} (the values to {claim.name})"]
+    dtype = tensors[values].dtype
+    if dtype not in (*FLOAT8, torch.int8, torch.uint8):
+        return [f"{claim.name}: scales of {values}, which is not quantised ({dtype})"]
+    if not info.dtype.is_floating_point and info.dtype != torch.uint8:
+        return [f"{claim.name}: dtype {info.dtype}, expected floats, or exponents in uint8"]
+    rows = block.quantisation.block_of(dtype)
+    if scale_grid(own, shape, rows, stacked(claim, block.quantisation)) is None:
+        of = f"blocks of {list(rows)}" if rows else "one scale"
+        return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {of}"]
+    return []
 
 
-def outputs_first(spec: TensorSpec) -> tuple[tuple[str, ...], ...]:
-    """The axes of an expert's weight with what it computes before what it reads, wherever the spec has them."""
-    *leading, one, other = spec.groups
-    computes = ("model", "latent") if split_role(spec.roles[0])[1] == "down" else ("unit", "half")
-    first, second = (one, other) if set(one) & set(computes) else (other, one)
-    return (*leading, first, second)
+def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
+    """Experts that are stored in another way than the first one: their tensors cannot take each other's places."""
+    first: dict[str, Claim] = {}
+    problems = []
+    for claim in [claim for claim in claims.values() if claim.expert is not None]:
+        like = first.setdefault(claim.roles[0], claim)
+        info, expected = block.info(claim.name), block.info(like.name)
+        if (info.dtype, info.shape) != (expected.dtype, expected.shape):
+            problems.append(
+                f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
+                f"{expected.dtype}; they cannot change places. {WAY_OUT}"
+            )
+    held = {(claim.roles[0], claim.expert) for claim in claims.values()}
+    for role, like in first.items():
+        alone = [expert for expert in range(block.experts(role)) if (role, expert) not in held]
+        if like.part and like.part.ending == "_activation_scales" and alone:  # what a block must have is in `_role_problems`
+            problems.append(f"expert {alone[0]} lacks what another has: {like.name}")
+    return problems
+
+
+def matrix_axes(claim: Claim, quantisation: Quantisation) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axis words of the rows and of the columns of one expert of the weight that `claim` holds a part of."""
+    assert claim.part is not None
+    rows, columns = (group for group in claim.part.spec.groups if group != ("expert",))
+    computes = ("model", "latent") if split_role(claim.weight_roles[0])[1].endswith("down") else ("unit", "shared")
+    if quantisation.method == "mxfp4" and not set(rows) & set(computes):
+        return columns, rows
+    return rows, columns
+
+
+def matrix_shape(claim: Claim, sizes: Mapping[str, int], quantisation: Quantisation) -> tuple[int, int]:
+    """Rows and columns of one expert of the weight that `claim` holds a part of."""
+    assert claim.part is not None
+    spec = claim.part.spec
+    known = dict(zip(spec.axes, spec.axis_sizes(sizes, claim.segment or 0), strict=True))
+    rows, columns = (math.prod(known[word] for word in group) for group in matrix_axes(claim, quantisation))
+    return rows, columns
+
+
+def stacked(claim: Claim, quantisation: Quantisation) -> int:
+    """How many weights stand one below the other in the rows of `matrix_shape`."""
+    return len(claim.weight_roles) if matrix_axes(claim, quantisation)[0][0] == "half" else 1
 
 
 def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
@@ -236,12 +326,13 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
             for expert in numbers:
                 held.setdefault((role, expert), []).append(claim.name)
     problems = []
+    scaled = {(role, claim.expert) for claim in claims.values() for role in claim.weight_roles}  # see `_part_problems`
     roles_held = {role for role, _ in held}
     for role, templates in block.expected.items():
         if role == "fixed" or (block.facts.when.get(role, True) is None and role not in roles_held):
             continue
         for expert in range(block.experts(role)) if is_expert_role(role) else [None]:
-            if (role, expert) not in held:
+            if (role, expert) not in held and not scaled & {(role, expert), (role, None)}:
                 likely = [template for template in templates if _fits_layout(template, claims)] or templates
                 keys = " or ".join(block.prefix + _key(block, template, role, expert) for template in likely)
                 problems.append(f"missing: {keys} ({role})")
@@ -256,10 +347,8 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
 
 
 def _filled_roles(claim: Claim) -> tuple[str, ...]:
-    """Roles that a tensor fills; the blocks of a quantised weight stand in for it."""
-    if claim.whole is None:
-        return claim.roles
-    return (*claim.roles, *claim.whole.segments[claim.segment or 0]) if claim.roles[0].endswith("_blocks") else claim.roles
+    """Roles that a tensor fills; the values of a quantised weight stand in for it."""
+    return (*claim.roles, *claim.weight_roles) if claim.part and claim.part.ending == "_blocks" else claim.roles
 
 
 def _key(block: Block, template: Template, role: str, expert: int | None) -> str:
@@ -278,18 +367,17 @@ def _fits_layout(template: Template, claims: Mapping[str, Claim]) -> bool:
     return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
 
 
-def check_scales(checkpoint: Checkpoint, quantisation: Quantisation, outside: Sequence[str]) -> None:
-    """Raises FamilyError where a quantised tensor outside the MoE blocks lacks its scales."""
-    if quantisation.method != "fp8":
-        return
-    missing = [
-        f"{name}_scale_inv"
-        for name in outside
-        if checkpoint.tensors[name].dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
-        and f"{name}_scale_inv" not in checkpoint.tensors
-    ]
-    if missing:
-        raise FamilyError(
-            f"{checkpoint.name}: config.json declares fp8, but block scales are missing:\n{listing(missing)}\n"
-            "fetch the checkpoint again, whole"
-        )
+def check_scales(checkpoint: Checkpoint, quantisation: Quantisation | None, outside: Sequence[str]) -> None:
+    """Raises FamilyError where a tensor outside the MoE blocks is quantised without having been declared, or lacks scales."""
+    problems = []
+    for name in outside:
+        info = checkpoint.tensors[name]
+        blocks = name.removesuffix("_blocks") if name.endswith("_blocks") and info.dtype == torch.uint8 else None
+        if info.dtype in FLOAT8 and (quantisation is None or quantisation.method != "fp8"):
+            problems.append(f"{name}: dtype {info.dtype} is quantised, and config.json does not declare fp8; dequantise first")
+        elif quantisation is not None and (info.dtype in FLOAT8 or (blocks and quantisation.method == "mxfp4")):
+            scales = quantisation.scales_of(blocks or name)
+            if not set(scales) & checkpoint.tensors.keys():
+                problems.append(f"missing: {scales[0]} (the scales of {name}); fetch the checkpoint again, whole")
+    if problems:
+        raise FamilyError(f"{checkpoint.name}: quantised weights that cannot be read:\n{listing(problems)}")

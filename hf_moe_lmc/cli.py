@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,23 +23,28 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, 1 (failure), 2 (bad input or usage) or 130 (interrupted)."""
+    """Runs one verb. Returns 0, 1 (failure, or a self-test that did not pass), 2 (bad input or usage) or 130 (interrupted)."""
     options = _parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    verb: Callable[[argparse.Namespace], None] = options.verb
+    verb: Callable[[argparse.Namespace], int | None] = options.verb
     try:
         _refuse_idle_options(vars(options))
-        verb(options)
+        code = verb(options) or 0
+        sys.stdout.flush()
+        return code
     except MoELMCError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # whoever reads has seen enough; what is left in the buffer must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _refuse_idle_options(options: dict[str, Any]) -> None:
@@ -54,6 +61,25 @@ def _refuse_idle_options(options: dict[str, Any]) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     found = lmc.inspect(options.model)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    found = lmc.selftest(options.model)
+    if options.json:
+        checks = [
+            # JSON has no NaN: null stands for outputs that are not finite
+            {**vars(check), "difference": check.difference if math.isfinite(check.difference) else None, "passed": check.passed}
+            for check in found.checks
+        ]
+        print(json.dumps({**vars(found), "passed": found.passed, "checks": checks}, indent=2, allow_nan=False))
+    else:
+        print(found.table())
+    return 0 if found.passed else 1
+
+
+def _families(options: argparse.Namespace) -> None:
+    known = lmc.known_families()
+    print(json.dumps(known.to_dict(), indent=2) if options.json else known.table())
 
 
 def _align(options: argparse.Namespace) -> None:
@@ -162,7 +188,19 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _verb(verbs, "inspect", _inspect, "what a checkpoint is, from its headers alone")
     inspect.add_argument("model", metavar="MODEL")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    _json(inspect)
+
+    families = _verb(verbs, "families", _families, "the model types that are supported or refused, with their symmetries")
+    _json(families)
+
+    selftest = _verb(
+        verbs,
+        "selftest",
+        _selftest,
+        "prove on a small random model of the same configuration that the symmetries of MODEL are understood",
+    )
+    selftest.add_argument("model", metavar="MODEL", help="its weights are not read")
+    _json(selftest)
 
     align = _verb(verbs, "align", _align, "write B with its experts and hidden units where A has them")
     _pair(align)
@@ -224,12 +262,16 @@ def _parser() -> argparse.ArgumentParser:
 def _verb(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     description: str,
 ) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
     verb.set_defaults(verb=run)
     return verb
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _pair(verb: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.claim import Claim, outputs_first
+from hf_moe_lmc.claim import Claim, matrix_axes, matrix_shape, stacked
 from hf_moe_lmc.family import (
     AXIS_WORDS,
     EXPERT_VECTORS,
@@ -31,7 +31,7 @@ from hf_moe_lmc.family import (
     is_expert_role,
     split_role,
 )
-from hf_moe_lmc.quantisation import Quantisation, dequantise_fp8, dequantise_mxfp4
+from hf_moe_lmc.quantisation import Quantisation, dequantise, scale_grid
 from hf_moe_lmc.symmetry import LayerSymmetry
 
 CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
@@ -154,26 +154,26 @@ class MoELayer:
         if held is None or self.quantisation is None:
             return self.read(role, expert)
         weight, scales = held
-        assert scales.whole is not None
-        spec = scales.whole
-        known = dict(zip(spec.axes, spec.axis_sizes(self.sizes, scales.segment or 0), strict=True))
-        groups = outputs_first(spec) if self.quantisation.method == "mxfp4" else spec.groups
-        groups = groups[1:] if groups[0] == ("expert",) else groups
-        shape = tuple(math.prod(known[word] for word in group) for group in groups)
+        shape = matrix_shape(scales, self.sizes, self.quantisation)
+        halves = stacked(scales, self.quantisation)
+        block = self.quantisation.block_of(self.checkpoint.tensors[weight.name].dtype)
+        fused = scales.expert is None and expert is not None
 
-        def part(claim: Claim, shape: tuple[int, ...]) -> Tensor:
-            first = 0 if claim.expert is not None or expert is None else expert * math.prod(shape)
-            return self.checkpoint.read(claim.name, first, math.prod(shape)).view(shape)
+        def part(claim: Claim) -> tuple[Tensor, tuple[int, ...]]:
+            own = self.checkpoint.tensors[claim.name].shape
+            own = own[1:] if fused else own
+            return self.checkpoint.read(claim.name, (expert or 0) * math.prod(own) if fused else 0, math.prod(own)), own
 
-        low = part(scales, self.quantisation.shape("_scales", shape))
-        if self.quantisation.method == "mxfp4":
-            values = dequantise_mxfp4(part(weight, self.quantisation.shape("_blocks", shape)), low)
-        else:
-            values = dequantise_fp8(part(weight, shape), low, self.quantisation.block)
-        axes = [word for group in groups for word in group]
-        values = values.view([known[word] for word in axes])
+        factors, own = part(scales)
+        grid = scale_grid(own, shape, block, halves)
+        assert grid is not None
+        values = dequantise(part(weight)[0].view(shape[0], -1), factors.view(grid), block, halves)
+        rows, columns = matrix_axes(scales, self.quantisation)
+        axes = [*rows, *columns]
+        known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}
+        values = values.view([bank_size(known, split_role(role)[0], word) for word in axes])
         if "half" in axes:
-            values = values.select(axes.index("half"), spec.segments[scales.segment or 0].index(role))
+            values = values.select(axes.index("half"), scales.weight_roles.index(role))
             axes.remove("half")
         return values.permute([axes.index(axis) for axis in CANONICAL if axis in axes])
 
@@ -182,10 +182,10 @@ class MoELayer:
         """(role, expert named by the key) -> the tensor that holds its quantised values, and its scales."""
         found = {}
         for claim in self.claims.values():
-            if claim.whole and claim.roles[0].endswith("_scales"):
-                holder = self.claims.get(f"{claim.weight}_blocks") or self.claims[claim.weight]
-                for role in claim.whole.segments[claim.segment or 0]:
-                    found[role, claim.expert] = (holder, claim)
+            if claim.part and claim.part.ending == "_scales":
+                weight = self.claims.get(f"{claim.part.weight}_blocks") or self.claims[claim.part.weight]
+                for role in claim.weight_roles:
+                    found[role, claim.expert] = (weight, claim)
         return found
 
     def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int]) -> Tensor:
@@ -251,8 +251,9 @@ class Bank:
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
-        """Its roles, without the bank's name."""
-        return tuple(base for role in self.layer.roles for bank, base in [split_role(role)] if bank == self.name)
+        """Its roles, without the bank's name; those that lie in parts are among them, see `MoELayer.values`."""
+        roles = dict.fromkeys([*self.layer.roles, *(role for role, _ in self.layer._quantised)])
+        return tuple(base for role in roles for bank, base in [split_role(role)] if bank == self.name)
 
     @property
     def router(self) -> str:
@@ -282,11 +283,10 @@ class Bank:
     @cached_property
     def width(self) -> int:
         """What the experts read: the residual width, or a latent one."""
-        claim, segment = next(
-            held for (role, _), held in self.layer.holders.items() if role == (f"{self.name}.up" if self.name else "up")
-        )
-        sizes = dict(zip(claim.spec.axes, claim.axis_sizes(self.layer.sizes, segment), strict=True))
-        return next(sizes[word] for word in ("model", "latent") if word in sizes)
+        up = f"{self.name}.up" if self.name else "up"
+        specs = [claim.spec for (role, _), (claim, _) in self.layer.holders.items() if role == up]
+        specs += [claim.part.spec for (role, _), (_, claim) in self.layer._quantised.items() if role == up and claim.part]
+        return next(bank_size(self.layer.sizes, self.name, word) for word in ("model", "latent") if word in specs[0].axes)
 
     @property
     def expert_numel(self) -> int:

@@ -41,12 +41,12 @@ _KEPT_IDS = 96
 
 _EXPERT_COUNT = re.compile(r"(num|moe_num|num_local|n_routed)_experts|num_routed_experts")
 _EXPERT_UNITS = re.compile(r"moe_intermediate_size|expert_ffn_hidden_size")
-_LAYER_COUNT = re.compile(r"num_hidden_layers|n_layers?|num_layers|depth|layers|((num_)?(en|de)coder|conf_num_hidden)_layers")
+_LAYER_COUNT = re.compile(r"(num_hidden_|n_|num_|(num_)?encoder_|(num_)?decoder_|conf_num_hidden_)?layers|n_layer|depth")
 _TOKEN_ID = re.compile(r"(.*_)?token_(id|ids|index)|codec_.*_id")
 # Lists of layer numbers; `ple_layer_ids` counts from one.
 _INDEX_LIST = re.compile(r"mlp_only_layers|moe_layers|(ple|local)_layer_ids|.*_(indexes|indices)")
 # Lists with an entry per layer that may be longer than the model (entries of multi-token prediction at the end).
-_LAYER_LIST = re.compile(r"layer_types|mlp_layer_types|layers_block_type|indexer_types|swiglu_limits(_shared)?|compress_ratios")
+_LAYER_LIST = re.compile(r"(mlp_)?layer_types|layers_block_type|indexer_types|swiglu_limits(_shared)?|compress_ratios")
 _MOE_KINDS = ("sparse", "moe", "hash_moe")
 # Layer kinds that follow from the layer's number; such layers cannot be chosen freely, only cut after.
 _PERIODS = ("attn_layer_period", "expert_layer_period")
@@ -295,7 +295,7 @@ def _shrunk(config: PreTrainedConfig, ids: _Ids) -> Values:
             }
         else:
             result[name] = _resized(name, value, sizes)
-    _cut(values, result, sizes.has_experts)
+    _cut(values, result, _moe(config))
     _fit_rotary(result)
     result.update(_OVERRIDES.get(config.model_type, {}))
     return result
@@ -327,7 +327,10 @@ def _cut(values: Values, result: Values, sparse: bool) -> None:
     if not total:
         return
     layers = [_features(values, layer, total) for layer in range(total)]
-    chosen = _choose(layers, [sparse and _is_moe(values, layer) for layer in range(total)])
+    routed = [sparse and _is_moe(values, layer) for layer in range(total)]
+    if sparse and not any(routed):
+        raise ValueError("it has experts, but no layer that uses them")
+    chosen = _choose(layers, routed)
     if any((values.get(name) or 1) > 1 for name in _PERIODS):
         chosen = list(range(max(chosen) + 1))
     if sources := values.get("kv_source_layers"):
@@ -335,8 +338,8 @@ def _cut(values: Values, result: Values, sparse: bool) -> None:
     place: dict[int, int] = {}
     for position, layer in enumerate(chosen):
         place.setdefault(layer, position)
-    moe = [_is_moe(values, layer) for layer in chosen]
-    dense = [position for position, routed in enumerate(moe) if not routed]
+    moe = [position for position, layer in enumerate(chosen) if _is_moe(values, layer)]
+    dense = [position for position in range(len(chosen)) if position not in moe]
 
     result.update(dict.fromkeys(counts, len(chosen)))
     for name, value in result.items():
@@ -356,8 +359,7 @@ def _cut(values: Values, result: Values, sparse: bool) -> None:
     if "decoder_sparse_step" in values:
         result.update(decoder_sparse_step=1, mlp_only_layers=dense)
     if "moe_layer_interval" in values:
-        routed = [position for position, is_moe in enumerate(moe) if is_moe]
-        result.update(moe_layer_interval=1, moe_layer_start_index=min(routed), moe_layer_end_index=max(routed))
+        result.update(moe_layer_interval=1, moe_layer_start_index=min(moe), moe_layer_end_index=max(moe))
 
 
 def _is_index_list(name: str, value: Any) -> bool:
@@ -487,13 +489,9 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     Raises:
         FamilyError: transformers has no model for the configuration, or its class rejects it.
     """
-    model_class: Any = _model_class(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
-        except Exception as error:
-            raise FamilyError(f"{model_class.__name__} cannot be built from its configuration: {error}") from error
+        model = _constructed(config)
         with torch.no_grad():
             names: dict[int, str] = {}
             state = model.state_dict()
@@ -506,14 +504,33 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model.train(False)
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    found: list[Any] = []
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration of any size on the meta device: names and shapes without values.
+
+    Raises:
+        FamilyError: as `build`.
+    """
+    with torch.device("meta"):
+        return _constructed(config)
+
+
+def _constructed(config: PreTrainedConfig) -> PreTrainedModel:
+    model_class: Any = model_class_of(config)
+    try:
+        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # whatever a model's constructor stumbles over in its configuration
+        raise FamilyError(f"{model_class.__name__} cannot be built from its configuration: {error}") from error
+    return model
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    found: list[type[PreTrainedModel]] = []
     for mapping in _MAPPINGS:
-        entry = mapping.get(type(config), ())
+        entry: Any = mapping.get(type(config), ())
         found.extend(entry if isinstance(entry, (tuple, list)) else [entry])
     for model_class in found:
         # wrappers are also mapped to their text model, which takes a part of the configuration
-        if issubclass(model_class, PreTrainedModel) and model_class.config_class is type(config):
+        if model_class.config_class is type(config):
             return model_class
     # text towers that only occur inside a wrapper are in no mapping
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
@@ -536,7 +553,7 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 _ROUTER = re.compile(r"(.*\.)?(gate|router|router_gate)(\.(wg|gate|layer|classifier|proj|router_mlp\.out_proj))?\.weight")
 _EMBEDDING = re.compile(r"embed|\bwte\b")
 _CHOICE_BIAS = re.compile(r"e_score_correction_bias|expert_bias")
-_STATE = re.compile(r"A_log|dt_bias|D|A|dt_proj\.bias|slope_rate|inv_freq")
+_STATE = re.compile(r"(.*\.)?(A_log|dt_bias|D|A|dt_proj\.bias|slope_rate|inv_freq)")
 
 
 def _draw(name: str, tensor: Tensor, config: PreTrainedConfig) -> None:
@@ -548,7 +565,7 @@ def _draw(name: str, tensor: Tensor, config: PreTrainedConfig) -> None:
             experts = int(config.get_text_config().n_routed_experts)
             tensor.copy_(torch.rand(len(tensor), experts).argsort(dim=1)[:, : tensor.shape[1]])
         return
-    if _STATE.fullmatch(last) or name.endswith("dt_proj.bias") or not tensor.isfinite().all():
+    if _STATE.fullmatch(name) or not tensor.isfinite().all():
         # decay rates stay where the initialisation puts them
         tensor.add_(0.05 * torch.randn_like(tensor))
     elif last == "balancing_biases":
@@ -556,7 +573,7 @@ def _draw(name: str, tensor: Tensor, config: PreTrainedConfig) -> None:
         tensor[:-1].normal_(std=0.02)
     elif _CHOICE_BIAS.search(name):
         tensor.normal_(std=0.15)
-    elif tensor.ndim < 2 or "norm" in last or "norm" in name.split(".")[-2] or "scale" in last:
+    elif tensor.ndim < 2 or "scale" in last or any("norm" in part for part in name.split(".")[-2:]):
         # gains start at one or (where the model adds one) at zero, biases at zero
         tensor.add_(0.15 * torch.randn_like(tensor))
     elif _EMBEDDING.search(name):

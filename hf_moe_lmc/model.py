@@ -268,7 +268,8 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     towers = sorted(
         tower
         for tower in found
-        if tower.startswith(family.towers.get(config.model_type, "")) and not any(part.startswith("mtp") for part in tower.split("."))
+        if tower.startswith(family.towers.get(config.model_type, ""))
+        and not any(part.startswith("mtp") for part in tower.split("."))
     )
     if len(towers) > 1:
         raise FamilyError(

@@ -13,7 +13,6 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -22,6 +21,7 @@ from hf_moe_lmc.errors import CheckpointError, listing
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.model import ModelStream, MoEModel
 from hf_moe_lmc.perplexity import Windows, window_losses
+from hf_moe_lmc.progress import quiet_transformers
 from hf_moe_lmc.symmetry import ModelSymmetry
 
 
@@ -80,21 +80,16 @@ def placement(device: str | None) -> str | dict[str, str]:
 @contextmanager
 def _quiet_sequential_loading() -> Iterator[None]:
     """No progress bars of the loader, and no threads that read ahead of it: they could hold the model twice."""
-    logging = transformers.utils.logging
     variable = "HF_DEACTIVATE_ASYNC_LOAD"
-    before, bars, verbosity = os.environ.get(variable), logging.is_progress_bar_enabled(), logging.get_verbosity()
+    before = os.environ.get(variable)
     os.environ[variable] = "1"
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         os.environ.pop(variable)
         if before is not None:
             os.environ[variable] = before
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _check_loaded(name: str, model_class: str, info: Mapping[str, Any]) -> None:

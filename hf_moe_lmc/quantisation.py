@@ -1,11 +1,16 @@
 """Quantised experts: what can be moved without quantising again, and their values for matching.
 
-Weights in FP8 with block scales, or in MXFP4 blocks, can change places as whole experts: the scales go with them, and
-every byte is kept. Anything finer (hidden units, signs, scales, interpolation) would need new scales.
+Whole experts can change places: whatever belongs to one goes with it, and every byte is kept. Anything finer (hidden units,
+signs, scales, interpolation) would need new scales. Two methods are read:
+
+- `fp8`: a float8 tensor, or an int8 one with two FP4 values a byte (DeepSeek-V4's experts), and beside it its scales, one
+  for each block or one for the tensor, and perhaps a scale of the activations. Their names differ, see `_PARTS`.
+- `mxfp4`: `X_blocks` and `X_scales` in place of a tensor X, outputs before inputs whatever the order of X.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +21,29 @@ from torch import Tensor
 from hf_moe_lmc.errors import CheckpointError
 
 WAY_OUT = (
-    "Dequantise first: transformers' from_pretrained(..., dtype='bfloat16') with quantization_config's dequantize=True, then "
-    "save_pretrained(..., save_original_format=False)"
+    "Take the model in bfloat16, or dequantise it with transformers: from_pretrained(..., dtype='bfloat16', "
+    "quantization_config=FineGrainedFP8Config(dequantize=True)), or Mxfp4Config for mxfp4, then "
+    "save_pretrained(..., save_original_format=False). For fp8, transformers 5.23 does this rightly only from one tensor per "
+    "expert and with sizes that are multiples of the block; otherwise use the conversion script of the model's makers"
 )
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_BLOCK = 32
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+# What transformers adds to configurations that it did not write itself.
+_IMPLIED = {"inkling2": {"quant_method": "fp8", "weight_block_size": [1, 32]}}
+# Name of a part -> name of the weight that it belongs to, and the ending of its role.
+_PARTS = {
+    "fp8": (
+        (r"(.+)_scale_inv", r"\1", "_scales"),
+        (r"(.+)\.scale", r"\1.weight", "_scales"),  # DeepSeek-V4
+        (r"(.+)\.qscale_weight", r"\1.weight", "_scales"),  # Mistral Large 4
+        (r"(.+weight)_scale", r"\1", "_scales"),  # Inkling 2; one scale per tensor in vLLM's fp8
+        (r"(.+)\.(?:activation_scale|input_scale|qscale_act)", r"\1.weight", "_activation_scales"),
+        (r"(.+)_activation_scale", r"\1", "_activation_scales"),
+    ),
+    "mxfp4": ((r"(.+)_blocks", r"\1", "_blocks"), (r"(.+)_scales", r"\1", "_scales")),
+}
 
 
 @dataclass(frozen=True)
@@ -29,25 +51,35 @@ class Quantisation:
     """A declared quantisation whose experts can change places.
 
     Attributes:
-        method: `fp8` (a tensor and its block scales) or `mxfp4` (blocks and scales in place of a tensor).
-        block: rows and columns that share one scale.
+        method: `fp8` or `mxfp4`, see the module.
+        block: rows and columns that share one scale; None: a tensor has one.
     """
 
     method: str
-    block: tuple[int, int]
+    block: tuple[int, int] | None
 
     @property
-    def suffixes(self) -> dict[str, str]:
-        """Ending of a key -> ending of the role: what stands beside or in place of a weight."""
-        return {"_scale_inv": "_scales"} if self.method == "fp8" else {"_blocks": "_blocks", "_scales": "_scales"}
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of what stands in place of a weight."""
+        return ("_blocks", "_scales") if self.method == "mxfp4" else ()
 
-    def shape(self, ending: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a part: `ending` of its role, `shape` of the whole weight, outputs before inputs."""
-        *experts, rows, columns = shape
-        if self.method == "fp8":
-            return (*experts, -(-rows // self.block[0]), -(-columns // self.block[1]))
-        blocks = (*experts, rows, columns // FP4_BLOCK)
-        return (*blocks, FP4_BLOCK // 2) if ending == "_blocks" else blocks
+    def part_of(self, key: str) -> tuple[str, str] | None:
+        """The weight that a tensor would belong to by its name, and the ending of its role; None if to none."""
+        for pattern, weight, ending in _PARTS[self.method]:
+            if match := re.fullmatch(pattern, key):
+                return match.expand(weight), ending
+        return None
+
+    def scales_of(self, weight: str) -> tuple[str, ...]:
+        """The names that the scales of a weight may have, the usual one first."""
+        if self.method == "mxfp4":
+            return (f"{weight}_scales",)
+        stem = weight.removesuffix(".weight")
+        return (f"{weight}_scale_inv", f"{weight}_scale", f"{stem}.scale", f"{stem}.qscale_weight")
+
+    def block_of(self, dtype: torch.dtype) -> tuple[int, int] | None:
+        """Rows and columns of a weight in `dtype` that share one scale."""
+        return self.block if dtype in FLOAT8 else (1, FP4_BLOCK)
 
 
 def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | None:
@@ -59,33 +91,81 @@ def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | No
     if config.get("compression_config"):
         raise _refused(name, "compression_config")
     declared = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if "quantization_config" not in config and "transformers_version" not in config:
+        declared = declared or _IMPLIED.get(str(config.get("model_type")))
     if not declared:
         return None
     method = declared.get("quant_method") if isinstance(declared, dict) else declared
     if method == "mxfp4":
         return Quantisation("mxfp4", (1, FP4_BLOCK))
-    block = declared.get("weight_block_size") if isinstance(declared, dict) else None
-    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
+    if method != "fp8" or not isinstance(declared, dict):
+        raise _refused(name, f"quantization_config: quant_method {method!r}")
+    block = declared.get("weight_block_size", [128, 128])  # as transformers has it
+    if block is None:
+        return Quantisation("fp8", None)
+    if isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
         return Quantisation("fp8", (block[0], block[1]))
-    raise _refused(name, f"quantization_config: {method}{' without weight_block_size' if method == 'fp8' else ''}")
+    raise _refused(name, f"quantization_config: fp8 with weight_block_size {block!r}")
 
 
 def _refused(name: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: config.json declares quantised weights ({what}); only fp8 with block scales and mxfp4 are read, "
-        f"to move whole experts. {WAY_OUT}"
+        f"{name}: config.json declares quantised weights ({what}); only transformers' fp8 and mxfp4 are read, to move whole "
+        "experts. Use the model that it was quantised from"
     )
 
 
-def dequantise_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """float8 [out, in] times its block scales [ceil(out / b0), ceil(in / b1)], in float32."""
-    rows, columns = weight.shape
-    spread = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * spread
+def scale_grid(
+    found: tuple[int, ...], shape: tuple[int, int], block: tuple[int, int] | None, halves: int = 1
+) -> tuple[int, int] | None:
+    """Rows and columns of the blocks of a weight [rows, columns], from the shape of its scales; None if they do not fit.
+
+    Args:
+        halves: weights that are stacked in the rows; the blocks of each may begin anew.
+    """
+    count = 1
+    for size in found:
+        count *= size
+    if count == 1:
+        return 1, 1
+    size, width = block or shape
+    rows = {_blocks(shape[0], size), halves * _blocks(shape[0] // halves, size)}
+    columns = _blocks(shape[1], width)
+    if block is None:
+        return (count, 1) if count in rows else None
+    return (found[0], found[1]) if len(found) == 2 and found[0] in rows and found[1] == columns else None
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """uint8 blocks [out, in / 32, 16], two values a byte, the low one first, and exponents [out, in / 32]: [out, in]."""
-    table = torch.tensor(FP4_VALUES)
-    pairs = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], dim=-1)
-    return torch.ldexp(pairs.flatten(-2), scales.int()[..., None] - 127).flatten(-2)
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def dequantise(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None, halves: int = 1) -> Tensor:
+    """The matrix that a quantised one stands for, float32 [rows, columns].
+
+    Args:
+        weight: float8 [rows, columns], or bytes with two FP4 values each, the low one first, [rows, ...].
+        scales: one for each block (`scale_grid`); numbers, or in uint8 exponents of 2 that count from 127.
+    """
+    values = weight.float() if weight.dtype in FLOAT8 else _unpack(weight)
+    factors = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+    if factors.numel() == 1:
+        return values * factors.view(())
+    rows, columns = values.shape
+    size, width = block or (rows, columns)
+    of_row = _block_of_each(rows, len(factors), size, halves)
+    of_column = _block_of_each(columns, factors.shape[1], width, 1)
+    return values * factors[of_row][:, of_column]
+
+
+def _block_of_each(count: int, blocks: int, size: int, halves: int) -> Tensor:
+    index = torch.arange(count)
+    if blocks == _blocks(count, size):
+        return index // size
+    half = count // halves
+    return index // half * _blocks(half, size) + index % half // size
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    codes, table = packed.view(torch.uint8), torch.tensor(FP4_VALUES)
+    return torch.stack([table[(codes & 15).long()], table[(codes >> 4).long()]], dim=-1).flatten(1)

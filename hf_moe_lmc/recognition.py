@@ -12,7 +12,7 @@ from hf_moe_lmc.derivation import derive
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import MoEFamily, families, get_family, refusals
 from hf_moe_lmc.model import MoEModel, model_type, read_config, read_model
-from hf_moe_lmc.selftest import SelfTest, prove
+from hf_moe_lmc.proof import SelfTest, prove
 
 _PROVED: dict[str, MoEFamily] = {}  # derived families by what was proved: the configuration
 

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_moe_lmc
+from hf_moe_lmc.catalogue import known_families
 from hf_moe_lmc.cli import main
+from hf_moe_lmc.miniature import build, shrink
+from hf_moe_lmc.proof import Check, SelfTest
 from tests import tiny
 from tests.test_alignment import random_symmetry, read
-from tests.test_checkpoint import adapter_only, index_with, pickle_only, quantised, truncate
+from tests.test_checkpoint import adapter_only, index_with, pickle_only, truncate
 from tests.test_layer import add, drop
 
 
@@ -42,6 +47,85 @@ def test_inspect_describes_every_family(
     assert facts["shared_units"] == {"qwen2_moe": 24, "deepseek_v2": 16, "deepseek_v3": 16}.get(family, 0)
     assert facts["bytes"] == sum(tensor.nbytes for tensor in tiny.tensors(saved(family, layout)).values())
     assert any("S_2 wr S_4" in line for line in facts["symmetry"]) == (family in tiny.GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "facts", "lines"),
+    [
+        (
+            "deepseek_v4",  # layers whose experts are looked up, and others
+            {"unit_kinds": ["clamped"], "shared_kinds": ["clamped"], "companions": ["expert_table", "correction_bias"]},
+            ["router row (layer 0)", "correction bias (layers 1-2)", "expert table", "the clamp binds", "(sqrtsoftplus)"],
+        ),
+        (
+            "longcat_flash",
+            {"banks": {"zero": {"experts": 4, "units": 0, "unit_kind": "rigid"}}},
+            ["experts of bank zero in any order among themselves (S_4)", "one vector added to all router rows"],
+        ),
+        (
+            "minimax_m3_vl",
+            {"text_model_type": "minimax_m3_vl_text", "tower": "language_model.model.", "unit_kinds": ["shifted"]},
+            ["enters as up + 1", "the shared expert likewise (S_40)"],
+        ),
+        ("zaya", {"tower": None, "companions": ["correction_bias"]}, ["the one expert of bank skip stays where it is"]),
+        ("nemotron_h", {"unit_kinds": ["relu2"], "router": "sigmoid"}, ["divided by s squared", "no translation"]),
+        ("jetmoe", {"banks": {"attention": {"experts": 12, "units": 32, "unit_kind": "rigid"}}}, ["attention stay where"]),
+    ],
+)
+def test_inspect_words_the_group_of_every_kind_of_block(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model_type: str, facts: dict[str, object], lines: list[str]
+) -> None:
+    build(shrink(CONFIG_MAPPING[model_type]())).save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "inspect", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 0 and {name: found[name] for name in facts} == facts
+    assert all(any(line in words for words in found["symmetry"]) for line in lines), found["symmetry"]
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert code == 0 and all(words in out for words in found["symmetry"])
+    assert ("text tower" in out) == (found["tower"] is not None) and ("further banks" in out) == bool(found["banks"])
+
+
+def test_inspect_says_that_quantised_experts_move_whole(copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones([-(-size // 8) for size in tensors[name].shape])
+
+    folder = copy("olmoe")
+    tiny.edit(folder, quantise)
+    tiny.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    code, out, _ = run(capsys, "inspect", folder, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["quantisation"] == "fp8" and found["unit_kinds"] == ["rigid"]
+    assert found["layouts"] == ["per-expert"]
+    assert "scales of its quantised weights" in found["symmetry"][0] and "whole experts" in found["symmetry"][-1]
+    assert not any("hidden units" in line for line in found["symmetry"])
+    assert "fp8: only whole experts move" in run(capsys, "inspect", folder)[1]
+
+
+def test_selftest_prints_the_proof_and_its_exit_code_is_the_verdict(
+    saved: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, "selftest", saved("olmoe"))
+    assert code == 0 and "as family olmoe: passed" in out and "experts moved, router left" in out
+    code, out, _ = run(capsys, "selftest", saved("olmoe"), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["passed"] and all(check["passed"] for check in found["checks"])
+    assert {check["control"] for check in found["checks"]} == {True, False}
+    failed = SelfTest("olmoe", "olmoe", (Check("expert order", float("nan"), False), Check("router left", 0.0, True)))
+    monkeypatch.setattr("hf_moe_lmc.recognition.prove", lambda *_: failed)
+    code, out, _ = run(capsys, "selftest", saved("olmoe"))
+    assert code == 1 and "FAILED (2 of 2 checks)" in out
+    code, out, _ = run(capsys, "selftest", saved("olmoe"), "--json")
+    found = json.loads(out)
+    assert code == 1 and not found["passed"] and found["checks"][0]["difference"] is None
+
+
+def test_families_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "families")
+    assert code == 0 and out == known_families().table() + "\n"
+    code, out, _ = run(capsys, "families", "--json")
+    assert code == 0 and len(json.loads(out)["supported"]) == len(known_families().entries)
 
 
 @pytest.mark.filterwarnings("ignore:outside the MoE blocks")
@@ -75,9 +159,9 @@ def test_align_apply_merge_and_barrier_from_the_command_line(
         (truncate, "model.safetensors: truncated"),
         (pickle_only, "pickles (pytorch_model.bin)"),
         (adapter_only, "adapter only"),
-        (quantised, "quantization_config: fp8"),
+        (lambda f: tiny.edit_config(f, quantization_config={"quant_method": "gptq"}), "quantised weights"),
         (lambda f: index_with(f, model__norm__weight="../model.safetensors"), "leaves the folder"),
-        (lambda f: tiny.edit_config(f, model_type="gpt2"), "model type 'gpt2' has no MoE description"),
+        (lambda f: tiny.edit_config(f, model_type="gpt2"), "no data file describes model type 'gpt2'"),
         (lambda f: tiny.edit_config(f, num_hidden_layers=2, layer_types=None), "layer 2 is one too many"),
         (lambda f: tiny.edit_config(f, num_hidden_layers=4, layer_types=None), "layer 3 is missing"),
         (lambda f: tiny.edit_config(f, num_experts=5), "numbered from 0"),
@@ -171,7 +255,8 @@ def test_python_dash_m_works_and_an_interrupt_leaves_nothing(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hf_moe_lmc"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment, check=True)
-    assert all(verb in shown.stdout for verb in ("inspect", "align", "apply", "barrier", "merge", "push", "demo"))
+    verbs = ("inspect", "families", "selftest", "align", "apply", "barrier", "merge", "push", "demo")
+    assert all(verb in shown.stdout for verb in verbs)
     out = tmp_path / "out"
     arguments = [
         "barrier",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hf_moe_lmc
 from hf_moe_lmc.cli import _parser
-from hf_moe_lmc.family import families
+from hf_moe_lmc.family import MoEFamily
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,15 +33,29 @@ def test_the_commands_parse_and_the_links_lead_somewhere() -> None:
     assert len(commands) >= 6
     for command in commands:
         _parser().parse_args(command.replace("\\\n", " ").split())
-    for path in re.findall(r"(?:\]\(|bash )((?:model_cards|scripts|hf_moe_lmc)/[\w./-]+)", README):
+    for path in re.findall(r"(?:\]\(|bash )((?:model_cards|scripts|docs|hf_moe_lmc)/[\w./-]+)", README):
         assert (ROOT / path).exists(), path
 
 
-def test_every_module_has_its_place_on_the_map_and_every_family_is_named() -> None:
+def test_every_module_has_its_place_on_the_map_and_every_verb_is_described() -> None:
     modules = {path.stem for path in (ROOT / "hf_moe_lmc").glob("*.py")} - {"__init__", "__main__"}
     table = README[README.index("### Where things live") : README.index("## Families")]
     assert not [module for module in modules if f"`{module}`" not in table]
-    names = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE"}
-    for model_type in families():
-        assert names.get(model_type, model_type.replace("deepseek_v", "DeepSeek-V")) in README
     assert all(f"lmc.{verb}(" in README or f"`{verb}" in README for verb in hf_moe_lmc.__all__ if verb.islower())
+    verbs = next(action for action in _parser()._actions if action.choices is not None).choices
+    assert not [verb for verb in verbs if not re.search(rf"^\| `{verb}[ `]", README, re.MULTILINE)]
+
+
+def test_the_readme_counts_the_families_and_leads_to_their_table() -> None:
+    assert hf_moe_lmc.known_families().summary.removesuffix(".") in README
+    assert "](docs/families.md)" in README
+
+
+def test_the_example_of_a_family_is_one() -> None:
+    example = README[README.index("register(\n    MoEFamily(") :]
+    example = example[: example.index("\n```")]
+    family = eval(example, {"MoEFamily": MoEFamily, "register": lambda family: family})
+    config = SimpleNamespace(n_routed_experts=8, zero_expert_num=2, moe_intermediate_size=4, hidden_size=6, use_bias=True)
+    facts = family.at(config, 0)
+    assert family.banks == ("", "zero") and facts.units["zero"].name == "rigid" and facts.sizes["zero.expert"] == 2
+    assert family.evaluate(family.moe_layers, config, layer=0)

@@ -25,6 +25,7 @@ from hf_moe_lmc.layer import ActedLayer, LayerSource
 from hf_moe_lmc.miniature import build, outputs, shrink
 from hf_moe_lmc.model import ModelStream, MoEModel, read_model
 from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.progress import quiet_transformers
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
@@ -93,7 +94,7 @@ def prove(family: MoEFamily, config: PreTrainedConfig, *, seed: int = 0) -> Self
         FamilyError: the miniature does not have the blocks that the family describes.
     """
     built = build(shrink(config), seed)
-    with tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
         checks = tuple(_checks(family, built, Path(folder), seed))
     return SelfTest(str(config.model_type), family.name, checks)
 

@@ -1,0 +1,50 @@
+"""Every MoE architecture of transformers: model types and the settings that make other blocks of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# the class default where nothing is given
+TOWERS = """
+    afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_ocr2_text deepseek_v2 deepseek_v3 deepseek_v32
+    deepseek_v4 diffusion_gemma_text dots1 dots3_note_text ernie4_5_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint
+    glm4_moe glm4_moe_lite glm4v_moe_text glm5_next_text glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe
+    llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mistral_large4_text mixtral
+    muse_spark_text nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+    qwen3_omni_moe_text qwen3_vl_moe_text qwen4_exp_text solar_open step3p5 switch_transformers unlimited_ocr_text zaya
+"""
+REFUSED = ("doge", "nllb-moe")
+GEMMA = {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+GROUPED = {"n_group": 8, "topk_group": 4}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text": ("gemma4_text", GEMMA),
+    "nemotron_h[latent]": ("nemotron_h", {"moe_latent_size": 1024}),
+    "nemotron_h[groups]": ("nemotron_h", GROUPED),
+    "cohere2_moe[sigmoid]": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "num_shared_experts": 4}),
+    "granitemoeshared[shared]": ("granitemoeshared", {"shared_intermediate_size": 1024}),
+    "qwen2_moe[every second]": ("qwen2_moe", {"decoder_sparse_step": 2}),
+    "deepseek_v2[groups]": ("deepseek_v2", {**GROUPED, "topk_method": "group_limited_greedy", "num_experts_per_tok": 6}),
+    "glm4_moe[groups]": ("glm4_moe", {**GROUPED, "n_routed_experts": 128}),
+    "mistral4[groups]": ("mistral4", GROUPED),
+    "deepseek_v3[no groups]": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+    "phimoe[no jitter]": ("phimoe", {"router_jitter_noise": 0.0}),
+    "gemma4": ("gemma4", {"text_config": GEMMA}),
+}
+# composite models, whose text tower is one of the above
+WRAPPERS = """
+    aria deepseek_ocr2 diffusion_gemma dots3_note ernie4_5_vl_moe glm4v_moe glm5_next inkling2 inkling_mm_model
+    llama4 minimax_m3_vl mistral_large4 muse_spark qwen3_5_moe qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp
+    step3p7 unlimited_ocr
+"""
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (TOWERS + WRAPPERS).split()} | VARIANTS
+
+
+def original(case: str) -> PreTrainedConfig:
+    """The configuration of a case at its full size."""
+    model_type, values = CASES[case]
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(values))
