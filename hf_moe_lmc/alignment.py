@@ -21,11 +21,12 @@ from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
-from hf_moe_lmc.matching import Matching, OrderMethod, UnitMethod, check_methods, match_layer
+from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+from hf_moe_lmc.units import UnitMethod
 
 ALIGNMENT_VERSION = 1
 UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
@@ -177,6 +178,16 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
         layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
+    if b.experts_outside:
+        found.append(
+            f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "
+            "a merge averages them unaligned"
+        )
+    if b.quantisation:
+        found.append(
+            f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
+            "keep theirs, as anything else would need new scales"
+        )
     outside = outside_distance(a, b)
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
         found.append("A and B hold the same weights; the alignment is the identity")
@@ -204,14 +215,14 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
 
 
 def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
-    """Compares the tensors outside the MoE blocks that both models have, streaming."""
+    """Compares the tensors outside the MoE blocks that both models have, streaming; quantised ones do not count."""
     relative, cosines = {}, []
     total = total_norm = 0.0
     in_both = set(b.outside)
     for name in tqdm([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
         info = a.checkpoint.tensors[name]
-        if not info.dtype.is_floating_point or info.numel == 0:
-            continue
+        if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
+            continue  # quantised values mean nothing without their scales
         distance, norm_a, norm_b, inner = _moments(a.checkpoint, b.checkpoint, name)
         total, total_norm = total + distance, total_norm + norm_a
         relative[name] = math.sqrt(distance / (norm_a or norm_b or 1.0))

@@ -65,7 +65,7 @@ class Claim:
     def segments(self) -> Sequence[int]:
         return range(len(self.spec.segments)) if self.segment is None or self.part else [self.segment]
 
-    @property
+    @cached_property
     def roles(self) -> tuple[str, ...]:
         return tuple(role for segment in self.segments for role in self.spec.segments[segment])
 
@@ -123,6 +123,9 @@ def claim_block(block: Block) -> dict[str, Claim]:
     Raises:
         FamilyError: a tensor that no template claims, a role that is missing or filled twice, another shape or dtype.
     """
+    undeclared = [name for name in block.names.values() if is_quantised(name, block.info(name).dtype)]
+    if undeclared and block.quantisation is None:
+        raise FamilyError(_undeclared(block.checkpoint, undeclared))
     claims: dict[str, Claim] = {}
     problems = []
     for key, name in block.names.items():
@@ -189,8 +192,10 @@ def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | 
     bank, base = split_role(roles[0])
     fused = is_expert_role(roles[0]) and weight.expert is None
     alike = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
-    if base.removeprefix("shared_") not in QUANTISED or alike:
+    if base in ("fixed", "shared_router") or _is_quantised_router(block, weight) or alike:
         return Claim(name, weight.template, parse_spec("fixed"), weight.segment, weight.expert)
+    if base.removeprefix("shared_") not in QUANTISED:
+        return None
     if fused and weight.spec.groups[0] != ("expert",):
         return None  # the experts share a matrix, and so may the blocks of two experts
     joined = "_".join(split_role(role)[1].removeprefix("shared_") for role in roles)
@@ -200,6 +205,11 @@ def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | 
     )
     numel = block.info(name).numel // (block.experts(role) if fused else 1)
     return Claim(name, weight.template, spec, weight.segment, weight.expert, Part(weight.name, ending, weight.spec, numel))
+
+
+def _is_quantised_router(block: Block, claim: Claim) -> bool:
+    info = block.checkpoint.tensors.get(claim.name)
+    return split_role(claim.roles[0])[1] == "router" and info is not None and info.dtype in FLOAT8
 
 
 def _tensor_problems(block: Block, claim: Claim) -> list[str]:
@@ -226,9 +236,10 @@ def _tensor_problems(block: Block, claim: Claim) -> list[str]:
     if block.quantisation and block.quantisation.method == "fp8" and info.dtype in FLOAT8:
         if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTISED, "router"):
             return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
-        if not set(block.quantisation.scales_of(claim.name)) & block.checkpoint.tensors.keys():
-            return [f"missing: {block.quantisation.scales_of(claim.name)[0]} (the scales of {claim.name})"]
-        if split_role(claim.roles[0])[1] == "router":
+        scales = block.quantisation.scales_of(claim.name)
+        if not has_any(block.checkpoint, scales):
+            return [f"missing: {scales[0]} (the scales of {claim.name})"]
+        if _is_quantised_router(block, claim):
             return [f"{claim.name}: a quantised router: moving its rows would need new scales. {WAY_OUT}"]
         return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
@@ -257,7 +268,7 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
                 f"{claim.name}: {list(own)} of {info.dtype} an expert, expected bytes [{shape[0]}, {', '.join(map(str, last))}]"
             ]
         scales = block.quantisation.scales_of(part.weight)
-        return [] if set(scales) & tensors.keys() else [f"missing: {scales[0]} (the scales of {claim.name})"]
+        return [] if has_any(block.checkpoint, scales) else [f"missing: {scales[0]} (the scales of {claim.name})"]
     values = f"{part.weight}_blocks" if block.quantisation.method == "mxfp4" else part.weight
     if values not in tensors:
         return [f"missing: {values} (the values to {claim.name})"]
@@ -266,9 +277,9 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
         return [f"{claim.name}: scales of {values}, which is not quantised ({dtype})"]
     if not info.dtype.is_floating_point and info.dtype != torch.uint8:
         return [f"{claim.name}: dtype {info.dtype}, expected floats, or exponents in uint8"]
-    rows = block.quantisation.block_of(dtype)
-    if scale_grid(own, shape, rows, stacked(claim, block.quantisation)) is None:
-        of = f"blocks of {list(rows)}" if rows else "one scale"
+    size = block.quantisation.block_of(dtype)
+    if scale_grid(own, shape, size, stacked(claim, block.quantisation)) is None:
+        of = f"blocks of {list(size)}" if size else "one piece"
         return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {of}"]
     return []
 
@@ -368,16 +379,37 @@ def _fits_layout(template: Template, claims: Mapping[str, Claim]) -> bool:
 
 
 def check_scales(checkpoint: Checkpoint, quantisation: Quantisation | None, outside: Sequence[str]) -> None:
-    """Raises FamilyError where a tensor outside the MoE blocks is quantised without having been declared, or lacks scales."""
-    problems = []
-    for name in outside:
-        info = checkpoint.tensors[name]
-        blocks = name.removesuffix("_blocks") if name.endswith("_blocks") and info.dtype == torch.uint8 else None
-        if info.dtype in FLOAT8 and (quantisation is None or quantisation.method != "fp8"):
-            problems.append(f"{name}: dtype {info.dtype} is quantised, and config.json does not declare fp8; dequantise first")
-        elif quantisation is not None and (info.dtype in FLOAT8 or (blocks and quantisation.method == "mxfp4")):
-            scales = quantisation.scales_of(blocks or name)
-            if not set(scales) & checkpoint.tensors.keys():
-                problems.append(f"missing: {scales[0]} (the scales of {name}); fetch the checkpoint again, whole")
-    if problems:
-        raise FamilyError(f"{checkpoint.name}: quantised weights that cannot be read:\n{listing(problems)}")
+    """Raises FamilyError where tensors outside the MoE blocks lack scales, or a declaration and the tensors do not agree."""
+    quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
+    if quantisation is None:
+        if quantised:
+            raise FamilyError(_undeclared(checkpoint, quantised))
+        return
+    if not any(is_quantised(name, info.dtype) for name, info in checkpoint.tensors.items()):
+        raise FamilyError(
+            f"{checkpoint.name}: config.json declares quantised weights ({quantisation.method}), but none is, and none has "
+            "scales; remove quantization_config from config.json"
+        )
+    scales = {name: quantisation.scales_of(name.removesuffix("_blocks")) for name in quantised}
+    missing = [
+        f"missing: {names[0]} (the scales of {name})" for name, names in scales.items() if not has_any(checkpoint, names)
+    ]
+    if missing:
+        raise FamilyError(f"{checkpoint.name}: scales are missing; fetch the checkpoint again, whole:\n{listing(missing)}")
+
+
+def has_any(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
+    return any(name in checkpoint.tensors for name in names)
+
+
+def is_quantised(name: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor holds codes that need scales."""
+    packed = (torch.int8, ".weight"), (torch.uint8, "_blocks")
+    return dtype in FLOAT8 or any(dtype == of and name.endswith(ending) for of, ending in packed)
+
+
+def _undeclared(checkpoint: Checkpoint, names: list[str]) -> str:
+    return (
+        f"{checkpoint.name}: config.json declares no quantisation, but these are quantised:\n{listing(names)}\n"
+        "Restore quantization_config from the config.json that these weights came with, or dequantise them"
+    )

@@ -104,6 +104,7 @@ def _derive(config: PreTrainedConfig, name: str) -> MoEFamily:
     text = config.get_text_config()
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
         weights, prefixes = _read_off(small, Path(folder))
+        starts = {prefix.partition(".")[0] + "." for prefix in prefixes}
         family = MoEFamily(
             name=name,
             model_types=(name,),
@@ -114,7 +115,7 @@ def _derive(config: PreTrainedConfig, name: str) -> MoEFamily:
             top_k=str(_top_k(text, whole, first)),
             moe_layers=f"layer in {tuple(blocks)}",
             layer_prefix=min(prefixes, key=len) + "{layer}.",
-            towers={} if text is config else {name: min(prefixes).partition(".")[0] + "."},
+            towers={name: starts.pop()} if text is not config and len(starts) == 1 else {},
             layers=str(int(text.num_hidden_layers)),
             when={
                 role: f"layer in {tuple(index for index, block in blocks.items() if role in block.roles)}"

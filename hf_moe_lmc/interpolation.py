@@ -15,11 +15,12 @@ from hf_moe_lmc.card import model_card
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
-from hf_moe_lmc.matching import OrderMethod, UnitMethod
+from hf_moe_lmc.matching import OrderMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.units import UnitMethod
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:

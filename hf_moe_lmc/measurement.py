@@ -18,13 +18,14 @@ from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_mod
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
-from hf_moe_lmc.matching import OrderMethod, UnitMethod, check_methods
+from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
-from hf_moe_lmc.path import evaluate_path, implementations
+from hf_moe_lmc.path import evaluate_path, implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport
 from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.units import UnitMethod
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
@@ -80,6 +81,7 @@ def barrier(
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
+        language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
@@ -195,7 +197,7 @@ def _text_source(
 
 
 def _context(model: MoEModel, context: int | None) -> int:
-    longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    longest = getattr(model.text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"context {context}: {model.checkpoint.name} has positions for {longest} tokens")
     return context or min(DEFAULT_CONTEXT, longest)

@@ -38,6 +38,9 @@ COSMETIC_CONFIG = {
 }  # fmt: skip
 
 
+_EXPERTS_ANYWHERE = re.compile(r"(?P<prefix>.*?)[^.]+\.\d+\.(?:[^.]+\.)*experts\.(?:\d+\.)?[^.]*(?:w[123]|fc[123]|_proj)")
+
+
 @dataclass(frozen=True)
 class MoEModel:
     """A checkpoint whose every tensor has been accounted for, from headers alone.
@@ -87,6 +90,12 @@ class MoEModel:
     def extra_layers(self) -> tuple[int, ...]:
         """The multi-token-prediction layers that are present and have experts."""
         return tuple(index for index in self.layers if index >= self.num_layers)
+
+    @cached_property
+    def experts_outside(self) -> tuple[str, ...]:
+        """Prefixes under which experts stand that are not of the text model's layers: other towers, prediction layers."""
+        found = (_EXPERTS_ANYWHERE.match(name) for name in self.outside)
+        return tuple(dict.fromkeys(match["prefix"] for match in found if match))
 
     def is_extra(self, name: str) -> bool:
         """Whether a tensor belongs to a multi-token-prediction layer."""
@@ -215,8 +224,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         layers=layers,
         towers=tuple(towers),
     )
-    if checkpoint.quantisation:
-        check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    check_scales(checkpoint, checkpoint.quantisation, model.outside)
     return model
 
 

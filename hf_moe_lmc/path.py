@@ -10,14 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    PreTrainedModel,
+)
 
-from hf_moe_lmc.errors import CheckpointError, listing
+from hf_moe_lmc.errors import CheckpointError, InputError, listing
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.model import ModelStream, MoEModel
 from hf_moe_lmc.perplexity import Windows, window_losses
@@ -55,7 +60,7 @@ def load_point(stream: ModelStream, *, dtype: torch.dtype, device: str | None, o
         CheckpointError: transformers finds no tensor for one of its parameters.
     """
     model = stream.model
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    model_class: Any = language_model_class(model)
     tensors = {name: StreamedTensor(stream, name) for name in stream.template.tensors if not model.is_extra(name)}
     with _quiet_sequential_loading():
         loaded, info = model_class.from_pretrained(
@@ -75,6 +80,23 @@ def load_point(stream: ModelStream, *, dtype: torch.dtype, device: str | None, o
 def placement(device: str | None) -> str | dict[str, str]:
     """The device map to load with: everything on `device`, or as accelerate sees fit."""
     return {"": device} if device else "auto"
+
+
+def language_model_class(model: MoEModel) -> type[PreTrainedModel]:
+    """The class of transformers that predicts the next token of a text with this model, composite ones included.
+
+    Raises:
+        InputError: there is none, so that perplexity has no meaning for it.
+    """
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        found: Any = mapping.get(type(model.config), ())
+        for model_class in found if isinstance(found, (tuple, list)) else (found,):
+            if model_class.config_class is type(model.config):  # some are mapped to their text tower as well
+                return cast("type[PreTrainedModel]", model_class)
+    raise InputError(
+        f"{model.checkpoint.name}: transformers has no language model of {type(model.config).__name__} that reads a text from "
+        "left to right, so it has no perplexity; align, apply and merge work without one"
+    )
 
 
 @contextmanager

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.derivation import derive
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import MoEFamily, families, get_family, refusals
 from hf_moe_lmc.model import MoEModel, model_type, read_config, read_model
-from hf_moe_lmc.proof import SelfTest, prove
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.proof import SelfTest
 
 _PROVED: dict[str, MoEFamily] = {}  # derived families by what was proved: the configuration
 
@@ -37,8 +39,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
         return get_family(name, checkpoint.name), config
     key = config.to_json_string(use_diff=False)
     if key not in _PROVED:
-        family = derive(config, checkpoint.name)
-        proof = prove(family, config)
+        family, proof = _derived(config, checkpoint.name)
         if not proof.passed:
             raise FamilyError(
                 f"{checkpoint.name}: no data file describes model type {name!r}, and the description derived from transformers "
@@ -47,6 +48,21 @@ def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
         warnings.warn(_notice(checkpoint.name, name, proof), stacklevel=4)
         _PROVED[key] = family
     return _PROVED[key], config
+
+
+def _derived(config: PreTrainedConfig, where: str) -> tuple[MoEFamily, SelfTest]:
+    """A description derived for `config`, and the self-test of its twin for the miniature."""
+    from hf_moe_lmc.derivation import derive  # with transformers' models behind it, which most commands do not need
+    from hf_moe_lmc.miniature import shrink
+    from hf_moe_lmc.proof import prove
+
+    family = derive(config, where)
+    small = shrink(config)
+    twin = derive(small, where)
+    for what in ("weights", "router", "units", "bank_units"):
+        if getattr(twin, what) != getattr(family, what):
+            raise FamilyError(f"{where}: the description derived for a miniature has other {what}; register a family (README)")
+    return family, prove(twin, small)
 
 
 def selftest(model: str | os.PathLike[str]) -> SelfTest:
@@ -58,9 +74,14 @@ def selftest(model: str | os.PathLike[str]) -> SelfTest:
     Raises:
         InputError: not a checkpoint that this package reads; the message says why.
     """
+    from hf_moe_lmc.proof import prove  # see `_derived`
+
     with Checkpoint.open(model) as checkpoint:
-        family, config = family_of(checkpoint)
-    return prove(family, config)
+        config = read_config(checkpoint)
+        name = model_type(config)
+        if name in families().keys() | refusals().keys():
+            return prove(get_family(name, checkpoint.name), config)
+        return _derived(config, checkpoint.name)[1]
 
 
 def _notice(where: str, name: str, proof: SelfTest) -> str:

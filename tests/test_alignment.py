@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ import transformers
 
 from hf_moe_lmc.alignment import align, apply, rewritten
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError, SymmetryError
+from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MismatchError, SymmetryError
+from hf_moe_lmc.interpolation import merge
 from hf_moe_lmc.layer import LayerSource
+from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import ModelStream, MoEModel, read_model
 from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.proof import reloaded
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
-from tests import tiny
+from tests import tiny, zoo
 
 
 def random_symmetry(model: MoEModel, seed: int = 0, scale: float = 3.0, groups: int | None = None) -> ModelSymmetry:
@@ -343,3 +347,90 @@ def test_configurations_that_compute_differently_are_pointed_out(copy: Callable[
     messages = [str(warning.message) for warning in caught]
     assert any("rms_norm_eps is" in message for message in messages)
     assert not any("router_aux_loss_coef" in message for message in messages)
+
+
+def miniature(case: str, folder: Path, seed: int = 0) -> Path:
+    """A saved miniature of one of the architectures in the zoo."""
+    build(shrink(zoo.original(case)), seed).save_pretrained(folder)
+    return folder
+
+
+def to_bfloat16(content: dict[str, torch.Tensor]) -> None:
+    content.update((name, value.bfloat16()) for name, value in content.items() if not name.endswith("correction_bias"))
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks", "ignore:experts under mtp")
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "llama4", "glm4v_moe", "ernie4_5_vl_moe", "qwen3_next"])
+def test_a_text_tower_is_aligned_where_it_stands_and_the_rest_is_copied(tmp_path: Path, case: str) -> None:
+    a = miniature(case, tmp_path / "a")
+    extra = {f"mtp.layers.0.mlp.experts.{i}.up_proj.weight": torch.randn(24, 32) for i in range(12)}
+    tiny.edit(a, lambda content: content.update(extra))  # layers for multi-token prediction under a prefix of their own
+    planted = random_symmetry(read(a))
+    apply(planted, a, tmp_path / "b")
+    align(a, tmp_path / "b", tmp_path / "out")
+    before, moved, after = (tiny.tensors(folder) for folder in (a, tmp_path / "b", tmp_path / "out"))
+    outside = read(a).outside
+    assert set(extra) <= set(outside) and any("visual" in name or "vision" in name for name in outside) == (
+        case != "qwen3_next"
+    )
+    for name in before:
+        if name in outside:
+            assert tiny.same_bytes(before[name], moved[name]) and tiny.same_bytes(before[name], after[name]), name
+        else:
+            assert torch.allclose(before[name], after[name], atol=1e-5), name
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
+
+
+def test_experts_with_their_inputs_first_are_told_by_shape_or_refused(tmp_path: Path) -> None:
+    folder = miniature("qwen3_vl_moe", tmp_path / "a")
+    shutil.copytree(folder, tmp_path / "hub")
+
+    def transpose(content: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in content if ".experts." in name]:
+            content[name] = content[name].transpose(1, 2)
+
+    tiny.edit(tmp_path / "hub", transpose)  # as on the Hub
+    one, other = read(folder), read(tmp_path / "hub")
+    for index, layer in one.layers.items():
+        for role in layer.roles:
+            for expert in range(layer.experts) if role in layer.expert_roles else [None]:
+                assert torch.equal(layer.read(role, expert), other.layers[index].read(role, expert))
+    before = reloaded(build(shrink(zoo.original("qwen3_vl_moe"))), tmp_path / "hub")
+    apply(random_symmetry(other), tmp_path / "hub", tmp_path / "moved")
+    assert tiny.relative_difference(reloaded(build(shrink(zoo.original("qwen3_vl_moe"))), tmp_path / "moved"), before) < 1e-5
+    square = shrink(zoo.original("qwen3_vl_moe"))
+    square.text_config.moe_intermediate_size = square.text_config.hidden_size
+    build(square).save_pretrained(tmp_path / "square")
+    with pytest.raises(FamilyError, match=r"down_proj: shape .12, 32, 32. fits .* and nothing tells which it is"):
+        read(tmp_path / "square")
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+def test_correction_biases_stay_in_float32_and_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    a, b = (miniature("glm4_moe", tmp_path / name, seed) for seed, name in enumerate("ab"))
+    for folder in (a, b):
+        tiny.edit(folder, to_bfloat16)
+    align(a, b, tmp_path / "aligned")
+    merge(a, b, tmp_path / "merged")
+    for folder in (b, tmp_path / "aligned", tmp_path / "merged"):
+        dtypes = {name: tensor.dtype for name, tensor in tiny.tensors(folder).items()}
+        biases = [name for name in dtypes if name.endswith("e_score_correction_bias")]
+        assert biases and {dtypes.pop(name) for name in biases} == {torch.float32}
+        assert set(dtypes.values()) == {torch.bfloat16}
+    tied = [miniature("lfm2_moe", tmp_path / f"tied-{seed}", seed) for seed in (0, 1)]
+    merge(*tied, tmp_path / "tied-merge")
+    assert not any("lm_head" in name for name in tiny.tensors(tmp_path / "tied-merge"))
+    assert json.loads((tmp_path / "tied-merge" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_table_of_token_experts_is_relabelled_and_decides_the_order(tmp_path: Path) -> None:
+    a = miniature("deepseek_v4", tmp_path / "a")
+    planted = random_symmetry(read(a))
+    apply(planted, a, tmp_path / "b")
+    table = next(name for name in tiny.tensors(a) if name.endswith("tid2eid"))
+    assert not torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "b")[table])
+    with pytest.raises(MismatchError, match="expert_table: integers that differ between A and B"):
+        merge(a, tmp_path / "b", tmp_path / "naive", align=False)
+    alignment = merge(a, tmp_path / "b", tmp_path / "merged")
+    assert torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "merged")[table])
+    assert "table" in {matching.order_method for matching in alignment.layers.values()}

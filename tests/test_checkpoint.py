@@ -123,7 +123,7 @@ def adapter_only(folder: Path) -> None:
 
 
 def quantised(folder: Path) -> None:
-    tiny.edit_config(folder, quantization_config={"quant_method": "fp8"})
+    tiny.edit_config(folder, quantization_config={"quant_method": "gptq"})
 
 
 def two_shards(folder: Path) -> None:
@@ -154,7 +154,7 @@ BAD = [
     (lambda f: (f / "model.safetensors").unlink(), "found neither"),
     (pickle_only, "weights only as pickles .pytorch_model.bin"),
     (adapter_only, "holds an adapter only"),
-    (quantised, "declares quantised weights .quantization_config: fp8"),
+    (quantised, "declares quantised weights .quantization_config: .*gptq"),
     (two_shards, "1 safetensors files .* but no model.safetensors.index.json"),
 ]
 

@@ -113,7 +113,7 @@ def test_selftest_prints_the_proof_and_its_exit_code_is_the_verdict(
     assert code == 0 and found["passed"] and all(check["passed"] for check in found["checks"])
     assert {check["control"] for check in found["checks"]} == {True, False}
     failed = SelfTest("olmoe", "olmoe", (Check("expert order", float("nan"), False), Check("router left", 0.0, True)))
-    monkeypatch.setattr("hf_moe_lmc.recognition.prove", lambda *_: failed)
+    monkeypatch.setattr("hf_moe_lmc.proof.prove", lambda *_: failed)
     code, out, _ = run(capsys, "selftest", saved("olmoe"))
     assert code == 1 and "FAILED (2 of 2 checks)" in out
     code, out, _ = run(capsys, "selftest", saved("olmoe"), "--json")

@@ -13,10 +13,12 @@ from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.interpolation import interpolated, merge
 from hf_moe_lmc.measurement import barrier
+from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import load_point
+from hf_moe_lmc.path import evaluate_path, language_model_class, load_point
+from hf_moe_lmc.perplexity import Windows
 from hf_moe_lmc.symmetry import ModelSymmetry
-from tests import tiny
+from tests import tiny, zoo
 from tests.test_alignment import random_symmetry, read, with_mtp_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
@@ -213,3 +215,28 @@ def test_a_checkpoint_that_transformers_cannot_fill_is_refused(copy: Callable[..
     stream = interpolated(model, model, model.identity(), 0.5)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight: not in the checkpoint"):
         load_point(stream, dtype=torch.float32, device="cpu", offload_folder=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "llama4"])
+def test_a_composite_model_is_evaluated_through_its_text(tmp_path: Path, case: str) -> None:
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        build(shrink(zoo.original(case)), seed).save_pretrained(folder)
+        folders.append(folder)
+    a, b = (read_model(Checkpoint.open(folder)) for folder in folders)
+    rows = torch.arange(3 * 17).view(3, 17) * 7 % 90 + 3
+    windows = Windows(tuple(rows), (0, 0, 0), context=17, bos=False, tokens_read=51)
+    losses = evaluate_path(a, b, {"naive": b.identity()}, [0.0, 0.5, 1.0], windows, batch_size=2)["naive"]
+    for i, folder in enumerate(folders):
+        model = language_model_class(a).from_pretrained(folder, dtype=torch.float32)
+        logits = model(input_ids=rows).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").sum(1)
+        assert torch.allclose(losses[2 * i].float(), expected, rtol=1e-4)
+
+
+def test_models_without_a_perplexity_are_refused(tmp_path: Path) -> None:
+    build(shrink(zoo.original("switch_transformers"))).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="it has no perplexity"):
+        language_model_class(read_model(Checkpoint.open(tmp_path)))
