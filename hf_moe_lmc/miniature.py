@@ -565,8 +565,8 @@ def _draw(name: str, tensor: Tensor, config: PreTrainedConfig) -> None:
             experts = int(config.get_text_config().n_routed_experts)
             tensor.copy_(torch.rand(len(tensor), experts).argsort(dim=1)[:, : tensor.shape[1]])
         return
-    if _STATE.fullmatch(name) or not tensor.isfinite().all():
-        # decay rates stay where the initialisation puts them
+    if _STATE.fullmatch(name) or (tensor.ndim < 3 and not tensor.isfinite().all()):
+        # decay rates stay where the initialisation puts them; experts may come as they lay in memory
         tensor.add_(0.05 * torch.randn_like(tensor))
     elif last == "balancing_biases":
         # the last class skips the block; loading a checkpoint resets its bias to -1 in transformers 5.23

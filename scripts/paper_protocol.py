@@ -171,8 +171,7 @@ def order_gaps(a: Path, b: Path, layers: list[int], report: BarrierReport) -> li
         for index in layers:
             of_a, of_b = model_a.layers[index], model_b.layers[index]
             rows = [
-                [UnitRows.of(layer.banks[""], i, torch.device("cpu")) for i in range(layer.experts)]
-                for layer in (of_a, of_b)
+                [UnitRows.of(layer.banks[""], i, torch.device("cpu")) for i in range(layer.experts)] for layer in (of_a, of_b)
             ]
             squared = torch.tensor(
                 [[match_units(x, y, "scaled").squared_after for y in rows[1]] for x in rows[0]], dtype=torch.float64
