@@ -16,12 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
+from hf_moe_lmc.evaluation import Point, evaluate
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
-from hf_moe_lmc.path import evaluate_path, implementations, language_model_class
+from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport
 from hf_moe_lmc.symmetry import ModelSymmetry
@@ -51,6 +52,7 @@ def barrier(
     batch_size: int | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    activation_memory: int | None = None,
 ) -> BarrierReport:
     """Measures the perplexity barrier between two checkpoints, naive and aligned.
 
@@ -65,7 +67,9 @@ def barrier(
         max_tokens: tokens of text to read; None reads everything.
         batch_size: windows per forward pass, by default about 4096 tokens' worth.
         dtype: in which the models run: float32, bfloat16 or float16.
-        device: put each model there; by default accelerate's device map spreads it over GPUs, CPU and disk.
+        device: where the layers run; by default a GPU if there is one.
+        activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
+            models are read. By default half of the memory that is free.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
@@ -100,6 +104,7 @@ def barrier(
                 batch_size=batch_size or max(1, TOKENS_PER_BATCH // windows.context),
                 dtype=dtype,
                 device=device,
+                activation_memory=activation_memory,
                 text=source.describe(),
                 symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
             )
@@ -123,6 +128,7 @@ def _measure(
     batch_size: int,
     dtype: str,
     device: str | None,
+    activation_memory: int | None,
     text: dict[str, Any],
     symmetry: str | os.PathLike[str] | None,
 ) -> tuple[BarrierReport, ModelSymmetry]:
@@ -135,22 +141,28 @@ def _measure(
     else:
         used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
     ran_with: dict[str, Any] = {}
-    losses = evaluate_path(
+    symmetries = {"aligned": used, **({"naive": b.identity()} if naive else {})}
+    points = [Point(path, at) for path in symmetries for at in t if at > 0 or path == "aligned"]  # A is on both paths
+    of_points, cost = evaluate(
         a,
         b,
-        {"aligned": used, **({"naive": b.identity()} if naive else {})},
-        t,
+        symmetries,
+        points,
         windows,
+        model_class=language_model_class(a),
         dtype=DTYPES[dtype],
         device=device,
         batch_size=batch_size,
-        inspect_model=lambda model: ran_with.update(implementations(model)),
+        activation_memory=activation_memory,
+        inspect_model=lambda model: ran_with.update(implementations(model, device)),
     )
+    at_point = {(point.path, point.t): of_points[i] for i, point in enumerate(points)}
+    losses = {path: torch.stack([at_point[path if at > 0 else "aligned", at] for at in t]) for path in symmetries}
     _warn_of_losses_that_are_not_finite(losses, t, dtype)
     report = BarrierReport(
         a={**a.checkpoint.origin(), "source": a.checkpoint.name},
         b={**b.checkpoint.origin(), "source": b.checkpoint.name},
-        evaluation={"text": text, **windows.describe(), "dtype": dtype, "batch_size": batch_size, **ran_with},
+        evaluation={"text": text, **windows.describe(), "dtype": dtype, "batch_size": batch_size, **ran_with, **vars(cost)},
         matching=matching,
         windows=windows,
         losses=losses,

@@ -176,6 +176,17 @@ class ModelStream:
             yield piece.first, layer.assemble(name, piece, self.layers[layer.index])
 
 
+def whole(stream: ModelStream, name: str) -> Tensor:
+    """One tensor of a stream in its shape, in the dtype of the stream."""
+    info = stream.template.tensors[name]
+    values: Tensor | None = None
+    for first, piece in stream.pieces(name):
+        if values is None:
+            values = torch.empty(info.numel, dtype=piece.dtype)
+        values[first : first + piece.numel()] = piece.reshape(-1)
+    return torch.empty(info.shape, dtype=info.dtype) if values is None else values.view(info.shape)
+
+
 def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:
     """Recognises a checkpoint: family, sizes, MoE layers; every tensor under an MoE block claimed exactly once.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import EllipsisType
 from typing import Any, cast
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,11 +21,9 @@ from transformers import (
 )
 
 from hf_moe_lmc.errors import CheckpointError, InputError, listing
-from hf_moe_lmc.interpolation import interpolated
-from hf_moe_lmc.model import ModelStream, MoEModel
-from hf_moe_lmc.perplexity import Windows, window_losses
+from hf_moe_lmc.evaluation import compute_device
+from hf_moe_lmc.model import ModelStream, MoEModel, whole
 from hf_moe_lmc.progress import quiet_transformers
-from hf_moe_lmc.symmetry import ModelSymmetry
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,7 @@ class StreamedTensor:
     name: str
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
-        info = self.stream.template.tensors[self.name]
-        values: Tensor | None = None
-        for first, piece in self.stream.pieces(self.name):
-            if values is None:
-                values = torch.empty(info.numel, dtype=piece.dtype)
-            values[first : first + piece.numel()] = piece.reshape(-1)
-        return torch.empty(info.shape, dtype=info.dtype) if values is None else values.view(info.shape)
+        return whole(self.stream, self.name)
 
 
 def load_point(stream: ModelStream, *, dtype: torch.dtype, device: str | None, offload_folder: Path) -> PreTrainedModel:
@@ -126,52 +116,10 @@ def _check_loaded(name: str, model_class: str, info: Mapping[str, Any]) -> None:
         warnings.warn(f"{name}: {model_class} does not use these tensors:\n{unused}", stacklevel=4)
 
 
-def evaluate_path(
-    a: MoEModel,
-    b: MoEModel,
-    symmetries: Mapping[str, ModelSymmetry],
-    t: Sequence[float],
-    windows: Windows,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | None = None,
-    batch_size: int,
-    inspect_model: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> dict[str, Tensor]:
-    """Losses of theta_t = (1 - t) A + t (g B) for each of `symmetries` g: {name: float64 [point, window]}, nats.
-
-    A itself (t = 0) is evaluated once for all paths. Each point reads both checkpoints once, from the page cache where
-    they fit it.
-
-    Args:
-        inspect_model: called with the first model loaded.
-    """
-    losses = {name: torch.empty(len(t), len(windows.rows), dtype=torch.float64) for name in symmetries}
-    points = [(name, i) for name in symmetries for i in range(len(t))]
-    at_a: Tensor | None = None
-    with tqdm(total=len(points) * len(windows.rows), desc="evaluating the path", unit="window") as progress:
-        for name, i in points:
-            if t[i] == 0 and at_a is not None:
-                losses[name][i] = at_a
-                progress.update(len(windows.rows))
-                continue
-            with tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as offload_folder:
-                stream = interpolated(a, b, symmetries[name], t[i])
-                model = load_point(stream, dtype=dtype, device=device, offload_folder=Path(offload_folder))
-                if at_a is None:
-                    inspect_model(model)
-                losses[name][i] = window_losses(model, windows, batch_size=batch_size, progress=progress.update)
-                del model
-            if t[i] == 0:
-                at_a = losses[name][i]
-    return losses
-
-
-def implementations(model: PreTrainedModel) -> dict[str, Any]:
+def implementations(model: PreTrainedModel, device: str | None) -> dict[str, Any]:
     """What a report says of where and with which kernels a model ran."""
-    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values()})
     return {
-        "device": devices,
+        "device": [str(compute_device(device))],
         "attention_implementation": model.config._attn_implementation,
         "experts_implementation": model.config._experts_implementation,
     }

@@ -190,25 +190,24 @@ def window_losses(
     losses = torch.empty(len(windows.rows), dtype=torch.float64)
     device = next(parameter.device for parameter in model.get_input_embeddings().parameters())
     device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move the inputs
-    for batch in _batches(windows.rows, batch_size):
+    for batch in batches_of(windows.rows, batch_size):
         ids = torch.stack([windows.rows[i] for i in batch]).to(device)
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            losses[batch] = _token_losses(logits, ids[:, 1:]).sum(dim=1).cpu()
+            losses[batch] = token_losses(logits, ids[:, 1:]).sum(dim=1).cpu()
         progress(len(batch))
     return losses
 
 
-def _batches(rows: Sequence[Tensor], batch_size: int) -> Iterator[list[int]]:
+def batches_of(rows: Sequence[Tensor], batch_size: int) -> list[list[int]]:
+    """Numbers of windows of equal length, so many that one forward takes them together."""
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)
-    for same in by_length.values():
-        for first in range(0, len(same), batch_size):
-            yield same[first : first + batch_size]
+    return [same[first : first + batch_size] for same in by_length.values() for first in range(0, len(same), batch_size)]
 
 
-def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of each token: logits [batch, token, vocabulary], targets [batch, token] -> float64 [batch, token]."""
     targets = targets.to(logits.device)
     parts = [

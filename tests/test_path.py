@@ -11,11 +11,12 @@ import torch
 from hf_moe_lmc.alignment import apply
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
+from hf_moe_lmc.evaluation import Point, evaluate
 from hf_moe_lmc.interpolation import interpolated, merge
 from hf_moe_lmc.measurement import barrier
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import evaluate_path, language_model_class, load_point
+from hf_moe_lmc.path import language_model_class, load_point
 from hf_moe_lmc.perplexity import Windows
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny, zoo
@@ -228,9 +229,11 @@ def test_a_composite_model_is_evaluated_through_its_text(tmp_path: Path, case: s
     a, b = (read_model(Checkpoint.open(folder)) for folder in folders)
     rows = torch.arange(3 * 17).view(3, 17) * 7 % 90 + 3
     windows = Windows(tuple(rows), (0, 0, 0), context=17, bos=False, tokens_read=51)
-    losses = evaluate_path(a, b, {"naive": b.identity()}, [0.0, 0.5, 1.0], windows, batch_size=2)["naive"]
+    points = [Point("naive", t) for t in (0.0, 0.5, 1.0)]
+    model_class = language_model_class(a)
+    losses, _ = evaluate(a, b, {"naive": b.identity()}, points, windows, model_class=model_class, batch_size=2)
     for i, folder in enumerate(folders):
-        model = language_model_class(a).from_pretrained(folder, dtype=torch.float32)
+        model = model_class.from_pretrained(folder, dtype=torch.float32)
         logits = model(input_ids=rows).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").sum(1)
         assert torch.allclose(losses[2 * i].float(), expected, rtol=1e-4)
