@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moe_lmc.alignment import rewritten
@@ -72,6 +72,16 @@ class Cost:
     bytes_of_both: int
     weights: int
     activations: int
+
+
+class Observer(Protocol):
+    """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points."""
+
+    def begin(self, layers: Sequence[nn.Module], running: Callable[[], Lane | None]) -> None:
+        """Puts hooks on the decoder layers; `running` tells whose forward runs when one is called (point and batch)."""
+
+    def end(self) -> None:
+        """Takes them off again."""
 
 
 @dataclass
@@ -152,7 +162,7 @@ def evaluate(
     activation_memory: int | None = None,
     resident: bool | None = None,
     inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
-    observe: Callable[[Skeleton, list[Any]], None] = lambda skeleton, layers: None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[Tensor, Cost]:
     """Summed losses of each window at each point: float64 [point, window], nats.
 
@@ -166,7 +176,7 @@ def evaluate(
     Args:
         activation_memory: bytes for the hidden states of all windows and points that are on their way.
         resident: whether to hold all weights; None: decided from the memory that is free.
-        observe: called once with the skeleton and its decoder layers, to put hooks on them.
+        observers: watch the decoder layers while they run.
     """
     where = compute_device(device)
     skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
@@ -183,7 +193,9 @@ def evaluate(
         stages = [(beside, *of_layers)]
     else:  # what follows the last layer runs with it
         stages = [(beside,), *((part,) for part in of_layers[:-1]), (of_layers[-1], beside)]
-    observe(skeleton, layers)
+    running: list[Sweep] = []
+    for observer in observers:
+        observer.begin(layers, lambda: running[-1].running if running else None)
     inspect_model(skeleton.module)
     losses = torch.empty(len(points), len(windows.rows), dtype=torch.float64)
 
@@ -198,10 +210,13 @@ def evaluate(
     with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as progress:
         for chunk in chunks:
             with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
+                running.append(sweep)
                 lanes = sweep.start(range(len(points)), chunk)
                 _run(ends, points, stages, sweep, lanes, progress.update)
                 for lane in lanes:
                     losses[lane.point, batches[lane.batch]] = lane.result
+    for observer in observers:
+        observer.end()
     return losses, plan
 
 
