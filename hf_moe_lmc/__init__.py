@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.inspection import Inspection, inspect
     from hf_moe_lmc.interpolation import merge
     from hf_moe_lmc.measurement import barrier
+    from hf_moe_lmc.path import load_interpolated
     from hf_moe_lmc.proof import SelfTest
     from hf_moe_lmc.recognition import selftest
     from hf_moe_lmc.report import BarrierReport
@@ -42,6 +43,7 @@ _HOMES = {
     "barrier": "measurement",
     "demo": "example",
     "inspect": "inspection",
+    "load_interpolated": "path",
     "known_families": "catalogue",
     "merge": "interpolation",
     "push": "hub",
@@ -67,6 +69,7 @@ __all__ = [
     "demo",
     "inspect",
     "known_families",
+    "load_interpolated",
     "merge",
     "push",
     "register",

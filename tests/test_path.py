@@ -16,7 +16,7 @@ from hf_moe_lmc.interpolation import interpolated, merge
 from hf_moe_lmc.measurement import barrier
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import language_model_class, load_point
+from hf_moe_lmc.path import language_model_class, load_interpolated, load_point
 from hf_moe_lmc.perplexity import Windows
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny, zoo
@@ -243,3 +243,18 @@ def test_models_without_a_perplexity_are_refused(tmp_path: Path) -> None:
     build(shrink(zoo.original("switch_transformers"))).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="it has no perplexity"):
         language_model_class(read_model(Checkpoint.open(tmp_path)))
+
+
+def test_load_interpolated_is_the_written_merge_without_writing_it(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = saved("qwen2_moe"), saved("qwen2_moe", "fused", 1)
+    alignment = merge(a, b, tmp_path / "merge", 0.25)
+    loaded = load_interpolated(a, b, alignment.symmetry, 0.25, device="cpu")
+    expected = tiny.load(tmp_path / "merge").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    assert loaded.dtype == torch.float32 and not loaded.training
+    assert loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+    naive = load_interpolated(a, b, None, 0.25, dtype=torch.bfloat16, device="cpu")
+    assert naive.dtype == torch.bfloat16
+    assert not torch.equal(naive.state_dict()["lm_head.weight"].float(), expected["lm_head.weight"])
+    with pytest.raises(InputError, match="expected a number from 0"):
+        load_interpolated(a, b, None, 2.0)
