@@ -1,0 +1,209 @@
+"""Cost of evaluating N points of a path: the layer-major sweep against what one would do without it.
+
+    python scripts/sweep_bench.py -o scripts/sweep_bench.json [--layers 8] [--width 512] [--points 5 25] [--repeats 3]
+
+Every way runs in a process of its own, with the page cache emptied before. Bytes read are those that the kernel fetched from
+storage for the process (read_bytes of /proc/self/io); bytes of the block device are recorded beside them. Wall times are
+without imports, and mean something only as ratios within one run.
+
+    sweep      layer by layer; resident: the same with all weights in memory at once
+    merges     a merged checkpoint written and loaded for each point
+    in_place   one resident model, filled again for each point from both checkpoints in memory
+    offload    one model per point, loaded by transformers with a device map that puts the decoder layers on disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.evaluation import Endpoints, Point, evaluate
+from hf_moe_lmc.interpolation import interpolated
+from hf_moe_lmc.model import read_model
+from hf_moe_lmc.path import language_model_class
+from hf_moe_lmc.perplexity import Windows, window_losses
+from hf_moe_lmc.proof import write
+from hf_moe_lmc.skeleton import Skeleton
+
+WAYS = ("sweep", "resident", "merges", "in_place", "offload")
+WINDOWS, LENGTH = 4, 64
+
+
+def make(folder: Path, layers: int, width: int, seed: int) -> Path:
+    """A Mixtral checkpoint of 8 experts with random weights, one shard per layer, nothing of it in memory for long."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_local_experts=8,
+        num_attention_heads=8, num_key_value_heads=4, architectures=["MixtralForCausalLM"], dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in skeleton.state_dict().items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(part, {})[name] = tuple(tensor.shape)
+    weight_map = {}
+    for part, shapes in shards.items():
+        file = f"model-{part}.safetensors"
+        save_file({name: torch.randn(shape) * 0.03 for name, shape in shapes.items()}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shapes, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
+    """Losses of all points by one way, its seconds, and its seconds inside forwards."""
+    grid = [i / (points - 1) for i in range(points)]
+    rows = torch.randint(3, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    windows = Windows(tuple(rows), (0,) * WINDOWS, context=LENGTH, bos=False, tokens_read=rows.numel())
+    before, device_before = io(), device_bytes(folder_a)
+    started = time.perf_counter()
+    with (
+        Checkpoint.open(folder_a) as of_a,
+        Checkpoint.open(folder_b) as of_b,
+        tempfile.TemporaryDirectory(dir=folder_a.parent) as d,
+    ):
+        a, b = read_model(of_a), read_model(of_b)
+        model_class: Any = language_model_class(a)
+        losses = []
+        if way in ("sweep", "resident"):
+            found, _ = evaluate(
+                a, b, {"naive": b.identity()}, [Point("naive", t) for t in grid], windows,
+                model_class=model_class, batch_size=WINDOWS, resident=way == "resident",
+            )  # fmt: skip
+            losses = list(found)
+        elif way == "in_place":
+            skeleton = Skeleton(model_class, a.config, dtype=torch.float32, device=torch.device("cpu"))
+            ends = Endpoints(a, b, {"naive": b.identity()}, skeleton)
+            names = [name for name in skeleton.state if name not in skeleton.tied]
+            ends.load(names)
+            for t in grid:
+                skeleton.place(ends.at(names, "naive", t))
+                losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
+        else:
+            for i, t in enumerate(grid):
+                merged = write(interpolated(a, b, b.identity(), t), Path(d) / f"merge-{i}")
+                placed: dict[str, Any] = {}
+                if way == "offload":
+                    on_disk = {f"model.layers.{layer}": "disk" for layer in range(a.num_layers)}
+                    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+                    placed = {"device_map": places | on_disk, "offload_folder": str(Path(d) / f"offload-{i}")}
+                model = model_class.from_pretrained(merged, dtype=torch.float32, **placed).eval()
+                losses.append(window_losses(model, windows, batch_size=WINDOWS))
+                del model
+                shutil.rmtree(merged)
+                shutil.rmtree(Path(d) / f"offload-{i}", ignore_errors=True)
+    seconds = time.perf_counter() - started
+    after = io()
+    return {
+        "seconds": seconds,
+        "read_bytes": after["read_bytes"] - before["read_bytes"],
+        "write_bytes": after["write_bytes"] - before["write_bytes"],
+        "device_bytes": device_bytes(folder_a) - device_before,
+        "peak_bytes": peak_anonymous(),
+        "losses": [float(loss.sum()) for loss in losses],
+    }
+
+
+def io() -> dict[str, int]:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return {key: int(value) for key, value in (line.split(": ") for line in lines)}
+
+
+def device_bytes(folder: Path) -> int:
+    """Bytes read so far from the block device that holds a folder, by anybody; 0 where it has no counter."""
+    number = folder.stat().st_dev
+    stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+    return int(stat.read_text().split()[2]) * 512 if stat.exists() else 0
+
+
+def peak_anonymous() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def empty_cache(folders: list[Path]) -> None:
+    """Drops the pages of all files in some folders."""
+    os.sync()
+    for folder in folders:
+        for file in folder.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def summary(points: int, way: str, runs: list[dict[str, Any]], reference: list[float], size: int) -> dict[str, Any]:
+    """Medians of the rounds, and the largest relative difference of a loss from those of the first way."""
+    worst = max(abs(x - y) / abs(y) for one in runs for x, y in zip(one["losses"], reference, strict=True))
+    medians = {key: statistics.median(one[key] for one in runs) for key in runs[0] if key != "losses"}
+    return {"points": points, "way": way, **medians, "passes": medians["read_bytes"] / (2 * size), "worst_loss": worst}
+
+
+def relative(results: list[dict[str, Any]], points: int) -> dict[str, float]:
+    of_points = {one["way"]: one["seconds"] for one in results if one["points"] == points}
+    return {way: seconds / of_points["sweep"] for way, seconds in of_points.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--points", type=int, nargs="+", default=[5, 25])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--one", nargs=4, metavar=("WAY", "A", "B", "N"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        way, a, b, points = options.one
+        torch.set_num_threads(1)
+        print(json.dumps(run(way, Path(a), Path(b), int(points))))
+        return
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sweep-bench-") as d:
+        a, b = (make(Path(d) / name, options.layers, options.width, seed) for seed, name in enumerate("ab"))
+        size = sum(file.stat().st_size for file in a.iterdir())
+        for points in options.points:
+            measured: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
+            for _ in range(options.repeats):  # side by side: each round runs every way once
+                for way in options.ways:
+                    empty_cache([a, b])
+                    command = [sys.executable, "-W", "ignore", __file__, "--one", way, a, b, str(points)]
+                    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+                    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                    measured[way].append(json.loads(done.stdout.splitlines()[-1]))
+                    print(
+                        points, way, {k: v for k, v in measured[way][-1].items() if k != "losses"}, file=sys.stderr, flush=True
+                    )
+            results += [
+                summary(points, way, runs, measured[options.ways[0]][0]["losses"], size) for way, runs in measured.items()
+            ]
+        report = {
+            "command": "python scripts/sweep_bench.py " + " ".join(sys.argv[1:]),
+            "checkpoint_bytes": size,
+            "results": results,
+            "seconds_relative_to_sweep": {str(points): relative(results, points) for points in options.points},
+        }
+    text = json.dumps(report, indent=2) + "\n"
+    if options.output:
+        options.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
