@@ -178,6 +178,12 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
         layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
+    worse = [index for index, matching in layers.items() if matching.distance_after_units > 1.001 * matching.distance_before]
+    if worse:
+        found.append(
+            f"in layers {worse} the experts are further apart in the order that `{order}` found than they were; "
+            "`best` compares orders"
+        )
     if b.experts_outside:
         found.append(
             f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "

@@ -137,8 +137,7 @@ def claim_block(block: Block) -> dict[str, Claim]:
     problems += _role_problems(block, claims)
     for claim in claims.values():
         problems += _tensor_problems(block, claim)
-    if block.quantisation:
-        problems += _uneven(block, claims)
+    problems += _uneven(block, claims) + _fixed_problems(block, claims)
     if problems:
         raise FamilyError(f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}")
     return {name: claim for name, claim in claims.items() if not claim.spec.is_fixed}
@@ -284,6 +283,25 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
     return []
 
 
+def _fixed_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
+    """Tensors that no symmetry acts on but that belong to the block: missing, in excess, or of another shape."""
+    held = {claim.template.key: claim for claim in claims.values() if claim.spec.is_fixed}
+    problems = []
+    for template in [template for template in block.family.templates if template.spec.is_fixed and template.spec.groups]:
+        name, wanted = block.prefix + template.key, block.facts.when.get(template.key, True)
+        shape = template.spec.shape(block.facts.sizes)
+        if template.key not in held and wanted:
+            problems.append(f"missing: {name} (fixed)")
+        elif template.key in held and wanted is False:
+            problems.append(
+                f"{name}: by config.json ({block.family.when[template.key]}), layer {block.index} has no such tensor"
+            )
+        elif template.key in held and block.info(held[template.key].name).shape != shape:
+            found = list(block.info(held[template.key].name).shape)
+            problems.append(f"{name}: expected shape {list(shape)} ({template.spec.text}), found {found}")
+    return problems
+
+
 def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
     """Experts that are stored in another way than the first one: their tensors cannot take each other's places."""
     first: dict[str, Claim] = {}
@@ -292,9 +310,10 @@ def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
         if (info.dtype, info.shape) != (expected.dtype, expected.shape):
+            way_out = WAY_OUT if block.quantisation else "Bring all experts to one dtype first"
             problems.append(
                 f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
-                f"{expected.dtype}; they cannot change places. {WAY_OUT}"
+                f"{expected.dtype}; they cannot change places. {way_out}"
             )
     held = {(claim.roles[0], claim.expert) for claim in claims.values()}
     for role, like in first.items():

@@ -96,11 +96,11 @@ def derive(config: PreTrainedConfig, where: str) -> MoEFamily:
 
 
 def _derive(config: PreTrainedConfig, name: str) -> MoEFamily:
+    small = build(shrink(config))  # refuses dense models
     whole = skeleton(config)
     blocks = find_blocks(whole)
     first = next(iter(blocks.values()))
     sizes = _common_sizes(blocks)
-    small = build(shrink(config))
     text = config.get_text_config()
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
         weights, prefixes = _read_off(small, Path(folder))

@@ -21,7 +21,8 @@ the numbers in the key:
     "mlp.router.classifier.weight":         "router | zero.router: expert model"
     "mlp.experts.{expert}.up_proj.weight":  "up | vision.up: unit model"
 
-A tensor of the block that no symmetry acts on is `fixed`. Where one name is found in two orientations, both are listed,
+A tensor of the block that no symmetry acts on is `fixed` (`fixed: rank model`; a bare `fixed` may be there or not, in any
+shape). Where one name is found in two orientations, both are listed,
 and shapes that fit both are an error.
 
 From this one declaration follow reading, acting, writing, the shapes to expect, and the accounting: under an MoE block
@@ -200,7 +201,7 @@ def parse_spec(text: str) -> TensorSpec:
         raise FamilyError(f"{text!r}: unknown role {unknown[0]!r}; expected one of {', '.join((*EXPERT_ROLES, *WHOLE_ROLES))}")
     if unknown := [word for word in words if word not in AXIS_WORDS]:
         raise FamilyError(f"{text!r}: unknown axis word {unknown[0]!r}; expected one of {', '.join(AXIS_WORDS)}")
-    if any(not group for group in groups) or len(set(words)) != len(words):
+    if any(not group for group in groups) or (len(set(words)) != len(words) and not spec.is_fixed):
         raise FamilyError(f"{text!r}: an axis is empty or named twice")
     if any(("half" in words) != (len(segment) > 1) for segment in segments):
         raise FamilyError(f"{text!r}: several roles need an axis 'half', and only they do")
@@ -292,7 +293,8 @@ class MoEFamily:
         layers: number of layers, an expression.
         extra_layers: how many multi-token-prediction layers may follow the last layer, an expression.
         bank_units: unit kind of further banks, and of `shared` where it is not that of the first bank.
-        when: role -> whether layer number `layer` has it, an expression; None: it may be there or not.
+        when: role, or key template of a fixed tensor -> whether layer number `layer` has it, an expression; None: it may be
+            there or not.
         blocks: prefixes below a layer under which every tensor must be claimed; by default the first parts of the templates.
         stacks: where a model has several stacks of layers: layers are numbered through, in this order.
         towers: model type of a composite model -> what the keys of its text tower begin with, where several towers fit.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.claim import Claim, matrix_axes, matrix_shape, stacked
+from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.family import (
     AXIS_WORDS,
     EXPERT_VECTORS,
@@ -114,6 +115,7 @@ class MoELayer:
     def banks(self) -> dict[str, Bank]:
         """The banks of experts, the first one ('') first."""
         names = dict.fromkeys(["", *(split_role(role)[0] for role in self.roles)])
+        names = {name: None for name in names if bank_size(self.sizes, name, "expert")}
         return {name: Bank(self, name) for name in names}
 
     @cached_property
@@ -141,12 +143,24 @@ class MoELayer:
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
         claim, segment = self.holders.get((role, expert)) or self.holders[role, None]
+        if split_role(role)[1] == "expert_table":
+            return self._read_table(claim)
         roles = claim.spec.segments[segment]
         fixed = {} if len(roles) == 1 else {"half": roles.index(role)}
         if is_expert_role(role) and claim.expert is None:
             assert expert is not None
             fixed["expert"] = expert
         return self._read_at(claim, segment, fixed)
+
+    def _read_table(self, claim: Claim) -> Tensor:
+        """A table of token experts; raises CheckpointError where it names an expert that there is not."""
+        values = self._read_at(claim, 0, {})
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.experts:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: {claim.name} names experts {int(values.min())} to {int(values.max())}, there are "
+                f"{self.experts}, numbered from 0"
+            )
+        return values
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
         """As `read`, with quantised weights in float32."""
@@ -212,6 +226,8 @@ class MoELayer:
         claim = self.claims[name]
         for segment in claim.segments:
             roles = claim.spec.segments[segment]
+            if not math.prod(claim.axis_sizes(self.sizes, segment)):
+                continue  # a bank without experts
             first = self._segment_start(claim, segment)
             if is_expert_role(roles[0]) and claim.expert is None:
                 experts = bank_size(self.sizes, split_role(roles[0])[0], "expert")

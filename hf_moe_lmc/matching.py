@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_moe_lmc.assignment import assign_groups
 from hf_moe_lmc.errors import CheckpointError, InputError
+from hf_moe_lmc.family import EXPERT_VECTORS
 from hf_moe_lmc.layer import Bank, MoELayer
 from hf_moe_lmc.order import expert_cost, gate_cost
 from hf_moe_lmc.symmetry import LayerSymmetry
@@ -197,10 +198,13 @@ def _table_cost(a: Bank, b: Bank) -> Tensor | None:
 
 
 def _check_router(bank: Bank) -> None:
-    """Raises CheckpointError, naming the first row that is not finite."""
+    """Raises CheckpointError, naming the first row or vector that is not finite."""
     bad = (~bank.read("router").isfinite()).any(dim=1).nonzero()
     if len(bad):
         raise _not_finite(bank, f"router row {int(bad[0])}")
+    for role in bank.roles:
+        if role in (*EXPERT_VECTORS, "shared_router") and not bool(bank.read(role).isfinite().all()):
+            raise _not_finite(bank, role.replace("_", " "))
 
 
 def _check_finite(cost: Tensor, a: Bank, b: Bank) -> None:

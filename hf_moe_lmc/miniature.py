@@ -51,7 +51,10 @@ _MOE_KINDS = ("sparse", "moe", "hash_moe")
 # Layer kinds that follow from the layer's number; such layers cannot be chosen freely, only cut after.
 _PERIODS = ("attn_layer_period", "expert_layer_period")
 # Keys that must not survive: the miniature is float32 and of this machine.
-_DROPPED = ("quantization_config", "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+_DROPPED = (
+    "quantization_config", "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path",
+    "linear_attn_config",  # sizes of the original, which the class has already spread over fields of its own
+)  # fmt: skip
 
 
 class _Sizes:

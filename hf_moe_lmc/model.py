@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,11 +35,11 @@ COSMETIC_CONFIG = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "name_or_path", "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "router_aux_loss_coef", "torch_dtype",
     "transformers_version", "use_cache", "_attn_implementation", "_experts_implementation", "attention_dropout",
-    "router_jitter_noise", "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size",
+    "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size",
 }  # fmt: skip
 
 
-_EXPERTS_ANYWHERE = re.compile(r"(?P<prefix>.*?)[^.]+\.\d+\.(?:[^.]+\.)*experts\.(?:\d+\.)?[^.]*(?:w[123]|fc[123]|_proj)")
+_EXPERTS_ANYWHERE = re.compile(r"(?P<prefix>.*?[^.]+)\.\d+\.(?:[^.]+\.)*experts\.(?:\d+\.)?[^.]*(?:w[123]|fc[123]|_proj)")
 
 
 @dataclass(frozen=True)
@@ -225,13 +226,15 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         raise FamilyError(
             f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
         )
+    groups, top_k = int(family.evaluate(family.groups, text)), int(family.evaluate(family.top_k, text))
+    _check_routing(checkpoint.name, text, layers, groups, top_k)
     model = MoEModel(
         checkpoint=checkpoint,
         family=family,
         config=config,
         num_layers=start,
-        groups=int(family.evaluate(family.groups, text)),
-        top_k=int(family.evaluate(family.top_k, text)),
+        groups=groups,
+        top_k=top_k,
         layers=layers,
         towers=tuple(towers),
     )
@@ -256,6 +259,24 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({error})") from error
+
+
+def _check_routing(name: str, text: PreTrainedConfig, layers: Mapping[int, MoELayer], groups: int, top_k: int) -> None:
+    """Raises FamilyError where config.json asks for a routing that there cannot be, or that no symmetry is exact for."""
+    kept = getattr(text, "topk_group", None)
+    for index, layer in layers.items():
+        experts = layer.experts
+        if not 1 <= top_k <= experts:
+            raise FamilyError(f"{name}: config.json asks for {top_k} experts per token, layer {index} has {experts}")
+        if groups > 1 and experts % groups:
+            raise FamilyError(f"{name}: config.json divides experts into {groups} groups, layer {index} has {experts}")
+        if groups > 1 and isinstance(kept, int) and not kept >= 1:
+            raise FamilyError(f"{name}: config.json keeps {kept} of {groups} expert groups; expected at least 1")
+        if groups > 1 and isinstance(kept, int) and top_k > kept * (experts // groups):
+            raise FamilyError(
+                f"{name}: config.json asks for {top_k} experts per token out of {kept} groups of {experts // groups}: the rest "
+                "are ties, which depend on the order of the experts, so that no expert can change places"
+            )
 
 
 def _layer_pattern(stack: Stack, tower: str | None) -> re.Pattern[str]:
@@ -381,16 +402,33 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
         raise MismatchError(
             f"A ({a.checkpoint.name}) and B ({b.checkpoint.name}) are not of one architecture:\n{listing(problems)}"
         )
-    of_a, of_b = a.config.to_dict(), b.config.to_dict()
+    of_a, of_b = _settings(a.config.to_dict()), _settings(b.config.to_dict())
     return [
         f"config.json: {key} is {of_a.get(key)!r} in A and {of_b.get(key)!r} in B; the path and a merge take A's"
         for key in sorted(of_a.keys() | of_b.keys())
-        if key not in COSMETIC_CONFIG and of_a.get(key) != of_b.get(key)
+        if of_a.get(key) != of_b.get(key)
     ]
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What may change what the weights compute, nested ones by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in COSMETIC_CONFIG:
+            continue
+        if isinstance(value, dict):
+            found |= _settings(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _regular(model: MoEModel) -> list[int]:
     return [index for index in model.layers if index < model.num_layers]
+
+
+def _shapes(model: MoEModel, names: set[str]) -> list[tuple[int, ...]]:
+    return [model.checkpoint.tensors[name].shape for name in names]
 
 
 def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[str]:
@@ -402,6 +440,13 @@ def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> li
         )
     skip_extra = ignore_extra_layers or bool(problems)
     names_a, names_b = ({name for name in m.outside if not (skip_extra and m.is_extra(name))} for m in (a, b))
+    if names_a != names_b and sorted(_shapes(a, names_a)) == sorted(_shapes(b, names_b)):
+        return [
+            *problems,
+            "outside the MoE blocks they hold the same tensors under other names: one is in the Hub's layout, the other in "
+            f"that of transformers' memory ({sorted(names_a - names_b)[0]}, {sorted(names_b - names_a)[0]}); load one of "
+            "them with transformers and save it with save_original_format=True (the Hub's) or False",
+        ]
     for name in sorted(names_a ^ names_b):
         holder, other = ("A", "B") if name in names_a else ("B", "A")
         problems.append(f"{name}: in {holder}, not in {other}")

@@ -434,3 +434,84 @@ def test_a_table_of_token_experts_is_relabelled_and_decides_the_order(tmp_path: 
     alignment = merge(a, tmp_path / "b", tmp_path / "merged")
     assert torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "merged")[table])
     assert "table" in {matching.order_method for matching in alignment.layers.values()}
+
+
+def spoil(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def edit(content: dict[str, torch.Tensor]) -> None:
+        key = next(key for key in content if name in key)
+        value = change(content.pop(key))
+        if value is not None:
+            content[key] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("zaya", spoil("router_mlp.fc1.weight", lambda value: None), "missing: .*router_mlp.fc1.weight"),
+        ("zaya", spoil("router_mlp.fc2.bias", lambda value: value[:5]), r"fc2.bias: expected shape \[.*found \[5\]"),
+        ("muse_spark_text", spoil("post_expert_norm", lambda value: None), "missing: .*post_expert_norm"),
+        ("gemma4_text", spoil("router.scale", lambda value: None), "missing: .*router.scale"),
+        ("qwen3_moe", spoil("experts.3.up_proj", lambda value: value.bfloat16()), "they cannot change places"),
+        ("deepseek_v4", spoil("tid2eid", lambda value: value.fill_(12)), "names experts 12 to 12, there are 12"),
+        ("deepseek_v4", spoil("tid2eid", lambda value: value.fill_(-1)), "names experts -1 to -1"),
+        ("gpt_oss", spoil("router.bias", lambda value: value.fill_(torch.nan)), "router bias holds NaN"),
+        ("gemma4_text", spoil("per_expert_scale", lambda value: value.fill_(torch.inf)), "expert scale holds NaN or infinite"),
+    ],
+)
+def test_damage_in_any_part_of_a_block_is_named(
+    tmp_path: Path, case: str, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    a, bad = miniature(case, tmp_path / "a"), miniature(case, tmp_path / "bad", 1)
+    tiny.edit(bad, change)
+    with pytest.raises((FamilyError, CheckpointError), match=message):
+        align(a, bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_group": 5}, "divides experts into 5 groups, layer 1 has 12"),
+        ({"num_experts_per_tok": 13}, "asks for 13 experts per token, layer 1 has 12"),
+        ({"topk_group": 0}, "keeps 0 of 4 expert groups"),
+        ({"n_group": 6, "topk_group": 1}, "asks for 3 experts per token out of 1 groups of 2: the rest are ties"),
+    ],
+)
+def test_routing_that_cannot_be_is_refused(tmp_path: Path, values: dict[str, int], message: str) -> None:
+    folder = miniature("deepseek_v3", tmp_path / "a")
+    tiny.edit_config(folder, **values)
+    with pytest.raises(FamilyError, match=message):
+        read(folder)
+
+
+def test_layouts_whose_names_differ_outside_the_blocks_are_told(tmp_path: Path) -> None:
+    model = build(shrink(zoo.original("nemotron_h")))
+    for layout in (True, False):
+        model.save_pretrained(tmp_path / str(layout), save_original_format=layout)
+    with pytest.raises(MismatchError, match="the same tensors under other names: one is in the Hub's layout"):
+        align(tmp_path / "True", tmp_path / "False", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+def test_an_order_that_makes_things_worse_is_pointed_out(tmp_path: Path) -> None:
+    a, b = miniature("mixtral", tmp_path / "a"), miniature("mixtral", tmp_path / "b")
+
+    def other_routers(content: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in content if name.endswith("gate.weight")]:
+            content[name] = content[name].flip(0).contiguous()
+
+    tiny.edit(b, other_routers)
+    with pytest.warns(UserWarning, match="further apart in the order that `gate` found"):
+        align(a, b, tmp_path / "gate", order="gate", symmetry_only=True)
+
+
+def test_a_bank_without_experts_is_none(tmp_path: Path) -> None:
+    config = shrink(zoo.original("longcat_flash"))
+    config.zero_expert_num = 0
+    build(config).save_pretrained(tmp_path / "a")
+    model = read(tmp_path / "a")
+    assert list(next(iter(model.layers.values())).banks) == [""]
+    apply(random_symmetry(model), tmp_path / "a", tmp_path / "b")
+    assert align(tmp_path / "a", tmp_path / "b", tmp_path / "out").totals()["relative_distance_after_units"] < 1e-5

@@ -98,7 +98,7 @@ def test_dense_models_are_refused(model_type: str) -> None:
     config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type](
         num_hidden_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=64
     )
-    with pytest.raises(FamilyError, match="no description can be derived: no module with a 3-D"):
+    with pytest.raises(FamilyError, match=r"no description can be derived: .* has no experts"):
         derive(config, "here")
 
 

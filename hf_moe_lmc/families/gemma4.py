@@ -4,7 +4,7 @@ from hf_moe_lmc.family import MoEFamily, register
 WEIGHTS = {
     "router.proj.weight": "router: expert model",
     "router.per_expert_scale": "expert_scale: expert",
-    "router.scale": "fixed",
+    "router.scale": "fixed: model",
     "experts.gate_up_proj": "gate up: expert (half unit) model",
     "experts.down_proj": "down: expert model unit",
     "mlp.gate_proj.weight": "shared_gate: shared model",

@@ -9,7 +9,7 @@ register(
         units="swiglu",
         weights={
             "mlp.gate.weight": "router | always.router: expert model",
-            "mlp.gate.global_scale": "fixed",
+            "mlp.gate.global_scale": "fixed: 1",
             # on the Hub: gate and up rows take turns
             "mlp.gate.bias": "correction_bias: expert",
             "mlp.experts.w13_weight": "gate up: expert (unit half) model",

@@ -10,12 +10,12 @@ register(
             "mlp.router.layer.weight": "router: expert model",
             "mlp.input_linear.weight": "gate up: expert (half unit) model",
             "mlp.output_linear.weight": "down: expert model unit",
-            "mlp.bias": "fixed",
+            "mlp.bias": "fixed: model",
             # experts of the attention: queries and output; all share keys and values, so their units stay
             "self_attention.experts.router.layer.weight": "attention.router: expert model",
             "self_attention.experts.input_linear.weight": "attention.up: expert unit model",
             "self_attention.experts.output_linear.weight": "attention.down: expert model unit",
-            "self_attention.experts.bias": "fixed",
+            "self_attention.experts.bias": "fixed: model",
         },
         sizes={
             "expert": "num_local_experts",

@@ -12,10 +12,10 @@ register(
             "mlp.experts.gate_up_proj": "gate up: expert (half unit) latent",
             "mlp.experts.down_proj": "down: expert latent unit",
             # to the width of the experts and back, with norms between
-            "mlp.pre_expert_proj.weight": "fixed",
-            "mlp.pre_expert_norm.weight": "fixed",
-            "mlp.experts.post_expert_norm.weight": "fixed",
-            "mlp.post_expert_proj.weight": "fixed",
+            "mlp.pre_expert_proj.weight": "fixed: latent model",
+            "mlp.pre_expert_norm.weight": "fixed: latent",
+            "mlp.experts.post_expert_norm.weight": "fixed: latent",
+            "mlp.post_expert_proj.weight": "fixed: model latent",
         },
         sizes={
             "expert": "num_local_experts",

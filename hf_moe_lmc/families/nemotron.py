@@ -24,10 +24,10 @@ register(
             "mixer.shared_experts.down_proj.weight": "shared_down: model shared",
             "mixer.shared_experts.down_proj.bias": "shared_down_bias: model",
             # to the width of the experts and back, where that is another
-            "mixer.fc1_latent_proj.weight": "fixed",
-            "mixer.fc1_latent_proj.bias": "fixed",
-            "mixer.fc2_latent_proj.weight": "fixed",
-            "mixer.fc2_latent_proj.bias": "fixed",
+            "mixer.fc1_latent_proj.weight": "fixed: latent model",
+            "mixer.fc1_latent_proj.bias": "fixed: latent",
+            "mixer.fc2_latent_proj.weight": "fixed: model latent",
+            "mixer.fc2_latent_proj.bias": "fixed: model",
         },
         sizes={
             "expert": "n_routed_experts",
@@ -39,6 +39,11 @@ register(
         moe_layers="layers_block_type[layer] == 'moe'",
         groups=GROUPS,
         layer_prefix="backbone.layers.{layer}.",
-        when={"shared_up_bias": "mlp_bias", "shared_down_bias": "mlp_bias"},
+        when={
+            "shared_up_bias": "mlp_bias",
+            "shared_down_bias": "mlp_bias",
+            **{f"mixer.{name}_latent_proj.weight": "moe_latent_size" for name in ("fc1", "fc2")},
+            **{f"mixer.{name}_latent_proj.bias": "moe_latent_size and mlp_bias" for name in ("fc1", "fc2")},
+        },
     )
 )
