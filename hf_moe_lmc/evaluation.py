@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_moe_lmc.alignment import rewritten
 from hf_moe_lmc.errors import InputError, listing
-from hf_moe_lmc.interpolation import interpolate
+from hf_moe_lmc.interpolation import interpolate_into
 from hf_moe_lmc.model import ModelStream, MoEModel, whole
 from hf_moe_lmc.perplexity import Windows, batches_of, token_losses
 from hf_moe_lmc.skeleton import Conversion, Group, Skeleton
@@ -127,16 +127,14 @@ class Endpoints:
             for name in names:
                 self.held.pop((path, name), None)
 
-    def at(self, names: Sequence[str], path: str, t: float) -> dict[str, Tensor]:
-        """The weights of a point, in float32 where they had to be computed."""
-        values = {}
+    def place(self, names: Sequence[str], path: str, t: float) -> None:
+        """Puts the weights of a point into the model, cast once to the dtype that it keeps them in."""
         for name in names:
-            a = self.held[None, name]
-            value = interpolate(a, self.held[path, name], t)
-            if value.stride() != a.stride():  # kernels choose by layout: keep that which A's checkpoint would be loaded with
-                value = torch.empty_strided(a.shape, a.stride(), dtype=value.dtype).copy_(value)
-            values[name] = value
-        return values
+            a, b = self.held[None, name], self.held[path, name]
+            # kernels choose by layout: that which A's checkpoint would be loaded with
+            value = torch.empty_strided(a.shape, a.stride(), dtype=self.skeleton.dtype_of(name), device=self.skeleton.device)
+            interpolate_into(value, a, b, t)
+            self.skeleton.place({name: value})
 
 
 def _conversion(skeleton: Skeleton, model: MoEModel) -> Conversion:
@@ -241,7 +239,7 @@ def _run(
         ends.load([name for part in parts for name in part.names])
         for (path, at), members in _same_weights(points, parts).items():
             for part, t in zip(parts, at, strict=True):
-                ends.skeleton.place(ends.at(part.names, path, t))
+                ends.place(part.names, path, t)
             for point in members:
                 for lane in of_point[point]:
                     sweep.advance(lane, None if number == len(stages) - 1 else number)

@@ -22,6 +22,8 @@ from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
+AT_ONCE = 4 << 20  # elements of one step of `interpolate_into`
+
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
     """(1 - t) a + t b in float32 (float64 stays), not cast back; exactly a at t = 0 and b at t = 1.
@@ -41,6 +43,20 @@ def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
     if t == 1:
         return b.to(dtype)
     return torch.lerp(a.to(dtype), b.to(dtype), t)
+
+
+def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:
+    """`interpolate` written to `out`, in its dtype and on its device, with AT_ONCE elements in float32 at a time."""
+    if a.numel() <= AT_ONCE or a.ndim == 0:
+        out.copy_(interpolate(a, b, t))
+        return
+    rows = AT_ONCE // (a.numel() // len(a))
+    if rows:
+        for parts in zip(out.split(rows), a.split(rows), b.split(rows), strict=True):
+            parts[0].copy_(interpolate(*parts[1:], t))
+    else:
+        for parts in zip(out, a, b, strict=True):
+            interpolate_into(*parts, t)
 
 
 @dataclass(frozen=True)

@@ -395,6 +395,8 @@ def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind:
         values = values.index_select(0, order)
     if base in ("up", "up_bias", "down") and not bool((scale == 1).all()):
         scale = scale.view(-1, *[1] * (values.ndim - 1))
+        if bool((scale.abs() == 1).all()) and not kind.offset:
+            return values * (scale**kind.power if base == "down" else scale).to(values.dtype)  # signs are exact in any dtype
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if base == "down":
             return values / scale**kind.power

@@ -93,7 +93,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
             names = [name for name in skeleton.state if name not in skeleton.tied]
             ends.load(names)
             for t in grid:
-                skeleton.place(ends.at(names, "naive", t))
+                ends.place(names, "naive", t)
                 losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
         else:
             for i, t in enumerate(grid):

@@ -1,0 +1,110 @@
+"""Peak memory of evaluating a path at the layer shapes of Mixtral-8x7B, with few layers, in bfloat16.
+
+    python scripts/sweep_memory.py -o scripts/sweep_memory.json [--layers 2] [--folder DIR]
+
+Two checkpoints with layers of 8 experts, hidden size 4096 and 14336 hidden units per expert (2.9 GB a layer) are evaluated
+layer by layer on the naive and on an aligned path. What is measured is the anonymous memory of the process above what its
+imports take; what does not depend on the number of layers is what a model of any depth needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.evaluation import Point, evaluate
+from hf_moe_lmc.model import read_model
+from hf_moe_lmc.path import language_model_class
+from hf_moe_lmc.perplexity import Windows
+
+
+def make(folder: Path, layers: int, seed: int) -> Path:
+    """A checkpoint in the fused layout, one tensor at a time; values repeat every million, which changes no size."""
+    config = MixtralConfig(num_hidden_layers=layers, dtype="bfloat16", architectures=["MixtralForCausalLM"])  # the 8x7B's sizes
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    pattern = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
+    weight_map = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        file = f"model-{i:05}.safetensors"
+        save_file({name: pattern.repeat(-(-shape.numel() // len(pattern)))[: shape.numel()].view(shape)}, folder / file)
+        weight_map[name] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def anonymous() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
+    rows = tuple(torch.randint(3, 30000, (2, 64), generator=torch.Generator().manual_seed(0)))
+    windows = Windows(rows, (0, 1), context=64, bos=False, tokens_read=128)
+    with Checkpoint.open(folder_a) as of_a, Checkpoint.open(folder_b) as of_b:
+        a, b = read_model(of_a), read_model(of_b)
+        shuffled = b.random(torch.Generator().manual_seed(0))
+        paths = {"naive": b.identity(), "aligned": shuffled}
+        grid = [Point(path, i / (points - 1)) for path in paths for i in range(points)]
+        peak, done = [0], threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                peak[0] = max(peak[0], anonymous())
+                time.sleep(0.01)
+
+        base, started = anonymous(), time.perf_counter()
+        threading.Thread(target=watch, daemon=True).start()
+        losses, cost = evaluate(
+            a, b, paths, grid, windows, model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False
+        )  # fmt: skip
+        done.set()
+        layer = next(iter(a.layers.values()))
+        experts = sum(a.checkpoint.tensors[name].nbytes for name in layer.claims)
+        return {
+            "layers": a.num_layers,
+            "checkpoint_bytes": a.checkpoint.nbytes,
+            "expert_bytes_of_a_layer": experts,
+            "points": len(grid),
+            "peak_bytes": peak[0] - base,
+            "peak_in_layers": (peak[0] - base) / experts,
+            "seconds": time.perf_counter() - started,
+            "mode": cost.mode,
+            "finite": bool(losses.isfinite().all()),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--points", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
+    options = parser.parse_args()
+    results = []
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(prefix="sweep-memory-", dir=options.folder) as d:
+            a, b = (make(Path(d) / name, layers, seed) for seed, name in enumerate("ab"))
+            results.append(measure(a, b, options.points))
+            print(results[-1], file=sys.stderr)
+    report = {"command": "python scripts/sweep_memory.py " + " ".join(sys.argv[1:]), "results": results}
+    text = json.dumps(report, indent=2) + "\n"
+    if options.output:
+        options.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
