@@ -57,6 +57,19 @@ class Tally:
     entropy: Tensor | float = 0.0
     has_entropy: bool = True
 
+    def add(self, other: Tally) -> None:
+        """Takes in the sums over other tokens."""
+        self.tokens += other.tokens
+        self.pairs += other.pairs
+        if self.counts is None or other.counts is None:
+            self.counts = other.counts if self.counts is None else self.counts
+        else:
+            self.counts = self.counts + other.counts
+        self.with_a = self.with_a + other.with_a
+        self.with_b = self.with_b + other.with_b
+        self.entropy = self.entropy + other.entropy
+        self.has_entropy = self.has_entropy and other.has_entropy
+
     def share(self, total: Tensor | float) -> float:
         return float(total) / self.tokens
 
@@ -74,6 +87,10 @@ class RoutingObserver:
     Args:
         model: tells the MoE layers, the experts per token and the kind of router.
         points: those with `layers` None come first; of them t = 0 first, and t = 1 of each path before the others on it.
+
+    Attributes:
+        tallies: by (number of the point, layer, module): sums, to which `add` adds those of other windows.
+        problem: why the routing of this model is not available; known after `end`.
 
     Raises:
         ValueError: the points are in another order.
@@ -121,6 +138,11 @@ class RoutingObserver:
                 f"layer {silent[0]} of {type(self.model.config).__name__} shows neither the numbers of the chosen experts nor "
                 "logits from which they follow"
             )
+
+    def add(self, tallies: Mapping[tuple[int, int, str], Tally]) -> None:
+        """Takes in what an observer of other windows of the same text has counted."""
+        for key, tally in tallies.items():
+            self.tallies.setdefault(key, Tally()).add(tally)
 
     def rows(self) -> list[dict[str, Any]]:
         """One entry per path, point, MoE layer and router; none where the routing is not available.
@@ -216,19 +238,19 @@ class RoutingObserver:
             self._references[point.path, site.layer, site.module, lane.batch] = chosen
         of_a = self._references[None, site.layer, site.module, lane.batch]
         of_b = self._references.get((point.path, site.layer, site.module, lane.batch))
-        tally = self.tallies.setdefault(key, Tally())
         layer = self.model.layers[site.layer]
         experts = layer.experts if logits is None else logits.shape[-1]
         counts = torch.bincount((chosen[chosen != NOWHERE]).long(), minlength=experts)
-        tally.tokens += len(chosen)
-        tally.pairs += chosen.numel()
-        tally.counts = counts if tally.counts is None else tally.counts + counts
-        tally.with_a = tally.with_a + _shared(chosen, of_a)
-        tally.with_b = tally.with_b + (_shared(chosen, of_b) if of_b is not None else 0.0)
-        if logits is None:
-            tally.has_entropy = False
-        else:
-            tally.entropy = tally.entropy + torch.special.entr(_distribution(logits, layer.facts.router)).sum()
+        tally = Tally(
+            tokens=len(chosen),
+            pairs=chosen.numel(),
+            counts=counts,
+            with_a=_shared(chosen, of_a),
+            with_b=_shared(chosen, of_b) if of_b is not None else 0.0,
+            entropy=0.0 if logits is None else torch.special.entr(_distribution(logits, layer.facts.router)).sum(),
+            has_entropy=logits is not None,
+        )
+        self.tallies.setdefault(key, Tally()).add(tally)
         if lane.point == len(self._watched) - 1:  # nobody will ask again
             for path in (None, *(point.path for point in self._watched)):
                 self._references.pop((path, site.layer, site.module, lane.batch), None)

@@ -212,7 +212,7 @@ def test_weights_are_gone_afterwards(run: Callable[..., Any], resident: bool) ->
 def paused() -> int:
     """Greenlets that wait for somebody to switch to them."""
     gc.collect()
-    return sum(isinstance(found, greenlet) and bool(found) and found.parent is not None for found in gc.get_objects())
+    return sum(type(found) is greenlet and bool(found) and found.parent is not None for found in gc.get_objects())
 
 
 class Failing:

@@ -152,6 +152,16 @@ def test_points_of_single_layers_are_not_recorded(relabelled: tuple[MoEModel, Mo
     assert {row["agreement_b"] for row in without_end} == {None}
 
 
+def test_windows_that_others_watched_are_taken_in(relabelled: tuple[MoEModel, MoEModel, Any]) -> None:
+    parts = [Windows((row,), (0,), context=17, bos=False, tokens_read=17) for row in ROWS]
+    first, *others = [routed(*relabelled, windows=part) for part in parts]
+    for other in others:
+        first.add(other.tallies)
+    for found, expected in zip(first.rows(), routed(*relabelled, batch_size=1).rows(), strict=True):
+        for key, value in expected.items():
+            assert found[key] == (value if isinstance(value, (str, int)) else pytest.approx(value))
+
+
 def test_points_in_another_order_are_refused(relabelled: tuple[MoEModel, MoEModel, Any]) -> None:
     a = relabelled[0]
     inner, single = Point("aligned", 0.5), Point("aligned", 0.5, frozenset({1}))
