@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -122,6 +123,10 @@ def _barrier(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         dtype=options.dtype,
         device=options.device,
+        activation_memory=options.activation_memory,
+        layerwise=options.layerwise,
+        refine=options.refine,
+        routing=options.routing,
     )
     print(report.table())
     _say_where(options.output, None)
@@ -234,7 +239,35 @@ def _parser() -> argparse.ArgumentParser:
     barrier.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: %(default)s)"
     )
-    barrier.add_argument("--device", help="put the model there (default: accelerate's device map)")
+    barrier.add_argument("--device", help="where the layers run (default: a GPU if there is one)")
+    barrier.add_argument(
+        "--activation-memory",
+        metavar="SIZE",
+        type=_size,
+        help="hidden states of all points and windows on their way, e.g. 4GiB; the smaller, the more often A and B are read "
+        "(default: half of the free memory)",
+    )
+    barrier.add_argument(
+        "--layerwise",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        help="also the barrier of each MoE layer alone, the rest staying A, with N points between its ends (5 if not given)",
+    )
+    barrier.add_argument(
+        "--refine",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        help="halve the intervals beside the aligned maximum N times (3 if not given), reading both models again each time",
+    )
+    barrier.add_argument(
+        "--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take"
+    )
 
     merge = _verb(verbs, "merge", _merge, "write (1 - t) A + t B, aligned")
     _pair(merge)
@@ -281,6 +314,16 @@ def _pair(verb: argparse.ArgumentParser) -> None:
 
 def _output(verb: argparse.ArgumentParser, metavar: str) -> None:
     verb.add_argument("-o", "--output", metavar=metavar, type=Path, required=True, help="a new or empty folder")
+
+
+def _size(text: str) -> int:
+    """Bytes of a size such as 4GiB, 500 MB or 1048576."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 4GiB, 500MB or a number of bytes")
+    number, unit, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" kmgt".index(unit.lower()) if unit else 0))
 
 
 def _matching(verb: argparse.ArgumentParser) -> None:

@@ -205,16 +205,18 @@ def evaluate(
     size = math.ceil(len(batches) / plan.passes)
     chunks = [range(first, min(first + size, len(batches))) for first in range(0, len(batches), size)]
     total = sum(len(chunk) for chunk in chunks) * len(points) * len(stages)
-    with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as progress:
-        for chunk in chunks:
-            with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
-                running.append(sweep)
-                lanes = sweep.start(range(len(points)), chunk)
-                _run(ends, points, stages, sweep, lanes, progress.update)
-                for lane in lanes:
-                    losses[lane.point, batches[lane.batch]] = lane.result
-    for observer in observers:
-        observer.end()
+    try:
+        with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as progress:
+            for chunk in chunks:
+                with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
+                    running.append(sweep)
+                    lanes = sweep.start(range(len(points)), chunk)
+                    _run(ends, points, stages, sweep, lanes, progress.update)
+                    for lane in lanes:
+                        losses[lane.point, batches[lane.batch]] = lane.result
+    finally:
+        for observer in observers:
+            observer.end()
     return losses, plan
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
+from hf_moe_lmc.curve import BarrierCurve
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
-from hf_moe_lmc.evaluation import Point, evaluate
+from hf_moe_lmc.evaluation import Cost, Point, evaluate
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
@@ -25,6 +27,7 @@ from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport
+from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
@@ -53,6 +56,9 @@ def barrier(
     dtype: str = "float32",
     device: str | None = None,
     activation_memory: int | None = None,
+    layerwise: int = 0,
+    refine: int = 0,
+    routing: bool = True,
 ) -> BarrierReport:
     """Measures the perplexity barrier between two checkpoints, naive and aligned.
 
@@ -70,12 +76,17 @@ def barrier(
         device: where the layers run; by default a GPU if there is one.
         activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
             models are read. By default half of the memory that is free.
+        layerwise: inner points of the paths on which one MoE layer alone leaves A for its aligned place in B; 0: none.
+        refine: how many times the intervals beside the maximum of the aligned curve are halved; both paths get the new points.
+            Each time reads both models again.
+        routing: record at each point of the grid which experts the tokens take.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
     """
     check_methods(order, units)
     _check_numbers(points=(points, 2), context=(context, 2), max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
+    _check_numbers(activation_memory=(activation_memory, 1), layerwise=(layerwise, 0), refine=(refine, 0))
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
@@ -105,6 +116,9 @@ def barrier(
                 dtype=dtype,
                 device=device,
                 activation_memory=activation_memory,
+                layerwise=layerwise,
+                refine=refine,
+                routing=routing,
                 text=source.describe(),
                 symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
             )
@@ -129,6 +143,9 @@ def _measure(
     dtype: str,
     device: str | None,
     activation_memory: int | None,
+    layerwise: int,
+    refine: int,
+    routing: bool,
     text: dict[str, Any],
     symmetry: str | os.PathLike[str] | None,
 ) -> tuple[BarrierReport, ModelSymmetry]:
@@ -142,23 +159,49 @@ def _measure(
         used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
     ran_with: dict[str, Any] = {}
     symmetries = {"aligned": used, **({"naive": b.identity()} if naive else {})}
-    points = [Point(path, at) for path in symmetries for at in t if at > 0 or path == "aligned"]  # A is on both paths
-    of_points, cost = evaluate(
-        a,
-        b,
-        symmetries,
+    points = _grid(tuple(symmetries), t)
+    steps = [(i + 1) / (layerwise + 1) for i in range(layerwise + 1)] if layerwise else []
+    moe_layers = [layer for layer in a.layers if layer < a.num_layers]
+    points += [Point("aligned", at, frozenset({layer})) for layer in moe_layers for at in steps]
+    watching = RoutingObserver(a, points) if routing else None
+
+    def run(points: Sequence[Point], **options: Any) -> tuple[dict[Point, Tensor], Cost]:
+        found, cost = evaluate(
+            a,
+            b,
+            symmetries,
+            points,
+            windows,
+            model_class=language_model_class(a),
+            dtype=DTYPES[dtype],
+            device=device,
+            batch_size=batch_size,
+            activation_memory=activation_memory,
+            **options,
+        )
+        return dict(zip(points, found, strict=True)), cost
+
+    at_point, cost = run(
         points,
-        windows,
-        model_class=language_model_class(a),
-        dtype=DTYPES[dtype],
-        device=device,
-        batch_size=batch_size,
-        activation_memory=activation_memory,
         inspect_model=lambda model: ran_with.update(implementations(model, device)),
+        observers=[watching] if watching else [],
     )
-    at_point = {(point.path, point.t): of_points[i] for i, point in enumerate(points)}
-    losses = {path: torch.stack([at_point[path if at > 0 else "aligned", at] for at in t]) for path in symmetries}
+    grid = t
+    for _ in range(refine):
+        new = _beside_the_maximum(_curve(at_point, "aligned", t, windows))
+        if not new:
+            break
+        found, again = run([Point(path, at) for path in symmetries for at in new])
+        at_point |= found
+        cost = replace(cost, passes=cost.passes + again.passes)
+        t = tuple(sorted({*t, *new}))
+    losses = {path: torch.stack([at_point[_on(path, at)] for at in t]) for path in symmetries}
     _warn_of_losses_that_are_not_finite(losses, t, dtype)
+    if refine:
+        ran_with["refined_t"] = [at for at in t if at not in grid]
+    if watching and watching.problem:
+        warnings.warn(f"{a.checkpoint.name}: the routing cannot be watched: {watching.problem}", stacklevel=3)
+        ran_with["routing_unavailable"] = watching.problem
     report = BarrierReport(
         a={**a.checkpoint.origin(), "source": a.checkpoint.name},
         b={**b.checkpoint.origin(), "source": b.checkpoint.name},
@@ -168,8 +211,49 @@ def _measure(
         losses=losses,
         t=t,
         seconds=time.perf_counter() - started,
+        layerwise=[_layer_alone(layer, steps, at_point, windows) for layer in moe_layers] if layerwise else None,
+        routing=watching.rows() if watching and not watching.problem else None,
     )
     return report, used
+
+
+def _grid(paths: Sequence[str], t: Sequence[float]) -> list[Point]:
+    """A once, B on each path, then what lies between: observers compare with the ends."""
+    ends = [Point("aligned", 0.0), *(Point(path, 1.0) for path in paths)]
+    return [*ends, *(Point(path, at) for path in paths for at in t if 0 < at < 1)]
+
+
+def _on(path: str, t: float) -> Point:
+    """The point at which a path is evaluated: A is on both, once."""
+    return Point(path if t > 0 else "aligned", t)
+
+
+def _curve(at_point: Mapping[Point, Tensor], path: str, t: Sequence[float], windows: Windows) -> BarrierCurve:
+    tokens = float(windows.scored.sum())
+    return BarrierCurve(tuple(t), tuple(float(at_point[_on(path, at)].sum()) / tokens for at in t))
+
+
+def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
+    """The middles of the two intervals beside the largest excess; none where that is at an end or not a number."""
+    if not curve.barrier > 0:
+        return []
+    i = curve.t.index(curve.barrier_t)
+    return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
+
+
+def _layer_alone(layer: int, steps: Sequence[float], at_point: Mapping[Point, Tensor], windows: Windows) -> dict[str, Any]:
+    """The barrier when one decoder layer alone is interpolated, against the line between its own two ends."""
+    tokens = float(windows.scored.sum())
+    points = [Point("aligned", 0.0), *(Point("aligned", at, frozenset({layer})) for at in steps)]
+    curve = BarrierCurve((0.0, *steps), tuple(float(at_point[point].sum()) / tokens for point in points))
+    return {
+        "layer": layer,
+        "t": list(curve.t),
+        "nll": list(curve.nll),
+        "excess": list(curve.excess),
+        "barrier": curve.barrier,
+        "barrier_t": curve.barrier_t,
+    }
 
 
 def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float], dtype: str) -> None:

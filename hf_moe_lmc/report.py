@@ -4,7 +4,8 @@ report.json, version 1 (later versions add keys and keep these):
 
     version     1
     a, b        source; commit where it is a Hub repository; fingerprint
-    evaluation  text, context, stride, bos, tokens_read, tokens_scored, windows, documents, dtype, device, implementations
+    evaluation  text, context, stride, bos, tokens_read, tokens_scored, windows, documents, dtype, device, implementations;
+                mode, passes, bytes_of_both, weights, activations: what it took; refined_t: points that --refine added
     matching    the content of alignment.json, or {"symmetry": file} where one was given
     windows     tokens: scored tokens of each window; document: the document it comes from
     paths       naive (absent with --no-naive) and aligned, each with the lists t, nll (nats per token, token-weighted),
@@ -12,6 +13,14 @@ report.json, version 1 (later versions add keys and keep these):
                 window_nll: nats per token of each window, [point][window]
     summary     aligned_percent_of_naive (None where the naive barrier is no more than noise, or was not measured),
                 endpoint_change: L(B') - L(B), nats, which alignment should leave at rounding level
+    layerwise   null without --layerwise; else for each MoE layer: layer, and the lists t, nll and excess, the numbers barrier
+                and barrier_t of the path on which this decoder layer alone leaves A (experts aligned), against the straight
+                line between its own two ends
+    routing     null with --no-routing, or where the model does not show it (evaluation.routing_unavailable says why); else one
+                entry per path, grid point (t), layer and module (of the router's block within the layer): load, the share of
+                each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
+                A, or B of the same path, gives it as well (numbers of experts: the naive path has B's own); entropy, nats,
+                mean over tokens, of the softmax over all experts, or of scores divided by their sum
     versions    of the packages that computed it
     seconds     of the whole measurement
 
@@ -57,6 +66,8 @@ class BarrierReport:
     losses: dict[str, Tensor]
     t: tuple[float, ...]
     seconds: float
+    layerwise: list[dict[str, Any]] | None = None
+    routing: list[dict[str, Any]] | None = None
 
     def curve(self, path: str) -> BarrierCurve:
         total = self.losses[path].sum(dim=1) / self.windows.scored.sum()
@@ -91,6 +102,8 @@ class BarrierReport:
             "windows": {"tokens": self.windows.scored.int().tolist(), "document": list(self.windows.documents)},
             "paths": {name: self._path(name) for name in self.losses},
             "summary": {"aligned_percent_of_naive": self.percent_of_naive, "endpoint_change": self.endpoint_change},
+            "layerwise": self.layerwise,
+            "routing": self.routing,
             "versions": {name: version(name) for name in PACKAGES},
             "seconds": self.seconds,
         }

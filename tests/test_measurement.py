@@ -1,0 +1,129 @@
+"""What a barrier measurement records besides the two curves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_moe_lmc.cli import _parser, _size, main
+from hf_moe_lmc.curve import BarrierCurve
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.measurement import _beside_the_maximum, barrier
+from hf_moe_lmc.report import BarrierReport
+
+pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+
+
+@pytest.fixture(scope="module")
+def measure(
+    saved: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., BarrierReport]:
+    def measure(**options: Any) -> BarrierReport:
+        a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "per-expert", 1)
+        output = tmp_path_factory.mktemp("measured") / "out"
+        options = {"text": text_file, "points": 5, "context": 32, "max_tokens": 200} | options
+        report = barrier(a, b, output, **options)
+        found = json.loads((output / "report.json").read_text())
+        assert found["layerwise"] == report.layerwise and found["routing"] == report.routing
+        return report
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def plain(measure: Callable[..., BarrierReport]) -> BarrierReport:
+    return measure()
+
+
+def test_the_routing_is_recorded_at_every_point_of_the_grid(
+    plain: BarrierReport, measure: Callable[..., BarrierReport]
+) -> None:
+    assert plain.layerwise is None and plain.routing is not None
+    places = [(row["path"], row["t"], row["layer"], row["module"]) for row in plain.routing]
+    assert places == [(path, i / 4, layer, "mlp") for path in ("aligned", "naive") for i in range(5) for layer in (1, 2)]
+    for row in plain.routing:
+        assert len(row["load"]) == 6 and sum(row["load"]) == pytest.approx(1)
+        assert row["agreement_a"] == 1 if row["t"] == 0 else row["agreement_a"] < 1
+        assert row["agreement_b"] == 1 if row["t"] == 1 else row["agreement_b"] < 1
+    without = measure(routing=False)
+    assert without.routing is None and without.aligned.nll == plain.aligned.nll
+
+
+def test_each_moe_layer_alone_starts_at_a_and_costs_no_more_reading(
+    plain: BarrierReport, measure: Callable[..., BarrierReport]
+) -> None:
+    report = measure(layerwise=3)
+    assert report.aligned.nll == plain.aligned.nll and report.naive == plain.naive and report.routing == plain.routing
+    assert report.evaluation["passes"] == plain.evaluation["passes"]
+    assert report.layerwise is not None
+    assert [entry["layer"] for entry in report.layerwise] == [1, 2]
+    for entry in report.layerwise:
+        assert entry["t"] == [0, 0.25, 0.5, 0.75, 1]
+        assert entry["nll"][0] == plain.aligned.nll[0] and entry["nll"][-1] != plain.aligned.nll[-1]
+        curve = BarrierCurve(tuple(entry["t"]), tuple(entry["nll"]))
+        assert (entry["excess"], entry["barrier"], entry["barrier_t"]) == (list(curve.excess), curve.barrier, curve.barrier_t)
+        assert entry["excess"][0] == entry["excess"][-1] == 0
+
+
+def test_points_are_added_beside_the_maximum_on_both_paths(
+    plain: BarrierReport, measure: Callable[..., BarrierReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # random models need not have a maximum between the ends
+    monkeypatch.setattr("hf_moe_lmc.measurement._beside_the_maximum", lambda c: [0.1] if 0.1 not in c.t else [0.3, 0.6])
+    report = measure(refine=2)
+    assert report.t == (0, 0.1, 0.25, 0.3, 0.5, 0.6, 0.75, 1)
+    assert report.evaluation["refined_t"] == [0.1, 0.3, 0.6] and report.evaluation["passes"] == 3
+    assert report.naive is not None and plain.naive is not None
+    for refined, before in ((report.aligned, plain.aligned), (report.naive, plain.naive)):
+        at = dict(zip(refined.t, refined.nll, strict=True))
+        assert tuple(at[t] for t in before.t) == before.nll
+    assert report.routing == plain.routing  # of the grid
+
+
+def test_the_intervals_beside_the_maximum_are_halved() -> None:
+    assert _beside_the_maximum(BarrierCurve((0.0, 0.5, 1.0), (1.0, 2.0, 1.0))) == [0.25, 0.75]
+    assert _beside_the_maximum(BarrierCurve((0.0, 0.25, 0.5, 1.0), (1.0, 1.0, 2.0, 1.0))) == [0.375, 0.75]
+    assert _beside_the_maximum(BarrierCurve((0.0, 0.5, 1.0), (1.0, 0.5, 1.0))) == []
+    assert _beside_the_maximum(BarrierCurve((0.0, 1.0), (1.0, 2.0))) == []
+    assert _beside_the_maximum(BarrierCurve((0.0, 0.5, 1.0), (1.0, float("nan"), 1.0))) == []
+
+
+def test_a_routing_that_does_not_show_is_said(measure: Callable[..., BarrierReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_moe_lmc.routing.ROUTERS", ("elsewhere",))
+    with pytest.warns(UserWarning, match="the routing cannot be watched: layer 1"):
+        report = measure()
+    assert report.routing is None and "layer 1" in report.evaluation["routing_unavailable"]
+
+
+def test_numbers_out_of_range_are_refused(measure: Callable[..., BarrierReport]) -> None:
+    for name in ("layerwise", "refine"):
+        with pytest.raises(InputError, match=f"{name} -1: expected at least 0"):
+            measure(**{name: -1})
+    with pytest.raises(InputError, match="activation-memory 0: expected at least 1"):
+        measure(activation_memory=0)
+
+
+def test_sizes_are_read_with_their_units(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [_size(text) for text in ("4GiB", "500 MB", "1048576", "1.5k", "2TiB", "7b", "3m")]
+    assert found == [4 * 2**30, 500 * 10**6, 2**20, 1500, 2 * 2**40, 7, 3 * 10**6]
+    for text in ("much", "4XB", "-1", "", "4GiBs"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size"):
+            _size(text)
+    with pytest.raises(SystemExit):
+        main(["barrier", "a", "b", "-o", "c", "--text", "x", "--activation-memory", "lots"])
+    assert "expected a size such as 4GiB" in capsys.readouterr().err
+
+
+def test_the_options_of_the_command_line_have_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["barrier", "a", "b", "-o", "c", "--text", "x"]
+    options = _parser().parse_args(command)
+    assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (0, 0, True, None)
+    options = _parser().parse_args([*command, "--layerwise", "--refine", "--no-routing", "--activation-memory", "1GiB"])
+    assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (5, 3, False, 2**30)
+    options = _parser().parse_args([*command, "--layerwise", "2", "--refine", "1"])
+    assert (options.layerwise, options.refine) == (2, 1)
