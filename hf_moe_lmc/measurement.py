@@ -40,6 +40,7 @@ def barrier(
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     dataset: str | None = None,
     dataset_config: str | None = None,
+    dataset_revision: str | None = None,
     split: str = "test",
     column: str = "text",
     points: int = 25,
@@ -48,6 +49,7 @@ def barrier(
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
     context: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
     dtype: str = "float32",
@@ -58,12 +60,17 @@ def barrier(
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
-        output: a new or empty folder for report.json, report.md, barrier.png and symmetry.safetensors.
-        text: a UTF-8 file or several, each one document; or `dataset`, whose rows are documents.
+        output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
+        text: a UTF-8 file or several, each one document, where .jsonl and .parquet files have a document in each row; or
+            `dataset`, whose rows are documents.
+        dataset_revision: branch, tag or commit of a dataset on the Hub.
+        column: where the text of a row stands.
         points: grid points from t = 0 to t = 1, both included.
         naive: evaluate the path to B as it is, too.
         symmetry: a saved or given symmetry instead of matching.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
+        stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
+            ended; None: no overlap.
         max_tokens: tokens of text to read; None reads everything.
         batch_size: windows per forward pass, by default about 4096 tokens' worth.
         dtype: in which the models run: float32, bfloat16 or float16.
@@ -75,13 +82,14 @@ def barrier(
         InputError: the inputs do not fit, before anything is written.
     """
     check_methods(order, units)
-    _check_numbers(points=(points, 2), context=(context, 2), max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
+    _check_numbers(points=(points, 2), context=(context, 2), stride=(stride, 1))
+    _check_numbers(max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
     check_output(output)
     files = [text] if isinstance(text, str | os.PathLike) else text
-    source = _text_source(files, dataset, dataset_config, split, column)
+    source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
@@ -90,7 +98,7 @@ def barrier(
         writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
         length = _context(model_a, context)
-        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens)
+        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
         with writer:
             report, used = _measure(
                 model_a,
@@ -169,6 +177,8 @@ def _measure(
         t=t,
         seconds=time.perf_counter() - started,
     )
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)
     return report, used
 
 
@@ -197,15 +207,22 @@ def _check_device(device: str | None) -> None:
 
 
 def _text_source(
-    text: Sequence[str | os.PathLike[str]], dataset: str | None, config: str | None, split: str, column: str
+    text: Sequence[str | os.PathLike[str]],
+    dataset: str | None,
+    config: str | None,
+    split: str,
+    column: str,
+    revision: str | None,
 ) -> Text:
     if bool(text) == (dataset is not None):
         raise InputError("give the text to evaluate on: either text files or one dataset")
     if dataset is None:
-        return TextFiles.of(text)
+        return TextFiles.of(text, column)
     if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
         raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
-    return DatasetText(dataset, config, split, column)
+    if revision is not None and Path(dataset).expanduser().exists():
+        raise InputError(f"dataset-revision {revision}: {dataset} is a folder here, which has no revisions; leave it out")
+    return DatasetText(dataset, config, split, column, revision)
 
 
 def _context(model: MoEModel, context: int | None) -> int:
