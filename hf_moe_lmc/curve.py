@@ -99,10 +99,10 @@ class BarrierCurve:
         i, barrier = self.peak, self.barrier
         if not barrier > max(half_width, NEGLIGIBLE) or i in (0, len(self.t) - 1):
             return None  # nan as well
+        if len(self.t) > 3 and i in (1, len(self.t) - 2):  # nothing is known between it and the end
+            end = "first" if i == 1 else "last"
+            return f"its maximum is at t = {self.t[i]:.3g}, the {end} inner point of the grid"
         drop = barrier - min(self.excess[i - 1], self.excess[i + 1])
         if drop > max(RESOLVED * barrier, half_width):
             return f"the loss falls by {drop:.3g} nats from its maximum at t = {self.t[i]:.3g} to the next point of the grid"
-        if len(self.t) > 3 and i in (1, len(self.t) - 2):
-            end = "first" if i == 1 else "last"
-            return f"the maximum is at t = {self.t[i]:.3g}, the {end} inner point of the grid"
         return None

@@ -50,7 +50,7 @@ def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
             label += f" [{line.interval[0]:.3g}, {line.interval[1]:.3g}]"
         low, high = np.array([bounds or (np.nan, np.nan) for bounds in line.band], dtype=float).T
         axes.fill_between(line.t, low, high, facecolor=color, alpha=0.15, linewidth=0)
-        axes.fill_between(line.t, low, high, facecolor="none", edgecolor=color, alpha=0.3, hatch=hatch, linewidth=0)
+        axes.fill_between(line.t, low, high, facecolor="none", edgecolor=color, alpha=0.22, hatch=hatch, linewidth=0)
         axes.plot(
             line.t, line.nll, style, marker=marker, markersize=4.5, markerfacecolor="white", color=color, label=label, zorder=3
         )  # fmt: skip
@@ -67,7 +67,7 @@ def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
     axes.set_title(title, fontsize="medium")
     known = any(bounds is not None for line in lines.values() for bounds in line.band)
     heading = f"barriers in nats per token; bands and brackets: {100 * level:g} % intervals" if known else None
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small", title=heading, title_fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small", title=heading, title_fontsize="small")
     return figure
 
 
@@ -178,7 +178,7 @@ def _ticks(axes: Axes, across: Sequence[float], layers: Sequence[int]) -> None:
     for axis, labels, most in ((axes.xaxis, across, 7), (axes.yaxis, layers, 12)):
         step = max(1, -(-len(labels) // most))
         places = list(range(0, len(labels), step))
-        if axis is axes.xaxis and len(labels) > most:  # both ends of the path are worth a label
+        if step > 1 and labels[-1] == 1:  # t: both ends of the path are worth a label
             places = sorted({round(i) for i in np.linspace(0, len(labels) - 1, 5)})
         axis.set_ticks(places, labels=[f"{labels[i]:.3g}" for i in places])
 

@@ -312,7 +312,7 @@ class BarrierReport:
             "## How sure\n\n"
             f"Intervals in brackets hold {100 * drawn.level:g} %: a paired bootstrap over {drawn.count} {drawn.unit}s "
             f"({drawn.replicates} resamples, seed {drawn.seed}), the same resample at all points of all paths, means weighted "
-            "by token, percentiles. They tell how the figures would vary with other text of the same kind, not with other models. "
+            "by token, percentiles. They tell how figures would vary with other text of the same kind, not with other models. "
             "The band around a curve is pointwise; since its points share their text, the curve is surer in shape than in "
             f"height.{note}\n"
         )
@@ -337,7 +337,7 @@ class BarrierReport:
         return (
             f"## Routing along the path\n\n{images}\n"
             "Agreement is the share of the experts chosen for a token that A, or B in the coordinates of the path, would "
-            "choose for it as well. Where it falls between the ends, tokens meet experts that neither model would have sent them to.\n"
+            "choose for it as well. Where both fall on the way, tokens meet experts that neither model would choose for them.\n"
         )
 
     def plot(self, path: Path) -> None:
