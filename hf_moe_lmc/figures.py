@@ -80,7 +80,7 @@ def layerwise(values: Mapping[int, tuple[float, float, float]], title: str, whol
     """
     layers = sorted(values)
     barrier, low, high = np.array([values[layer] for layer in layers], dtype=float).T
-    figure, axes = _figure(min(max(4.5, 0.34 * len(layers) + 2), 14), 3.8)
+    figure, axes = _figure(min(max(4.5, 0.34 * len(layers) + 2), 11), 3.8)
     axes.bar(range(len(layers)), barrier, width=0.75, color=BLUE, alpha=0.55, edgecolor="black", hatch="///", linewidth=0.8)
     axes.errorbar(
         range(len(layers)), barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none",
@@ -88,7 +88,7 @@ def layerwise(values: Mapping[int, tuple[float, float, float]], title: str, whol
     )  # fmt: skip
     if whole is not None and np.isfinite(whole):
         axes.axhline(whole, color=VERMILION, linestyle="--", linewidth=1.3, label=f"all layers together: {whole:.3g}")
-        axes.legend(frameon=False, fontsize="small")
+        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     step = max(1, -(-len(layers) // 24))
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.grid(visible=False, axis="x")
