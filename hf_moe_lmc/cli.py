@@ -52,11 +52,16 @@ def _refuse_idle_options(options: dict[str, Any]) -> None:
     """An option that could have no effect is a misunderstanding: better said than ignored."""
     for idle, because, unless in (
         (("order", "units"), "nothing is matched", options.get("symmetry") is None and options.get("align", True)),
-        (("dataset_config", "split", "column"), "the text is a file", not options.get("text")),
+        (("dataset_config", "dataset_revision", "split"), "the text is a file", not options.get("text")),
+        (("column",), "the text is a plain file", not options.get("text") or any(map(_has_rows, options["text"]))),
     ):
         named = [f"--{name.replace('_', '-')}" for name in idle if options.get(name) is not None]
         if named and not unless:
             raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave it out")
+
+
+def _has_rows(file: str) -> bool:
+    return file.endswith((".jsonl", ".parquet"))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -111,6 +116,7 @@ def _barrier(options: argparse.Namespace) -> None:
         text=options.text,
         dataset=options.dataset,
         dataset_config=options.dataset_config,
+        dataset_revision=options.dataset_revision,
         split=options.split or "test",
         column=options.column or "text",
         points=options.points,
@@ -119,6 +125,7 @@ def _barrier(options: argparse.Namespace) -> None:
         order=options.order or "best",
         units=options.units or "scaled",
         context=options.context,
+        stride=options.stride,
         max_tokens=options.max_tokens,
         batch_size=options.batch_size,
         dtype=options.dtype,
@@ -224,16 +231,26 @@ def _parser() -> argparse.ArgumentParser:
     _pair(barrier)
     _output(barrier, "DIR")
     text = barrier.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", action="append", default=[], help="UTF-8 text, one document; repeatable")
+    text.add_argument(
+        "--text",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="UTF-8 text, one document; or .jsonl or .parquet, each row a document; repeatable",
+    )
     text.add_argument("--dataset", metavar="NAME", help="dataset on the Hub or in a folder; each row is a document")
     barrier.add_argument("--dataset-config", metavar="C")
     barrier.add_argument("--split", metavar="S", help="(default: test)")
-    barrier.add_argument("--column", metavar="COL", help="(default: text)")
+    barrier.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
+    barrier.add_argument("--column", metavar="COL", help="where the text of a row stands (default: text)")
     barrier.add_argument("--points", metavar="N", type=int, default=25, help="grid points, both ends included (default: 25)")
     barrier.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
     barrier.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(barrier)
     barrier.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
+    barrier.add_argument(
+        "--stride", metavar="N", type=int, help="let windows overlap, N tokens apart, each scored where the last ended"
+    )
     barrier.add_argument("--max-tokens", metavar="N", type=int, help="tokens of text to read (default: all)")
     barrier.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")
     barrier.add_argument(

@@ -200,7 +200,7 @@ def evaluate(
     def forward(batch: int) -> Tensor:
         ids = torch.stack([windows.rows[i] for i in batches[batch]]).to(where)
         logits = skeleton.module(input_ids=ids, use_cache=False).logits[:, :-1]
-        return token_losses(logits, ids[:, 1:]).sum(dim=1).cpu()
+        return windows.sums(batches[batch], token_losses(logits, ids[:, 1:])).cpu()
 
     size = math.ceil(len(batches) / plan.passes)
     chunks = [range(first, min(first + size, len(batches))) for first in range(0, len(batches), size)]

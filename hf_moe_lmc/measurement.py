@@ -26,7 +26,7 @@ from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
-from hf_moe_lmc.report import BarrierReport
+from hf_moe_lmc.report import BarrierReport, LayerLosses
 from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -43,6 +43,7 @@ def barrier(
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     dataset: str | None = None,
     dataset_config: str | None = None,
+    dataset_revision: str | None = None,
     split: str = "test",
     column: str = "text",
     points: int = 25,
@@ -51,6 +52,7 @@ def barrier(
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
     context: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int | None = None,
     dtype: str = "float32",
@@ -64,12 +66,17 @@ def barrier(
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
-        output: a new or empty folder for report.json, report.md, barrier.png and symmetry.safetensors.
-        text: a UTF-8 file or several, each one document; or `dataset`, whose rows are documents.
+        output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
+        text: a UTF-8 file or several, each one document, where .jsonl and .parquet files have a document in each row; or
+            `dataset`, whose rows are documents.
+        dataset_revision: branch, tag or commit of a dataset on the Hub.
+        column: where the text of a row stands.
         points: grid points from t = 0 to t = 1, both included.
         naive: evaluate the path to B as it is, too.
         symmetry: a saved or given symmetry instead of matching.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
+        stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
+            ended; None: no overlap.
         max_tokens: tokens of text to read; None reads everything.
         batch_size: windows per forward pass, by default about 4096 tokens' worth.
         dtype: in which the models run: float32, bfloat16 or float16.
@@ -85,14 +92,16 @@ def barrier(
         InputError: the inputs do not fit, before anything is written.
     """
     check_methods(order, units)
-    _check_numbers(points=(points, 2), context=(context, 2), max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
-    _check_numbers(activation_memory=(activation_memory, 1), layerwise=(layerwise, 0), refine=(refine, 0))
+    _check_numbers(points=(points, 2), context=(context, 2), stride=(stride, 1), max_tokens=(max_tokens, 1))
+    _check_numbers(
+        batch_size=(batch_size, 1), activation_memory=(activation_memory, 1), layerwise=(layerwise, 0), refine=(refine, 0)
+    )
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
     check_output(output)
     files = [text] if isinstance(text, str | os.PathLike) else text
-    source = _text_source(files, dataset, dataset_config, split, column)
+    source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
@@ -101,7 +110,7 @@ def barrier(
         writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
         length = _context(model_a, context)
-        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens)
+        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
         with writer:
             report, used = _measure(
                 model_a,
@@ -211,9 +220,11 @@ def _measure(
         losses=losses,
         t=t,
         seconds=time.perf_counter() - started,
-        layerwise=[_layer_alone(layer, steps, at_point, windows) for layer in moe_layers] if layerwise else None,
+        layerwise={layer: _layer_alone(layer, steps, at_point) for layer in moe_layers} if layerwise else None,
         routing=watching.rows() if watching and not watching.problem else None,
     )
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)
     return report, used
 
 
@@ -241,19 +252,10 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def _layer_alone(layer: int, steps: Sequence[float], at_point: Mapping[Point, Tensor], windows: Windows) -> dict[str, Any]:
-    """The barrier when one decoder layer alone is interpolated, against the line between its own two ends."""
-    tokens = float(windows.scored.sum())
+def _layer_alone(layer: int, steps: Sequence[float], at_point: Mapping[Point, Tensor]) -> LayerLosses:
+    """The path on which one decoder layer alone is interpolated."""
     points = [Point("aligned", 0.0), *(Point("aligned", at, frozenset({layer})) for at in steps)]
-    curve = BarrierCurve((0.0, *steps), tuple(float(at_point[point].sum()) / tokens for point in points))
-    return {
-        "layer": layer,
-        "t": list(curve.t),
-        "nll": list(curve.nll),
-        "excess": list(curve.excess),
-        "barrier": curve.barrier,
-        "barrier_t": curve.barrier_t,
-    }
+    return LayerLosses((0.0, *steps), torch.stack([at_point[point] for point in points]))
 
 
 def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float], dtype: str) -> None:
@@ -281,15 +283,22 @@ def _check_device(device: str | None) -> None:
 
 
 def _text_source(
-    text: Sequence[str | os.PathLike[str]], dataset: str | None, config: str | None, split: str, column: str
+    text: Sequence[str | os.PathLike[str]],
+    dataset: str | None,
+    config: str | None,
+    split: str,
+    column: str,
+    revision: str | None,
 ) -> Text:
     if bool(text) == (dataset is not None):
         raise InputError("give the text to evaluate on: either text files or one dataset")
     if dataset is None:
-        return TextFiles.of(text)
+        return TextFiles.of(text, column)
     if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
         raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
-    return DatasetText(dataset, config, split, column)
+    if revision is not None and Path(dataset).expanduser().exists():
+        raise InputError(f"dataset-revision {revision}: {dataset} is a folder here, which has no revisions; leave it out")
+    return DatasetText(dataset, config, split, column, revision)
 
 
 def _context(model: MoEModel, context: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,34 +30,90 @@ class Text(Protocol):
 
 @dataclass(frozen=True)
 class TextFiles:
-    """UTF-8 files; each is one document."""
+    """UTF-8 files, each one document; or .jsonl and .parquet files, whose rows are documents.
+
+    Attributes:
+        column: where the text stands in a row.
+    """
 
     paths: tuple[Path, ...]
+    column: str = "text"
 
     @classmethod
-    def of(cls, paths: Sequence[str | os.PathLike[str]]) -> TextFiles:
+    def of(cls, paths: Sequence[str | os.PathLike[str]], column: str = "text") -> TextFiles:
         """Raises InputError where one is missing, is no text or is empty."""
-        files = cls(tuple(Path(path) for path in paths))
+        files = cls(tuple(Path(path) for path in paths), column)
         for path in files.paths:
             if not path.is_file():
                 raise InputError(f"{path}: no such text file")
-        for path, text in zip(files.paths, files.documents(), strict=True):
-            if not text.strip():
+        for path in files.paths:
+            if not any(text.strip() for text in files._read(path)):
                 raise InputError(f"{path}: the text file is empty")
         return files
 
     def documents(self) -> Iterator[str]:
         for path in self.paths:
-            try:
+            yield from self._read(path)
+
+    def _read(self, path: Path) -> Iterator[str]:
+        try:
+            if path.suffix == ".parquet":
+                yield from _texts(_parquet_rows(path), self.column, str(path))
+            elif path.suffix == ".jsonl":
+                yield from _texts(_json_rows(path), self.column, str(path))
+            else:
                 yield path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 text ({error})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error})") from error
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "files",
-            "files": [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in self.paths],
-        }
+        files = []
+        for path in self.paths:
+            with path.open("rb") as file:
+                files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        return {"kind": "files", "files": files, **({"column": self.column} if any(map(has_rows, self.paths)) else {})}
+
+
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether a text file is a table, each of whose rows is a document."""
+    return Path(path).suffix in (".jsonl", ".parquet")
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset  # slow to import, and plain text needs none of it
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    except (DatasetGenerationError, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
+        raise InputError(f"{path}: not a parquet file that datasets can read ({error})") from error
+
+
+def _texts(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
+    """The documents in rows, blank ones left out.
+
+    Raises:
+        InputError: no text in `column` of a row.
+    """
+    for row in rows:
+        if not isinstance(row.get(column), str):
+            raise InputError(f"{source}: expected text in column {column!r}, found columns {', '.join(row)}; see --column")
+        if row[column].strip():
+            yield row[column]
 
 
 @dataclass(frozen=True)
@@ -67,31 +124,24 @@ class DatasetText:
     config: str | None = None
     split: str = "test"
     column: str = "text"
+    revision: str | None = None
 
     def documents(self) -> Iterator[str]:
-        """Raises InputError where there is no such dataset, configuration, split or column."""
+        """Raises InputError where there is no such dataset, configuration, split, revision or column."""
         from datasets import load_dataset  # slow to import, and text files need none of it
         from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
         try:
             # slices such as train[:100] exist only without streaming
-            rows = load_dataset(self.name, self.config, split=self.split, streaming="[" not in self.split)
-            yield from self._texts(rows)
+            streaming = "[" not in self.split
+            rows = load_dataset(self.name, self.config, split=self.split, streaming=streaming, revision=self.revision)
+            yield from _texts(rows, self.column, f"dataset {self.name}")
         except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ValueError) as error:
-            raise InputError(f"dataset {self.name}, config {self.config}, split {self.split}: {error}") from error
-
-    def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-        for row in rows:
-            if not isinstance(row.get(self.column), str):
-                raise InputError(
-                    f"dataset {self.name}: expected text in column {self.column!r}, "
-                    f"found columns {', '.join(row)}; see --column"
-                )
-            if row[self.column].strip():
-                yield row[self.column]
+            at = f", revision {self.revision}" if self.revision else ""
+            raise InputError(f"dataset {self.name}, config {self.config}, split {self.split}{at}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "dataset", "name": self.name, "config": self.config, "split": self.split, "column": self.column}
+        return {"kind": "dataset", **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +153,15 @@ class Windows:
         documents: number of the document that each window comes from.
         context: tokens that a model sees at once, a BOS included.
         bos: whether each window starts with a BOS token.
-        tokens_read: tokens of text in all windows; a BOS is not read.
+        tokens_read: tokens of text in all windows; neither a BOS nor what overlapping windows read again counts.
+        stride: tokens of text from the start of one window to that of the next; None: no overlap.
+        context_only: predicted tokens at the start of each window that are not scored, since the window before has scored
+            them; empty: none.
+        bytes_scored: UTF-8 bytes of the scored text of each window, None where they cannot be known. They reach from the
+            end of the last token before the scored ones to the end of the last scored one, so that nothing is counted twice
+            and spaces that a tokenizer drops are counted with the token behind them.
+        text_hash: SHA-256 of the documents that were read (each in UTF-8 behind its length, 8 bytes little-endian).
+        tokenizer_hash: SHA-256 of the tokenizer, see `tokenizer_hash`.
     """
 
     rows: tuple[Tensor, ...]
@@ -111,11 +169,45 @@ class Windows:
     context: int
     bos: bool
     tokens_read: int
+    stride: int | None = None
+    context_only: tuple[int, ...] = ()
+    bytes_scored: tuple[int, ...] | None = None
+    text_hash: str | None = None
+    tokenizer_hash: str | None = None
 
     @property
     def scored(self) -> Tensor:
-        """Predicted tokens of each window, float64 [window]: all but its first."""
-        return torch.tensor([len(row) - 1 for row in self.rows], dtype=torch.float64)
+        """Scored tokens of each window, float64 [window]: the predicted ones (all but its first) that no other scores."""
+        predicted = torch.tensor([len(row) - 1 for row in self.rows], dtype=torch.float64)
+        return predicted - torch.tensor(self.context_only, dtype=torch.float64) if self.context_only else predicted
+
+    def sums(self, numbers: Sequence[int], losses: Tensor) -> Tensor:
+        """Adds up what is scored in some windows of one length.
+
+        Args:
+            numbers: of the windows.
+            losses: of their predicted tokens, float64 [window, length - 1], nats.
+
+        Returns:
+            float64 [window], nats.
+        """
+        if self.context_only:
+            first = torch.tensor([self.context_only[i] for i in numbers], device=losses.device)
+            losses = losses.masked_fill(torch.arange(losses.shape[1], device=losses.device) < first[:, None], 0.0)
+        return losses.sum(dim=1)
+
+    @property
+    def convention_hash(self) -> str:
+        """SHA-256 of all that a loss depends on besides the model: equal hashes, comparable losses."""
+        convention = {
+            "context": self.context,
+            "stride": self.stride or self.context - self.bos,
+            "bos": self.bos,
+            "tokens_read": self.tokens_read,
+            "text": self.text_hash,
+            "tokenizer": self.tokenizer_hash,
+        }
+        return hashlib.sha256(json.dumps(convention, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -123,49 +215,117 @@ class Windows:
             digest.update(row.numpy().tobytes() + b"|")
         return {
             "context": self.context,
-            "stride": self.context - self.bos,
+            "stride": self.stride or self.context - self.bos,
             "bos": self.bos,
             "tokens_read": self.tokens_read,
             "tokens_scored": int(self.scored.sum()),
+            "bytes_scored": None if self.bytes_scored is None else sum(self.bytes_scored),
             "windows": len(self.rows),
             "documents": len(set(self.documents)),
             "tokens_sha256": digest.hexdigest(),
+            "text_hash": self.text_hash,
+            "tokenizer_hash": self.tokenizer_hash,
+            "convention_hash": self.convention_hash,
         }
 
 
 def cut_windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, context: int, max_tokens: int | None = None
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    max_tokens: int | None = None,
+    stride: int | None = None,
 ) -> Windows:
-    """Cuts each document into consecutive windows from its start: no overlap, no padding, no window across documents.
+    """Cuts each document into consecutive windows from its start: no padding, no window across documents.
 
     A BOS opens each window only if the tokenizer adds one by itself. A document's last window may be shorter; one that
-    leaves nothing to predict is dropped.
+    leaves nothing to predict is dropped. Windows do not overlap unless `stride` says so: then each starts `stride` tokens of
+    text behind the one before and is scored only where that one ended, as in the perplexity recipe of transformers' docs
+    (which weights all windows but the first as if they scored one token less; here weights are the tokens scored).
 
     Args:
         max_tokens: stop after so many tokens of text; None reads everything.
+        stride: at most the tokens of text in a window; None: just those, no overlap.
 
     Raises:
-        InputError: nothing to predict.
+        InputError: nothing to predict, or a stride that leaves gaps.
     """
     bos = _own_bos(tokenizer)
-    step = context - len(bos)
-    if step < 1 or context < 2:
+    width = context - len(bos)
+    if width < 1 or context < 2:
         raise InputError(f"context {context}: expected at least {2 + len(bos)} tokens")
-    rows, owners, read = [], [], 0
+    step = width if stride is None else stride
+    if not 1 <= step <= width:
+        raise InputError(f"stride {step}: expected 1 to {width}, the tokens of text in a window")
+    rows, owners, unscored, sizes, read = [], [], [], [], 0
+    digest, sized = hashlib.sha256(), True
     for number, document in enumerate(documents):
         if max_tokens is not None and read >= max_tokens:
             break
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = ids if max_tokens is None else ids[: max_tokens - read]
+        encoded = document.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        found = tokenizer(document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids = found["input_ids"] if max_tokens is None else found["input_ids"][: max_tokens - read]
+        ends = _byte_ends(document, found["offset_mapping"]) if tokenizer.is_fast else None
+        sized = sized and ends is not None
         read += len(ids)
+        done = 0  # tokens that windows have held
         for first in range(0, len(ids), step):
-            window = torch.tensor([*bos, *ids[first : first + step]])
-            if len(window) > 1:
+            last = min(first + width, len(ids))
+            window = torch.tensor([*bos, *ids[first:last]])
+            scores = min(last - done, len(window) - 1)
+            if scores:
                 rows.append(window)
                 owners.append(number)
+                unscored.append(len(window) - 1 - scores)
+                sizes.append(ends[last - 1] - (ends[last - scores - 1] if last > scores else 0) if ends else 0)
+            done = last
+            if last == len(ids):
+                break
     if not rows:
         raise InputError(f"the text holds {read} tokens: nothing to predict; give more text or a larger --max-tokens")
-    return Windows(tuple(rows), tuple(owners), context, bool(bos), read)
+    return Windows(
+        tuple(rows),
+        tuple(owners),
+        context,
+        bool(bos),
+        read,
+        stride=step,
+        context_only=tuple(unscored) if any(unscored) else (),
+        bytes_scored=tuple(sizes) if sized else None,
+        text_hash=digest.hexdigest(),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+    )
+
+
+def _byte_ends(document: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
+    """Where each token ends in the UTF-8 bytes of its document; None where the tokenizer does not say it plausibly.
+
+    Tokens that share a character (bytes as tokens) all end behind it: its bytes count with the first of them.
+    """
+    ends, at, size = [], 0, 0
+    for _, end in offsets:
+        if end < at:
+            return None
+        size += len(document[at:end].encode())
+        at = end
+        ends.append(size)
+    return ends if size or not document.strip() else None
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what a tokenizer does: of a fast one its whole definition, else class and vocabulary; its special tokens.
+
+    Truncation and padding are left out: they are settings of the last call.
+    """
+    if tokenizer.is_fast:
+        facts: Any = json.loads(tokenizer.backend_tokenizer.to_str())
+        facts.update(truncation=None, padding=None)
+    else:
+        facts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = sorted(tokenizer.special_tokens_map.items(), key=str)
+    return hashlib.sha256(json.dumps([facts, special], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -179,7 +339,7 @@ def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def window_losses(
     model: PreTrainedModel, windows: Windows, *, batch_size: int, progress: Callable[[int], None] = lambda count: None
 ) -> Tensor:
-    """Summed negative log-likelihood of each window: float64 [window], nats.
+    """Summed negative log-likelihood of the scored tokens of each window: float64 [window], nats.
 
     Windows of equal length go through the model together, so nothing is padded; logits are taken to float32, sums are
     kept in float64.
@@ -194,7 +354,7 @@ def window_losses(
         ids = torch.stack([windows.rows[i] for i in batch]).to(device)
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            losses[batch] = token_losses(logits, ids[:, 1:]).sum(dim=1).cpu()
+            losses[batch] = windows.sums(batch, token_losses(logits, ids[:, 1:])).cpu()
         progress(len(batch))
     return losses
 

@@ -222,6 +222,12 @@ def test_other_refusals_name_what_is_wrong(
         (("merge", a, b, "-o", tmp_path / "out", "--no-align", "--order", "gate"), "--order would have no effect"),
         (("merge", a, b, "-o", tmp_path / "out", "--symmetry", "g", "--units", "plain"), "--units would have no effect"),
         (("barrier", a, b, "-o", tmp_path / "out", "--text", text_file, "--split", "test"), "--split would have no effect"),
+        (("barrier", a, b, "-o", tmp_path / "out", "--text", text_file, "--column", "x"), "--column would have no effect"),
+        (("barrier", a, b, "-o", tmp_path / "out", "--text", "x.jsonl", "--column", "x"), "no such text file"),
+        (
+            ("barrier", a, b, "-o", tmp_path / "out", "--text", text_file, "--dataset-revision", "x"),
+            "--dataset-revision would have no effect",
+        ),
         (("merge", a, b, "-o", tmp_path / "out", "--push-to-hub", "no spaces"), "not a Hub id to publish under"),
         (("align", a, b, "-o", tmp_path / "out", "--symmetry-only", "--push-to-hub", "me/m"), "no checkpoint to publish"),
     ):

@@ -17,11 +17,12 @@ from hf_moe_lmc.measurement import barrier
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class, load_interpolated, load_point
-from hf_moe_lmc.perplexity import Windows
+from hf_moe_lmc.perplexity import Windows, cut_windows, window_losses
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny, zoo
 from tests.test_alignment import random_symmetry, read, with_mtp_layer
 
+FILES = ("barrier.png", "barrier.svg", "report.json", "report.md", "symmetry.safetensors")
 pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 
 
@@ -97,7 +98,8 @@ def measured(
 
 def test_the_report_holds_what_other_programs_read(measured: tuple[Path, dict], saved: Callable[..., Path]) -> None:
     output, report = measured
-    assert sorted(path.name for path in output.iterdir()) == ["barrier.png", "report.json", "report.md", "symmetry.safetensors"]
+    maps = [f"{plot}-{path}.{kind}" for plot in ("routing", "load") for path in ("aligned", "naive") for kind in ("png", "svg")]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, *maps])
     assert report["version"] == 1
     assert report["a"]["source"] == str(saved("qwen2_moe")) and len(report["a"]["fingerprint"]) == 64
     evaluation = report["evaluation"]
@@ -122,8 +124,6 @@ def test_the_report_holds_what_other_programs_read(measured: tuple[Path, dict], 
 
 
 def test_the_losses_at_the_ends_are_those_of_the_two_models(measured: tuple[Path, dict], saved: Callable[..., Path]) -> None:
-    from hf_moe_lmc.perplexity import cut_windows, window_losses
-
     _, report = measured
     text = (Path(saved("qwen2_moe")), Path(saved("qwen2_moe", "fused", 1)))
     document = "The expert that answers is the one the router picked. " * 12
@@ -160,6 +160,21 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     assert found["matching"]["symmetry"] == str(output / "symmetry.safetensors")
 
 
+def test_overlapping_windows_of_rows_are_evaluated_alike_on_the_path_and_by_the_models(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    documents = ["The expert that answers is the one. " * n for n in (1, 2, 3)]
+    rows.write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
+    a, b = saved("mixtral"), saved("mixtral", "per-expert", 1)
+    options = {"text": rows, "column": "body", "points": 2, "context": 32, "stride": 10, "naive": False}
+    report = barrier(a, b, tmp_path / "out", batch_size=3, **options)
+    windows = cut_windows(documents, tiny.tokenizer(), context=32, stride=10)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
+    assert found["convention_hash"] == windows.convention_hash and (found["stride"], found["documents"]) == (10, 3)
+    assert torch.allclose(report.losses["aligned"][0], window_losses(tiny.load(a), windows, batch_size=5), atol=1e-4)
+
+
 def test_multi_token_prediction_layers_do_not_matter_to_the_path(
     copy: Callable[..., Path], saved: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
@@ -187,6 +202,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
         ({"batch_size": 0}, "batch-size 0: expected at least 1"),
         ({"max_tokens": 0}, "max-tokens 0"),
         ({"context": 65}, "has positions for 64 tokens"),
+        ({"stride": 0}, "stride 0: expected at least 1"),
+        ({"context": 32, "stride": 33}, "stride 33: expected 1 to 32"),
+        ({"text": [], "dataset": str(tmp_path), "dataset_revision": "main"}, "has no revisions"),
         ({"dtype": "int8"}, "expected one of float32"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
         ({"device": "meta"}, "holds no data"),
