@@ -7,7 +7,8 @@ import math
 import os
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
@@ -164,9 +166,12 @@ def open_models(
 def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units: UnitMethod = "scaled") -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
+    Several processes take layers in turn, and each ends up with all of them.
+
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
     check_methods(order, units)
+    mates = team()
     started = time.perf_counter()
     device = PartialState().device
     if device.type == "mps":
@@ -174,8 +179,17 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
     origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
     found = []
     layers: dict[int, Matching] = {}
-    for index in tqdm(sorted(a.layers.keys() & b.layers.keys()), desc="matching layers", unit="layer"):
-        layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+    wanted = sorted(a.layers.keys() & b.layers.keys())
+    with tqdm(total=len(wanted), desc="matching layers", unit="layer") as progress:
+        for first in range(0, len(wanted), mates.count):  # a round: one layer for each process
+            members = wanted[first : first + mates.count]
+            mine = [
+                match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+                for index in mates.share(members)
+            ]
+            matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
+            layers |= dict(zip(members, matched, strict=True))
+            progress.update(len(members))
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
     if b.experts_outside:
@@ -188,7 +202,8 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
             f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
-    outside = outside_distance(a, b)
+    outside = mates.from_main(outside_distance(a, b) if mates.is_main else None)
+    assert outside is not None
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
         found.append("A and B hold the same weights; the alignment is the identity")
     if outside.unrelated:
@@ -210,7 +225,7 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
         layers=layers,
         outside=outside,
         warnings=tuple(found),
-        seconds=time.perf_counter() - started,
+        seconds=mates.from_main(time.perf_counter() - started),
     )
 
 
@@ -267,8 +282,12 @@ def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
 
     Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
     """
-    for model in models:
-        model.checkpoint.download()
+    mates = team()
+    with mates.main_first():
+        for model in models:
+            model.checkpoint.download()
+    if mates.count > 1:
+        mates.check_equal({model.checkpoint.name: model.checkpoint.fingerprint() for model in models})
     recorded = given.metadata.get("b_fingerprint") if given else None
     if recorded is not None and recorded != model.checkpoint.fingerprint():
         warnings.warn(
@@ -282,6 +301,7 @@ def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
     return ModelStream(model, model.acted(symmetry), model.checkpoint.chunks)
 
 
+@together
 def align(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -294,6 +314,8 @@ def align(
     private: bool | None = None,
 ) -> Alignment:
     """Finds the symmetry that takes B close to A and writes B in those coordinates: the same function, nearby weights.
+
+    Several processes (torchrun) share the layers; process 0 writes.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
@@ -310,25 +332,41 @@ def align(
     check_publishable(push_to_hub)
     if symmetry_only and push_to_hub:
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
-    check_output(output)
+    mates = team()
+    if mates.is_main:
+        check_output(output)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
-        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+        with writing(output, model_a, model_b) as writer:
             download(model_a, model_b)
             alignment = align_models(model_a, model_b, order=order, units=units)
-            if not symmetry_only:
+            if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
-                alignment = alignment.with_output(writer.fingerprint())
-                writer.write_text("README.md", align_card(model_a, model_b, alignment))
-            folder = "" if symmetry_only else "alignment/"
-            alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
-            writer.write_text(f"{folder}alignment.json", alignment.to_json())
-    if push_to_hub:
+            if not symmetry_only:
+                alignment = alignment.with_output(mates.from_main(writer.fingerprint() if writer else ""))
+            if writer:
+                folder = "" if symmetry_only else "alignment/"
+                if not symmetry_only:
+                    writer.write_text("README.md", align_card(model_a, model_b, alignment))
+                alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
+                writer.write_text(f"{folder}alignment.json", alignment.to_json())
+    if push_to_hub and mates.is_main:
         publish(output, push_to_hub, private=private)
     return alignment
 
 
+@contextmanager
+def writing(output: str | os.PathLike[str], *inputs: MoEModel) -> Iterator[FolderWriter | None]:
+    """The output in process 0, None in all others."""
+    if not team().is_main:
+        yield None
+        return
+    with FolderWriter(output, [model.checkpoint for model in inputs]) as writer:
+        yield writer
+
+
+@together
 def apply(
     symmetry: str | os.PathLike[str] | ModelSymmetry,
     b: str | os.PathLike[str],
@@ -344,16 +382,18 @@ def apply(
         SymmetryError: the symmetry is of another family or of other shapes.
         InputError: whatever else does not fit, before anything is written.
     """
-    check_output(output)
+    if team().is_main:
+        check_output(output)
     with ExitStack() as stack:
         model = recognise(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
-        with FolderWriter(output, [model.checkpoint]) as writer:
+        with writing(output, model) as writer:
             download(model, given=value)
-            writer.write_tensors(rewritten(model, value))
-            writer.write_checkpoint_files(model.checkpoint)
-            value.save(writer.path("alignment/symmetry.safetensors"))
-            writer.write_text("README.md", apply_card(model, value, inverse=inverse))
+            if writer:
+                writer.write_tensors(rewritten(model, value))
+                writer.write_checkpoint_files(model.checkpoint)
+                value.save(writer.path("alignment/symmetry.safetensors"))
+                writer.write_text("README.md", apply_card(model, value, inverse=inverse))
     return Path(output)
 
 

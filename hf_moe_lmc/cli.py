@@ -8,12 +8,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
+from hf_moe_lmc import distribution
 from hf_moe_lmc.errors import InputError, MoELMCError
 
 if TYPE_CHECKING:
@@ -25,26 +27,48 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0, 1 (failure, or a self-test that did not pass), 2 (bad input or usage) or 130 (interrupted)."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    mates = distribution.team()
+
+    def complain(line: str) -> None:
+        if mates.is_main:
+            print(line, file=sys.stderr)
+
+    warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
     verb: Callable[[argparse.Namespace], int | None] = options.verb
     try:
+        distribution.check_launch(["-m", "hf_moe_lmc", *(sys.argv[1:] if arguments is None else arguments)])
+        if mates.count > 1 and verb not in SHARED:
+            raise InputError("this verb works in one process; start it without torchrun")
         _refuse_idle_options(vars(options))
-        code = verb(options) or 0
+        with _one_speaker(mates.is_main):
+            code = verb(options) or 0
         sys.stdout.flush()
         return code
     except MoELMCError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         # whoever reads has seen enough; what is left in the buffer must not fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
+        complain("interrupted; nothing unfinished was left behind")
         return INTERRUPTED
+    finally:
+        distribution.close()
+
+
+@contextmanager
+def _one_speaker(is_main: bool) -> Iterator[None]:
+    """Of several processes only the first prints results."""
+    if is_main:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _refuse_idle_options(options: dict[str, Any]) -> None:
@@ -160,6 +184,9 @@ def _push(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     lmc.demo(options.output, tell=lambda line: print(line, flush=True))
     _say_where(options.output, None)
+
+
+SHARED = (_align, _apply, _barrier, _merge)  # the verbs that several processes may call together
 
 
 def _totals(alignment: Alignment) -> str:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.alignment import Alignment, align_models, download, load_symmetry, open_models
+from hf_moe_lmc.alignment import Alignment, align_models, download, load_symmetry, open_models, writing
 from hf_moe_lmc.card import model_card
+from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
-from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.output import check_output
 from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -92,6 +93,7 @@ def check_t(t: float) -> None:
         raise InputError(f"t = {t}: expected a number from 0 (A) to 1 (B)")
 
 
+@together
 def merge(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -124,23 +126,26 @@ def merge(
     check_publishable(push_to_hub)
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
-    check_output(output)
+    mates = team()
+    if mates.is_main:
+        check_output(output)
     with ExitStack() as stack:
         model_a, model_b = open_models(a, b, stack)
         refuse_quantised(model_a, model_b)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+        with writing(output, model_a, model_b) as writer:
             download(model_a, model_b, given=given)
             alignment = align_models(model_a, model_b, order=order, units=units) if align and given is None else None
             used = alignment.symmetry if alignment else given or model_b.identity()
-            writer.write_tensors(interpolated(model_a, model_b, used, t))
-            writer.write_checkpoint_files(model_a.checkpoint)
-            if alignment or given:
-                used.save(writer.path("alignment/symmetry.safetensors"))
-            if alignment:
-                writer.write_text("alignment/alignment.json", alignment.to_json())
-            writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
-    if push_to_hub:
+            if writer:
+                writer.write_tensors(interpolated(model_a, model_b, used, t))
+                writer.write_checkpoint_files(model_a.checkpoint)
+                if alignment or given:
+                    used.save(writer.path("alignment/symmetry.safetensors"))
+                if alignment:
+                    writer.write_text("alignment/alignment.json", alignment.to_json())
+                writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
+    if push_to_hub and mates.is_main:
         publish(output, push_to_hub, private=private)
     return alignment
 
