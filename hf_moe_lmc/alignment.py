@@ -27,6 +27,7 @@ from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_laye
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.recognition import recognise
+from hf_moe_lmc.resume import Progress, keeping
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
@@ -163,10 +164,18 @@ def open_models(
     return model_a, model_b
 
 
-def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units: UnitMethod = "scaled") -> Alignment:
+def align_models(
+    a: MoEModel,
+    b: MoEModel,
+    *,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    progress: Progress | None = None,
+) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
-    Several processes take layers in turn, and each ends up with all of them.
+    Several processes take layers in turn, and each ends up with all of them. With `progress` (in process 0), layers that an
+    earlier call has matched are taken from there.
 
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
@@ -180,16 +189,31 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
     found = []
     layers: dict[int, Matching] = {}
     wanted = sorted(a.layers.keys() & b.layers.keys())
-    with tqdm(total=len(wanted), desc="matching layers", unit="layer") as progress:
-        for first in range(0, len(wanted), mates.count):  # a round: one layer for each process
-            members = wanted[first : first + mates.count]
+    facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
+    facts |= {"family": b.family.name, "order": order, "units": units, "device": device.type}
+    kept = progress.kept("matching", facts) if progress else None
+    before = dict(kept.matchings()) if kept else {}
+    for index in mates.from_main(sorted(before)):
+        earlier = mates.from_main(before.get(index))
+        assert earlier is not None
+        layers[index] = earlier
+    if before:
+        warnings.warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call", stacklevel=2)
+    left = [index for index in wanted if index not in layers]
+    with tqdm(total=len(wanted), initial=len(layers), desc="matching layers", unit="layer") as bar:
+        for first in range(0, len(left), mates.count):  # a round: one layer for each process
+            members = left[first : first + mates.count]
             mine = [
                 match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
                 for index in mates.share(members)
             ]
             matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
-            layers |= dict(zip(members, matched, strict=True))
-            progress.update(len(members))
+            for index, matching in zip(members, matched, strict=True):
+                layers[index] = matching
+                if kept:
+                    kept.write_matching(index, matching)
+            bar.update(len(members))
+    layers = dict(sorted(layers.items()))
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
     if b.experts_outside:
@@ -312,6 +336,7 @@ def align(
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    resume: bool = True,
 ) -> Alignment:
     """Finds the symmetry that takes B close to A and writes B in those coordinates: the same function, nearby weights.
 
@@ -324,6 +349,8 @@ def align(
         order: expert order by `gate`, `expert`, or the `best` of both.
         units: `plain` or `scaled` hidden units.
         push_to_hub: OWNER/NAME to publish the result under.
+        resume: continue from the layers that an earlier call with the same inputs and options had matched when it was
+            stopped (see resume.py); they are kept beside the output until that is whole.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
@@ -333,13 +360,12 @@ def align(
     if symmetry_only and push_to_hub:
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
     mates = team()
-    if mates.is_main:
-        check_output(output)
     with ExitStack() as stack:
+        progress = begin(output, stack, resume=resume)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with writing(output, model_a, model_b) as writer:
             download(model_a, model_b)
-            alignment = align_models(model_a, model_b, order=order, units=units)
+            alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
             if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
@@ -354,6 +380,15 @@ def align(
     if push_to_hub and mates.is_main:
         publish(output, push_to_hub, private=private)
     return alignment
+
+
+def begin(output: str | os.PathLike[str], stack: ExitStack, *, resume: bool) -> Progress | None:
+    """Checks the output and keeps what is done beside it, in process 0; None in all others."""
+    if not team().is_main:
+        return None
+    progress = stack.enter_context(keeping(output, resume=resume))
+    check_output(output)
+    return progress
 
 
 @contextmanager

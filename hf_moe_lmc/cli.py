@@ -116,6 +116,7 @@ def _align(options: argparse.Namespace) -> None:
         symmetry_only=options.symmetry_only,
         push_to_hub=options.push_to_hub,
         private=options.private,
+        resume=options.resume,
     )
     print(_totals(alignment))
     _say_where(options.output, options.push_to_hub)
@@ -163,6 +164,7 @@ def _merge(options: argparse.Namespace) -> None:
         units=options.units or "scaled",
         push_to_hub=options.push_to_hub,
         private=options.private,
+        resume=options.resume,
     )
     if alignment:
         print(_totals(alignment))
@@ -233,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     _pair(align)
     _output(align, "OUT")
     _matching(align)
+    _resuming(align)
     align.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
     _publishing(align)
 
@@ -271,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(merge)
+    _resuming(merge)
     _publishing(merge)
 
     push = _verb(verbs, "push", _push, "publish a finished folder in one commit")
@@ -320,6 +324,15 @@ def _matching(verb: argparse.ArgumentParser) -> None:
         "--units",
         choices=("plain", "scaled"),
         help="match hidden units as they are, or up to sign and scale (default: scaled)",
+    )
+
+
+def _resuming(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="start afresh, not from what a stopped call with the same inputs and options had done",
     )
 
 

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_lmc import distribution
+from hf_moe_lmc import alignment, distribution
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.distribution import Team, check_launch
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import InputError, OutputError
+from hf_moe_lmc.resume import keeping
 from tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks:UserWarning")  # random models are unrelated
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:outside the MoE blocks:UserWarning"),  # random models are unrelated
+    pytest.mark.filterwarnings("always:continuing:UserWarning"),
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -121,3 +125,76 @@ def test_a_single_process_starts_nothing() -> None:
     assert team.exchange(1) == [1] and team.from_main(2) == 2 and team.share([1, 2, 3]) == [1, 2, 3]
     assert [Team(rank, 2).share([1, 2, 3]) for rank in (0, 1)] == [[1, 3], [2]]
     assert not torch.distributed.is_initialized() and distribution.team().is_main
+
+
+STOPPED = """
+import os, signal, sys
+from {module} import {name} as real
+import {module} as module
+from hf_moe_lmc.cli import main
+
+calls = 0
+def stop(*arguments, **options):
+    global calls
+    calls += 1
+    if calls > {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+module.{name} = stop
+main(sys.argv[1:])
+"""
+
+
+def stop_in(name: str, after: int, *arguments: object) -> None:
+    """Runs a verb in a process that is killed when it calls `name` (module.function) for the n-th time."""
+    module, _, function = name.rpartition(".")
+    done = start("-c", STOPPED.format(module=module, name=function, after=after), *arguments)
+    assert done.returncode == -9, done.stderr
+
+
+def test_align_continues_after_a_kill(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["align", *map(str, pair), "-o", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    stop_in("hf_moe_lmc.alignment.match_layer", 2, "align", *pair, "-o", out)
+    assert (out / ".partial").is_dir() and (tmp_path / ".out.progress" / "lock").exists()
+    again = shutil.copytree(tmp_path / ".out.progress", tmp_path / "copy")
+    matched = []
+    real = alignment.match_layer
+    monkeypatch.setattr(alignment, "match_layer", lambda *a, **k: matched.append(1) or real(*a, **k))
+    # a mistake in between costs nothing
+    assert main(["align", str(pair[0]), str(tmp_path / "nowhere"), "-o", str(out)]) == 2
+    capsys.readouterr()
+    assert main(["align", *map(str, pair), "-o", str(out)]) == 0
+    assert "continuing: 2 of 3 layers were matched by an earlier call" in capsys.readouterr().err and len(matched) == 1
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out", "whole"]
+    # other options, or none of it wanted: everything anew
+    for options, name in ((["--units", "plain"], "plain"), (["--no-resume"], "afresh")):
+        matched.clear()
+        shutil.copytree(again, tmp_path / f".{name}.progress")
+        assert main(["align", *map(str, pair), "-o", str(tmp_path / name), *options]) == 0 and len(matched) == 3
+    assert contents(tmp_path / "afresh") == contents(tmp_path / "whole")
+
+
+def test_two_calls_cannot_work_on_one_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with keeping(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
+        alignment.align(*pair, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_damaged_progress_is_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), keeping(tmp_path / "out") as progress:
+        kept = progress.kept("matching", {})
+        assert kept is not None
+        kept.write("layer-0", {"nonsense": torch.ones(2)})
+        raise KeyboardInterrupt
+    with keeping(tmp_path / "out") as progress:
+        kept = progress.kept("matching", {})
+        assert kept is not None and kept.names() == {"layer-0"}
+        with pytest.raises(OutputError, match=r"layer-0.safetensors: cannot be continued from .* --no-resume"):
+            list(kept.matchings())
+        other = progress.kept("matching", {"order": "gate"})
+        assert other is not None and not other.names()
+    assert not any(tmp_path.iterdir())
