@@ -147,6 +147,7 @@ def _barrier(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         dtype=options.dtype,
         device=options.device,
+        resume=options.resume,
     )
     print(report.table())
     _say_where(options.output, None)
@@ -258,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     barrier.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
     barrier.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(barrier)
+    _resuming(barrier)
     barrier.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
     barrier.add_argument("--max-tokens", metavar="N", type=int, help="tokens of text to read (default: all)")
     barrier.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")

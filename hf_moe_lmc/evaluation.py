@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moe_lmc.alignment import rewritten
+from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import InputError, listing
 from hf_moe_lmc.interpolation import interpolate
 from hf_moe_lmc.model import ModelStream, MoEModel, whole
 from hf_moe_lmc.perplexity import Windows, batches_of, token_losses
+from hf_moe_lmc.resume import Kept, Progress, digest
 from hf_moe_lmc.skeleton import Conversion, Group, Skeleton
 from hf_moe_lmc.sweep import Lane, Sweep
 from hf_moe_lmc.symmetry import ModelSymmetry
@@ -163,6 +165,7 @@ def evaluate(
     resident: bool | None = None,
     inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
     observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Cost]:
     """Summed losses of each window at each point: float64 [point, window], nats.
 
@@ -170,13 +173,18 @@ def evaluate(
     `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
     place at once (`resident`), which is the same procedure with one segment.
 
+    Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for bit
+    those of one process, as no batch depends on another.
+
     Memory: the decoder layer of A, of B, and of every path's aligned B, the interpolated one, the weights outside the
     layers for each of these, while converting one group of tensors three times more, and the activations.
 
     Args:
         activation_memory: bytes for the hidden states of all windows and points that are on their way.
         resident: whether to hold all weights; None: decided from the memory that is free.
-        observers: watch the decoder layers while they run.
+        observers: watch the decoder layers while they run; in each process those that its own batches run through.
+        progress: takes the losses of each finished pass, and has those of an earlier call, in process 0. A pass that was
+            stopped starts again: a paused forward cannot be stored. Not used with observers, who have to see all batches.
     """
     where = compute_device(device)
     skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
@@ -204,20 +212,79 @@ def evaluate(
         logits = skeleton.module(input_ids=ids, use_cache=False).logits[:, :-1]
         return token_losses(logits, ids[:, 1:]).sum(dim=1).cpu()
 
-    size = math.ceil(len(batches) / plan.passes)
-    chunks = [range(first, min(first + size, len(batches))) for first in range(0, len(batches), size)]
+    mates = team()
+    kept = None
+    if progress and not observers:
+        facts = _facts(a, b, symmetries, points, windows, batch_size, dtype, where)
+        kept = progress.kept("losses", facts)
+    left = _earlier_losses(kept, batches, losses)
+    chunks = _chunks(mates.share(left), plan.passes)
     total = sum(len(chunk) for chunk in chunks) * len(points) * len(stages)
-    with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as progress:
-        for chunk in chunks:
-            with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
-                running.append(sweep)
-                lanes = sweep.start(range(len(points)), chunk)
-                _run(ends, points, stages, sweep, lanes, progress.update)
-                for lane in lanes:
-                    losses[lane.point, batches[lane.batch]] = lane.result
+    with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as bar:
+        for number in range(max(mates.exchange(len(chunks)))):
+            done: dict[int, Tensor] = {}  # [point, window of the batch]
+            if number < len(chunks):
+                with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
+                    running.append(sweep)
+                    lanes = sweep.start(range(len(points)), chunks[number])
+                    _run(ends, points, stages, sweep, lanes, bar.update)
+                    for batch in chunks[number]:
+                        of_points = sorted((lane for lane in lanes if lane.batch == batch), key=lambda lane: lane.point)
+                        done[batch] = torch.stack([lane.result for lane in of_points])
+            everyones = {batch: values for of_one in mates.exchange(done) for batch, values in of_one.items()}
+            for batch, values in everyones.items():
+                losses[:, batches[batch]] = values
+            if kept:
+                kept.write(f"batches-{min(everyones)}", {str(batch): values for batch, values in everyones.items()})
     for observer in observers:
         observer.end()
-    return losses, plan
+    passes = max(mates.exchange(plan.passes))
+    return losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+
+
+def _facts(
+    a: MoEModel,
+    b: MoEModel,
+    symmetries: Mapping[str, ModelSymmetry],
+    points: Sequence[Point],
+    windows: Windows,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that losses depend on."""
+    return {
+        "a": a.checkpoint.fingerprint(),
+        "b": b.checkpoint.fingerprint(),
+        "symmetries": {path: digest(symmetry) for path, symmetry in symmetries.items()},
+        "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in points],
+        "windows": windows.describe(),
+        "batch_size": batch_size,
+        "dtype": str(dtype),
+        "device": device.type,
+    }
+
+
+def _earlier_losses(kept: Kept | None, batches: Sequence[list[int]], losses: Tensor) -> list[int]:
+    """Fills in what an earlier call has evaluated; numbers of the batches that are left, in all processes."""
+    done = set()
+    for name in sorted(kept.names()) if kept else []:
+        for batch, values in kept.read(name).items() if kept else []:
+            losses[:, batches[int(batch)]] = values
+            done.add(int(batch))
+    if done:
+        warnings.warn(f"continuing: {len(done)} of {len(batches)} batches were evaluated by an earlier call", stacklevel=3)
+    mates = team()
+    left, earlier = mates.from_main(([batch for batch in range(len(batches)) if batch not in done], losses if done else None))
+    if earlier is not None:
+        losses.copy_(earlier)
+    return left
+
+
+def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
+    """The batches of each pass."""
+    size = math.ceil(len(batches) / passes) or 1
+    return [batches[first : first + size] for first in range(0, len(batches), size)]
 
 
 def compute_device(device: str | None) -> torch.device:
@@ -296,18 +363,19 @@ def _plan(
     dtype: torch.dtype,
 ) -> Cost:
     """Decides how much is in memory at once."""
-    free = available_memory()
+    mates = team()
+    free = available_memory() // mates.local_count
     of_both = a.checkpoint.nbytes + b.checkpoint.nbytes
     everything = of_both + (paths - 1) * b.checkpoint.nbytes + a.checkpoint.nbytes
     if resident is None:
         resident = everything < SHARE * free
     text = a.text_config
     per_token = IN_FLIGHT * int(text.hidden_size) * dtype.itemsize
-    needed = len(points) * sum(len(row) for row in windows.rows) * per_token
+    needed = math.ceil(len(points) * sum(len(row) for row in windows.rows) * per_token / mates.count)
     budget = activation_memory or int(SHARE * free)
     if resident:
         return Cost("resident", 1, of_both, everything, per_token * max(len(row) for row in windows.rows))
-    lanes = len(points) * len(windows.rows)
+    lanes = math.ceil(len(points) * len(windows.rows) / mates.count)
     passes = max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1)
     weights = everything // max(len(segments), 1)
     return Cost("layers", min(passes, len(windows.rows)), of_both, weights, needed // passes)
