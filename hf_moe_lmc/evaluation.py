@@ -183,8 +183,10 @@ def evaluate(
         activation_memory: bytes for the hidden states of all windows and points that are on their way.
         resident: whether to hold all weights; None: decided from the memory that is free.
         observers: watch the decoder layers while they run; in each process those that its own batches run through.
-        progress: takes the losses of each finished pass, and has those of an earlier call, in process 0. A pass that was
-            stopped starts again: a paused forward cannot be stored. Not used with observers, who have to see all batches.
+        progress: takes the losses of each point that has gone through a pass, and has those of an earlier call, in process
+            0. What had not come to the end of the model starts again: a paused forward cannot be stored. In mode `resident`
+            points end one after the other, in mode `layers` all at the end of the pass. Not used with observers, who have to
+            see all batches.
     """
     where = compute_device(device)
     skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
@@ -217,25 +219,25 @@ def evaluate(
     if progress and not observers:
         facts = _facts(a, b, symmetries, points, windows, batch_size, dtype, where)
         kept = progress.kept("losses", facts)
-    left = _earlier_losses(kept, batches, losses)
+    todo, left = _earlier_losses(kept, batches, losses)
     chunks = _chunks(mates.share(left), plan.passes)
-    total = sum(len(chunk) for chunk in chunks) * len(points) * len(stages)
-    with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as bar:
+
+    def finished(lanes: Sequence[Lane]) -> None:
+        """A round of all processes, each with the lanes of the same points that have come to their end."""
+        mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes}
+        everyones = {key: values for of_one in mates.exchange(mine) for key, values in of_one.items()}
+        _fill_in(losses, batches, everyones)
+        if kept and everyones:
+            kept.write(next(iter(everyones)), everyones)
+
+    total = sum(len(chunk) for chunk in chunks) * len(todo) * len(stages)
+    bar = tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main)
+    with torch.inference_mode(), bar:
         for number in range(max(mates.exchange(len(chunks)))):
-            done: dict[int, Tensor] = {}  # [point, window of the batch]
-            if number < len(chunks):
-                with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
-                    running.append(sweep)
-                    lanes = sweep.start(range(len(points)), chunks[number])
-                    _run(ends, points, stages, sweep, lanes, bar.update)
-                    for batch in chunks[number]:
-                        of_points = sorted((lane for lane in lanes if lane.batch == batch), key=lambda lane: lane.point)
-                        done[batch] = torch.stack([lane.result for lane in of_points])
-            everyones = {batch: values for of_one in mates.exchange(done) for batch, values in of_one.items()}
-            for batch, values in everyones.items():
-                losses[:, batches[batch]] = values
-            if kept:
-                kept.write(f"batches-{min(everyones)}", {str(batch): values for batch, values in everyones.items()})
+            with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
+                running.append(sweep)
+                lanes = sweep.start(todo, chunks[number] if number < len(chunks) else [])
+                _run(ends, points, todo, stages, sweep, lanes, bar.update, finished)
     for observer in observers:
         observer.end()
     passes = max(mates.exchange(plan.passes))
@@ -265,20 +267,31 @@ def _facts(
     }
 
 
-def _earlier_losses(kept: Kept | None, batches: Sequence[list[int]], losses: Tensor) -> list[int]:
-    """Fills in what an earlier call has evaluated; numbers of the batches that are left, in all processes."""
-    done = set()
+def _earlier_losses(kept: Kept | None, batches: Sequence[list[int]], losses: Tensor) -> tuple[list[int], list[int]]:
+    """Fills in what an earlier call has evaluated; numbers of the points and of the batches that are left, in all processes."""
+    done = torch.zeros(len(losses), len(batches), dtype=torch.bool)
     for name in sorted(kept.names()) if kept else []:
-        for batch, values in kept.read(name).items() if kept else []:
-            losses[:, batches[int(batch)]] = values
-            done.add(int(batch))
-    if done:
-        warnings.warn(f"continuing: {len(done)} of {len(batches)} batches were evaluated by an earlier call", stacklevel=3)
+        assert kept is not None
+        for point, batch in _fill_in(losses, batches, kept.read(name)):
+            done[point, batch] = True
+    if bool(done.any()):
+        warnings.warn(
+            f"continuing: {int(done.sum())} of {done.numel()} batches at points were evaluated by an earlier call", stacklevel=3
+        )
     mates = team()
-    left, earlier = mates.from_main(([batch for batch in range(len(batches)) if batch not in done], losses if done else None))
-    if earlier is not None:
-        losses.copy_(earlier)
-    return left
+    done = mates.from_main(done)
+    if bool(done.any()):
+        losses.copy_(mates.from_main(losses))
+    points, left = ((~done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+    return points, left
+
+
+def _fill_in(losses: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Puts summed losses [window of the batch] in their places; keys are POINT-BATCH."""
+    places = [(int(point), int(batch)) for point, batch in (key.split("-") for key in found)]
+    for (point, batch), values in zip(places, found.values(), strict=True):
+        losses[point, batches[batch]] = values
+    return places
 
 
 def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
@@ -295,27 +308,45 @@ def compute_device(device: str | None) -> torch.device:
 def _run(
     ends: Endpoints,
     points: Sequence[Point],
+    todo: Sequence[int],
     stages: Sequence[tuple[Part, ...]],
     sweep: Sweep,
     lanes: Sequence[Lane],
     progress: Callable[[int], Any],
+    finished: Callable[[Sequence[Lane]], None],
 ) -> None:
-    """Takes all lanes from the first stage to the end of the model."""
+    """Takes all lanes from the first stage to the end of the model.
+
+    Args:
+        todo: numbers of the points that have lanes.
+        finished: called with the lanes that have come to the end, for every group of points that ends together, also
+            where this process has no lanes in this pass.
+    """
     of_point: dict[int, list[Lane]] = {}
     for lane in lanes:
         of_point.setdefault(lane.point, []).append(lane)
+    if not lanes:
+        for members in _same_weights(points, stages[-1]).values():
+            if any(point in todo for point in members):
+                finished([])
+        return
     for number, parts in enumerate(stages):
+        last = number == len(stages) - 1
         ends.load([name for part in parts for name in part.names])
-        for (path, at), members in _same_weights(points, parts).items():
+        for (path, at), same in _same_weights(points, parts).items():
+            running = [lane for point in same for lane in of_point.get(point, [])]
+            if not running:
+                continue
             for part, t in zip(parts, at, strict=True):
                 ends.skeleton.place(ends.at(part.names, path, t))
-            for point in members:
-                for lane in of_point[point]:
-                    sweep.advance(lane, None if number == len(stages) - 1 else number)
-                    progress(1)
+            for lane in running:
+                sweep.advance(lane, None if last else number)
+                progress(1)
+            if last:
+                finished(running)
         for part in parts:
             ends.skeleton.clear(part.names)
-            if part.layer is not None or number == len(stages) - 1:  # what belongs to no layer comes again after them
+            if part.layer is not None or last:  # what belongs to no layer comes again after them
                 ends.drop(part.names)
 
 

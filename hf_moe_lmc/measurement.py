@@ -77,7 +77,7 @@ def barrier(
         activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
             models are read. By default half of the memory that is free.
         resume: continue from what an earlier call with the same inputs and options had done when it was stopped: the layers
-            that it had matched, and the passes that it had finished (see resume.py).
+            that it had matched, and what had gone through the whole model (see resume.py and `evaluate`).
 
     Raises:
         InputError: the inputs do not fit, before anything is written.

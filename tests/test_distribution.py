@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_lmc import alignment, distribution
+from hf_moe_lmc import alignment, distribution, evaluation
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.distribution import Team, check_launch
 from hf_moe_lmc.errors import InputError, OutputError
@@ -52,14 +52,43 @@ def pair(saved: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     return saved("qwen3_moe"), saved("qwen3_moe", "fused", 1)
 
 
-def test_two_processes_align_as_one_does(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["align", *map(str, pair), "-o", str(tmp_path / "one")]) == 0
-    alone = capsys.readouterr().out
-    done = start(*TWO, "-m", "hf_moe_lmc", "align", *pair, "-o", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone.replace("/one", "/two")  # one process speaks
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+BOTH = """
+import sys
+import hf_moe_lmc.evaluation as evaluation
+from hf_moe_lmc import distribution
+from hf_moe_lmc.cli import main
+a, b, out, text = sys.argv[1:]
+def job():
+    code = main(["align", a, b, "-o", f"{out}/aligned"])
+    code += main(["barrier", a, b, "-o", f"{out}/resident", "--text", text, *OPTIONS])
+    evaluation.available_memory = lambda: 400_000  # layer by layer, in several passes
+    return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, "--symmetry", f"{out}/aligned", *OPTIONS])
+distribution.close, close = lambda: None, distribution.close  # one meeting for all
+code = job()
+close()
+sys.exit(code)
+"""
+OPTIONS = ["--points", "3", "--context", "48", "--batch-size", "2"]
+
+
+def test_two_processes_find_what_one_finds(pair: tuple[Path, Path], tmp_path: Path, text_file: Path) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(BOTH.replace("OPTIONS", repr(OPTIONS)))
+    for launcher in ((), TWO):
+        (tmp_path / "out").mkdir()
+        done = start(*launcher, script, *pair, tmp_path / "out", text_file)
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "out").rename(tmp_path / ("two" if launcher else "one"))
+        (tmp_path / "said").write_text(done.stdout) if not launcher else None
+    assert done.stdout == (tmp_path / "said").read_text()  # one process speaks
+    assert done.stderr.count("evaluating the path: 100%") <= 4
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    modes = [found[f"{name}/report.json"]["evaluation"].pop("mode") for found in (one, two) for name in ("resident", "layers")]
+    assert modes == ["resident", "layers"] * 2
+    for cost in ("passes", "activations"):  # those of one process
+        assert all(found["layers/report.json"]["evaluation"].pop(cost) is not None for found in (one, two))
+    assert one == two and len(one) == 9 + 4 + 4
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["aligned", "layers", "resident"]
 
 
 def test_an_error_in_one_process_ends_all_with_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -141,14 +170,15 @@ def stop(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **options)
 module.{name} = stop
+{before}
 main(sys.argv[1:])
 """
 
 
-def stop_in(name: str, after: int, *arguments: object) -> None:
+def stop_in(name: str, after: int, *arguments: object, before: str = "") -> None:
     """Runs a verb in a process that is killed when it calls `name` (module.function) for the n-th time."""
     module, _, function = name.rpartition(".")
-    done = start("-c", STOPPED.format(module=module, name=function, after=after), *arguments)
+    done = start("-c", STOPPED.format(module=module, name=function, after=after, before=before), *arguments)
     assert done.returncode == -9, done.stderr
 
 
@@ -176,6 +206,34 @@ def test_align_continues_after_a_kill(
         shutil.copytree(again, tmp_path / f".{name}.progress")
         assert main(["align", *map(str, pair), "-o", str(tmp_path / name), *options]) == 0 and len(matched) == 3
     assert contents(tmp_path / "afresh") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("memory", "stopped", "after"), [(1 << 40, "_fill_in", 2), (400_000, "_run", 1)])
+def test_barrier_continues_after_a_kill(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    memory: int,
+    stopped: str,
+    after: int,
+) -> None:
+    arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
+    out = tmp_path / "out"
+    monkeypatch.setattr(evaluation, "available_memory", lambda: memory)
+    assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
+    stop_in(
+        f"hf_moe_lmc.evaluation.{stopped}", after, *arguments, "-o", out, before=f"module.available_memory = lambda: {memory}"
+    )
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert (report["evaluation"]["mode"] == "layers") == (report["evaluation"]["passes"] > 1) == (stopped == "_run")
+    capsys.readouterr()
+    assert main([*arguments, "-o", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "continuing: 3 of 3 layers" in said and "batches at points were evaluated by an earlier call" in said
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_two_calls_cannot_work_on_one_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
