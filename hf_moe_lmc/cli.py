@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        complain("interrupted; nothing unfinished was left behind")
+        resumes = ", what is done is kept: the same call continues" if hasattr(options, "resume") else ""
+        complain(f"interrupted; nothing unfinished was left behind{resumes}")
         return INTERRUPTED
     finally:
         distribution.close()

@@ -4,6 +4,9 @@
 same arguments. They speak in rounds: each `Team.exchange` is one round, and a process that fails anywhere takes part in the
 round that the others come to next, with its error. So nobody waits for somebody who is gone, and all end with one error.
 
+Results are those of one process, bit for bit, where each has as many threads as the one would have (OMP_NUM_THREADS, which
+torchrun sets to 1 unless it is set).
+
 A single process starts nothing, and torch is not even imported here for it.
 """
 
