@@ -71,17 +71,27 @@ sys.exit(code)
 OPTIONS = ["--points", "3", "--context", "48", "--batch-size", "2"]
 
 
-def test_two_processes_find_what_one_finds(pair: tuple[Path, Path], tmp_path: Path, text_file: Path) -> None:
+def test_two_processes_find_what_one_finds(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = tmp_path / "both.py"
     script.write_text(BOTH.replace("OPTIONS", repr(OPTIONS)))
-    for launcher in ((), TWO):
-        (tmp_path / "out").mkdir()
-        done = start(*launcher, script, *pair, tmp_path / "out", text_file)
-        assert done.returncode == 0, done.stderr
-        (tmp_path / "out").rename(tmp_path / ("two" if launcher else "one"))
-        (tmp_path / "said").write_text(done.stdout) if not launcher else None
-    assert done.stdout == (tmp_path / "said").read_text()  # one process speaks
-    assert done.stderr.count("evaluating the path: 100%") <= 4
+    (tmp_path / "two").mkdir()
+    done = start(*TWO, script, *pair, tmp_path / "two", text_file)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "one"
+    assert main(["align", *map(str, pair), "-o", f"{out}/aligned"]) == 0
+    barrier = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
+    assert main([*barrier, "-o", f"{out}/resident"]) == 0
+    monkeypatch.setattr(evaluation, "available_memory", lambda: 400_000)
+    assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned"]) == 0
+    assert done.stdout == capsys.readouterr().out.replace(f"{tmp_path}/one", f"{tmp_path}/two")  # one process speaks
+    for found in out.rglob("report.json"):  # the path of the symmetry is in it
+        found.write_text(found.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/two"))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     modes = [found[f"{name}/report.json"]["evaluation"].pop("mode") for found in (one, two) for name in ("resident", "layers")]
     assert modes == ["resident", "layers"] * 2
