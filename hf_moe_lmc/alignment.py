@@ -7,7 +7,8 @@ import math
 import os
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
 from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.recognition import recognise
+from hf_moe_lmc.resume import Progress, keeping
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
@@ -161,12 +164,23 @@ def open_models(
     return model_a, model_b
 
 
-def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units: UnitMethod = "scaled") -> Alignment:
+def align_models(
+    a: MoEModel,
+    b: MoEModel,
+    *,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    progress: Progress | None = None,
+) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
+
+    Several processes take layers in turn, and each ends up with all of them. With `progress` (in process 0), layers that an
+    earlier call has matched are taken from there.
 
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
     check_methods(order, units)
+    mates = team()
     started = time.perf_counter()
     device = PartialState().device
     if device.type == "mps":
@@ -174,8 +188,32 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
     origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
     found = []
     layers: dict[int, Matching] = {}
-    for index in tqdm(sorted(a.layers.keys() & b.layers.keys()), desc="matching layers", unit="layer"):
-        layers[index] = match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+    wanted = sorted(a.layers.keys() & b.layers.keys())
+    facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
+    facts |= {"family": b.family.name, "order": order, "units": units, "device": device.type}
+    kept = progress.kept("matching", facts) if progress else None
+    before = dict(kept.matchings()) if kept else {}
+    for index in mates.from_main(sorted(before)):
+        earlier = mates.from_main(before.get(index))
+        assert earlier is not None
+        layers[index] = earlier
+    if before:
+        warnings.warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call", stacklevel=2)
+    left = [index for index in wanted if index not in layers]
+    with tqdm(total=len(wanted), initial=len(layers), desc="matching layers", unit="layer") as bar:
+        for first in range(0, len(left), mates.count):  # a round: one layer for each process
+            members = left[first : first + mates.count]
+            mine = [
+                match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+                for index in mates.share(members)
+            ]
+            matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
+            for index, matching in zip(members, matched, strict=True):
+                layers[index] = matching
+                if kept:
+                    kept.write_matching(index, matching)
+            bar.update(len(members))
+    layers = dict(sorted(layers.items()))
     if alone := sorted(b.layers.keys() - a.layers.keys()):
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
     worse = [index for index, matching in layers.items() if matching.distance_after_units > 1.001 * matching.distance_before]
@@ -194,7 +232,8 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
             f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
-    outside = outside_distance(a, b)
+    outside = mates.from_main(outside_distance(a, b) if mates.is_main else None)
+    assert outside is not None
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
         found.append("A and B hold the same weights; the alignment is the identity")
     if outside.unrelated:
@@ -216,7 +255,7 @@ def align_models(a: MoEModel, b: MoEModel, *, order: OrderMethod = "best", units
         layers=layers,
         outside=outside,
         warnings=tuple(found),
-        seconds=time.perf_counter() - started,
+        seconds=mates.from_main(time.perf_counter() - started),
     )
 
 
@@ -273,8 +312,12 @@ def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
 
     Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
     """
-    for model in models:
-        model.checkpoint.download()
+    mates = team()
+    with mates.main_first():
+        for model in models:
+            model.checkpoint.download()
+    if mates.count > 1:
+        mates.check_equal({model.checkpoint.name: model.checkpoint.fingerprint() for model in models})
     recorded = given.metadata.get("b_fingerprint") if given else None
     if recorded is not None and recorded != model.checkpoint.fingerprint():
         warnings.warn(
@@ -288,6 +331,7 @@ def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
     return ModelStream(model, model.acted(symmetry), model.checkpoint.chunks)
 
 
+@together
 def align(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -298,8 +342,11 @@ def align(
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    resume: bool = True,
 ) -> Alignment:
     """Finds the symmetry that takes B close to A and writes B in those coordinates: the same function, nearby weights.
+
+    Several processes (torchrun) share the layers; process 0 writes.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
@@ -308,6 +355,8 @@ def align(
         order: expert order by `gate`, `expert`, or the `best` of both.
         units: `plain` or `scaled` hidden units.
         push_to_hub: OWNER/NAME to publish the result under.
+        resume: continue from the layers that an earlier call with the same inputs and options had matched when it was
+            stopped (see resume.py); they are kept beside the output until that is whole.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
@@ -316,25 +365,49 @@ def align(
     check_publishable(push_to_hub)
     if symmetry_only and push_to_hub:
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
-    check_output(output)
+    mates = team()
     with ExitStack() as stack:
+        progress = begin(output, stack, resume=resume)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
-        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+        with writing(output, model_a, model_b) as writer:
             download(model_a, model_b)
-            alignment = align_models(model_a, model_b, order=order, units=units)
-            if not symmetry_only:
+            alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
+            if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
-                alignment = alignment.with_output(writer.fingerprint())
-                writer.write_text("README.md", align_card(model_a, model_b, alignment))
-            folder = "" if symmetry_only else "alignment/"
-            alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
-            writer.write_text(f"{folder}alignment.json", alignment.to_json())
-    if push_to_hub:
+            if not symmetry_only:
+                alignment = alignment.with_output(mates.from_main(writer.fingerprint() if writer else ""))
+            if writer:
+                folder = "" if symmetry_only else "alignment/"
+                if not symmetry_only:
+                    writer.write_text("README.md", align_card(model_a, model_b, alignment))
+                alignment.symmetry.save(writer.path(f"{folder}symmetry.safetensors"))
+                writer.write_text(f"{folder}alignment.json", alignment.to_json())
+    if push_to_hub and mates.is_main:
         publish(output, push_to_hub, private=private)
     return alignment
 
 
+def begin(output: str | os.PathLike[str], stack: ExitStack, *, resume: bool) -> Progress | None:
+    """Checks the output and keeps what is done beside it, in process 0; None in all others."""
+    if not team().is_main:
+        return None
+    progress = stack.enter_context(keeping(output, resume=resume))
+    check_output(output)
+    return progress
+
+
+@contextmanager
+def writing(output: str | os.PathLike[str], *inputs: MoEModel) -> Iterator[FolderWriter | None]:
+    """The output in process 0, None in all others."""
+    if not team().is_main:
+        yield None
+        return
+    with FolderWriter(output, [model.checkpoint for model in inputs]) as writer:
+        yield writer
+
+
+@together
 def apply(
     symmetry: str | os.PathLike[str] | ModelSymmetry,
     b: str | os.PathLike[str],
@@ -350,16 +423,18 @@ def apply(
         SymmetryError: the symmetry is of another family or of other shapes.
         InputError: whatever else does not fit, before anything is written.
     """
-    check_output(output)
+    if team().is_main:
+        check_output(output)
     with ExitStack() as stack:
         model = recognise(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
-        with FolderWriter(output, [model.checkpoint]) as writer:
+        with writing(output, model) as writer:
             download(model, given=value)
-            writer.write_tensors(rewritten(model, value))
-            writer.write_checkpoint_files(model.checkpoint)
-            value.save(writer.path("alignment/symmetry.safetensors"))
-            writer.write_text("README.md", apply_card(model, value, inverse=inverse))
+            if writer:
+                writer.write_tensors(rewritten(model, value))
+                writer.write_checkpoint_files(model.checkpoint)
+                value.save(writer.path("alignment/symmetry.safetensors"))
+                writer.write_text("README.md", apply_card(model, value, inverse=inverse))
     return Path(output)
 
 

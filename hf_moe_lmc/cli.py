@@ -9,12 +9,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
+from hf_moe_lmc import distribution
 from hf_moe_lmc.errors import InputError, MoELMCError
 
 if TYPE_CHECKING:
@@ -26,26 +28,49 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0, 1 (failure, or a self-test that did not pass), 2 (bad input or usage) or 130 (interrupted)."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    mates = distribution.team()
+
+    def complain(line: str) -> None:
+        if mates.is_main:
+            print(line, file=sys.stderr)
+
+    warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
     verb: Callable[[argparse.Namespace], int | None] = options.verb
     try:
+        distribution.check_launch(["-m", "hf_moe_lmc", *(sys.argv[1:] if arguments is None else arguments)])
+        if mates.count > 1 and verb not in SHARED:
+            raise InputError("this verb works in one process; start it without torchrun")
         _refuse_idle_options(vars(options))
-        code = verb(options) or 0
+        with _one_speaker(mates.is_main):
+            code = verb(options) or 0
         sys.stdout.flush()
         return code
     except MoELMCError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         # whoever reads has seen enough; what is left in the buffer must not fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
+        resumes = ", what is done is kept: the same call continues" if hasattr(options, "resume") else ""
+        complain(f"interrupted; nothing unfinished was left behind{resumes}")
         return INTERRUPTED
+    finally:
+        distribution.close()
+
+
+@contextmanager
+def _one_speaker(is_main: bool) -> Iterator[None]:
+    """Of several processes only the first prints results."""
+    if is_main:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _refuse_idle_options(options: dict[str, Any]) -> None:
@@ -98,6 +123,7 @@ def _align(options: argparse.Namespace) -> None:
         symmetry_only=options.symmetry_only,
         push_to_hub=options.push_to_hub,
         private=options.private,
+        resume=options.resume,
     )
     print(_totals(alignment))
     _say_where(options.output, options.push_to_hub)
@@ -134,6 +160,7 @@ def _barrier(options: argparse.Namespace) -> None:
         layerwise=options.layerwise,
         refine=options.refine,
         routing=options.routing,
+        resume=options.resume,
     )
     print(report.table())
     _say_where(options.output, None)
@@ -151,6 +178,7 @@ def _merge(options: argparse.Namespace) -> None:
         units=options.units or "scaled",
         push_to_hub=options.push_to_hub,
         private=options.private,
+        resume=options.resume,
     )
     if alignment:
         print(_totals(alignment))
@@ -172,6 +200,9 @@ def _push(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     lmc.demo(options.output, tell=lambda line: print(line, flush=True))
     _say_where(options.output, None)
+
+
+SHARED = (_align, _apply, _barrier, _merge)  # the verbs that several processes may call together
 
 
 def _totals(alignment: Alignment) -> str:
@@ -218,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     _pair(align)
     _output(align, "OUT")
     _matching(align)
+    _resuming(align)
     align.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
     _publishing(align)
 
@@ -247,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     barrier.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
     barrier.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(barrier)
+    _resuming(barrier)
     barrier.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
     barrier.add_argument(
         "--stride", metavar="N", type=int, help="let windows overlap, N tokens apart, each scored where the last ended"
@@ -294,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(merge)
+    _resuming(merge)
     _publishing(merge)
 
     push = _verb(verbs, "push", _push, "publish a finished folder in one commit")
@@ -353,6 +387,15 @@ def _matching(verb: argparse.ArgumentParser) -> None:
         "--units",
         choices=("plain", "scaled"),
         help="match hidden units as they are, or up to sign and scale (default: scaled)",
+    )
+
+
+def _resuming(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="start afresh, not from what a stopped call with the same inputs and options had done",
     )
 
 

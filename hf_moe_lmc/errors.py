@@ -13,6 +13,10 @@ class HubError(MoELMCError):
     """The Hub could not be reached, or refused the request."""
 
 
+class ProcessError(MoELMCError):
+    """Another process of a run that was started as several failed, or ended without a word."""
+
+
 class InputError(MoELMCError):
     """What the user gave cannot be used. Raised before any work; nothing has been written."""
 

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moe_lmc.alignment import rewritten
+from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import InputError, listing
 from hf_moe_lmc.interpolation import interpolate_into
 from hf_moe_lmc.model import ModelStream, MoEModel, whole
 from hf_moe_lmc.perplexity import Windows, batches_of, token_losses
+from hf_moe_lmc.resume import Kept, Progress, digest
 from hf_moe_lmc.skeleton import Conversion, Group, Skeleton
 from hf_moe_lmc.sweep import Lane, Sweep
 from hf_moe_lmc.symmetry import ModelSymmetry
@@ -161,6 +163,7 @@ def evaluate(
     resident: bool | None = None,
     inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
     observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Cost]:
     """Summed losses of each window at each point: float64 [point, window], nats.
 
@@ -168,13 +171,20 @@ def evaluate(
     `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
     place at once (`resident`), which is the same procedure with one segment.
 
+    Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for bit
+    those of one process, as no batch depends on another.
+
     Memory: the decoder layer of A, of B, and of every path's aligned B, the interpolated one, the weights outside the
     layers for each of these, while converting one group of tensors three times more, and the activations.
 
     Args:
         activation_memory: bytes for the hidden states of all windows and points that are on their way.
         resident: whether to hold all weights; None: decided from the memory that is free.
-        observers: watch the decoder layers while they run.
+        observers: watch the decoder layers while they run; in each process those that its own batches run through.
+        progress: takes the losses of each point that has gone through a pass, and has those of an earlier call, in process
+            0. What had not come to the end of the model starts again: a paused forward cannot be stored. In mode `resident`
+            points end one after the other, in mode `layers` all at the end of the pass. Not used with observers, who have to
+            see all batches.
     """
     where = compute_device(device)
     skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
@@ -202,22 +212,92 @@ def evaluate(
         logits = skeleton.module(input_ids=ids, use_cache=False).logits[:, :-1]
         return windows.sums(batches[batch], token_losses(logits, ids[:, 1:])).cpu()
 
-    size = math.ceil(len(batches) / plan.passes)
-    chunks = [range(first, min(first + size, len(batches))) for first in range(0, len(batches), size)]
-    total = sum(len(chunk) for chunk in chunks) * len(points) * len(stages)
+    mates = team()
+    kept = None
+    if progress and not observers:
+        facts = _facts(a, b, symmetries, points, windows, batch_size, dtype, where)
+        kept = progress.kept("losses", facts)
+    todo, left = _earlier_losses(kept, batches, losses)
+    chunks = _chunks(mates.share(left), plan.passes)
+
+    def finished(lanes: Sequence[Lane]) -> None:
+        """A round of all processes, each with the lanes of the same points that have come to their end."""
+        mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes}
+        everyones = {key: values for of_one in mates.exchange(mine) for key, values in of_one.items()}
+        _fill_in(losses, batches, everyones)
+        if kept and everyones:
+            kept.write(next(iter(everyones)), everyones)
+
+    total = sum(len(chunk) for chunk in chunks) * len(todo) * len(stages)
+    bar = tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main)
     try:
-        with torch.inference_mode(), tqdm(total=total, desc="evaluating the path", unit="step") as progress:
-            for chunk in chunks:
+        with torch.inference_mode(), bar:
+            for number in range(max(mates.exchange(len(chunks)))):
                 with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
                     running.append(sweep)
-                    lanes = sweep.start(range(len(points)), chunk)
-                    _run(ends, points, stages, sweep, lanes, progress.update)
-                    for lane in lanes:
-                        losses[lane.point, batches[lane.batch]] = lane.result
+                    lanes = sweep.start(todo, chunks[number] if number < len(chunks) else [])
+                    _run(ends, points, todo, stages, sweep, lanes, bar.update, finished)
     finally:
         for observer in observers:
             observer.end()
-    return losses, plan
+    passes = max(mates.exchange(plan.passes))
+    return losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+
+
+def _facts(
+    a: MoEModel,
+    b: MoEModel,
+    symmetries: Mapping[str, ModelSymmetry],
+    points: Sequence[Point],
+    windows: Windows,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that losses depend on."""
+    return {
+        "a": a.checkpoint.fingerprint(),
+        "b": b.checkpoint.fingerprint(),
+        "symmetries": {path: digest(symmetry) for path, symmetry in symmetries.items()},
+        "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in points],
+        "windows": windows.describe(),
+        "batch_size": batch_size,
+        "dtype": str(dtype),
+        "device": device.type,
+    }
+
+
+def _earlier_losses(kept: Kept | None, batches: Sequence[list[int]], losses: Tensor) -> tuple[list[int], list[int]]:
+    """Fills in what an earlier call has evaluated; numbers of the points and of the batches that are left, in all processes."""
+    done = torch.zeros(len(losses), len(batches), dtype=torch.bool)
+    for name in sorted(kept.names()) if kept else []:
+        assert kept is not None
+        for point, batch in _fill_in(losses, batches, kept.read(name)):
+            done[point, batch] = True
+    if bool(done.any()):
+        warnings.warn(
+            f"continuing: {int(done.sum())} of {done.numel()} batches at points were evaluated by an earlier call", stacklevel=3
+        )
+    mates = team()
+    done = mates.from_main(done)
+    if bool(done.any()):
+        losses.copy_(mates.from_main(losses))
+    points, left = ((~done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+    return points, left
+
+
+def _fill_in(losses: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Puts summed losses [window of the batch] in their places; keys are POINT-BATCH."""
+    places = [(int(point), int(batch)) for point, batch in (key.split("-") for key in found)]
+    for (point, batch), values in zip(places, found.values(), strict=True):
+        losses[point, batches[batch]] = values
+    return places
+
+
+def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
+    """The batches of each pass."""
+    size = math.ceil(len(batches) / passes) or 1
+    return [batches[first : first + size] for first in range(0, len(batches), size)]
 
 
 def compute_device(device: str | None) -> torch.device:
@@ -228,27 +308,45 @@ def compute_device(device: str | None) -> torch.device:
 def _run(
     ends: Endpoints,
     points: Sequence[Point],
+    todo: Sequence[int],
     stages: Sequence[tuple[Part, ...]],
     sweep: Sweep,
     lanes: Sequence[Lane],
     progress: Callable[[int], Any],
+    finished: Callable[[Sequence[Lane]], None],
 ) -> None:
-    """Takes all lanes from the first stage to the end of the model."""
+    """Takes all lanes from the first stage to the end of the model.
+
+    Args:
+        todo: numbers of the points that have lanes.
+        finished: called with the lanes that have come to the end, for every group of points that ends together, also
+            where this process has no lanes in this pass.
+    """
     of_point: dict[int, list[Lane]] = {}
     for lane in lanes:
         of_point.setdefault(lane.point, []).append(lane)
+    if not lanes:
+        for members in _same_weights(points, stages[-1]).values():
+            if any(point in todo for point in members):
+                finished([])
+        return
     for number, parts in enumerate(stages):
+        last = number == len(stages) - 1
         ends.load([name for part in parts for name in part.names])
-        for (path, at), members in _same_weights(points, parts).items():
+        for (path, at), same in _same_weights(points, parts).items():
+            running = [lane for point in same for lane in of_point.get(point, [])]
+            if not running:
+                continue
             for part, t in zip(parts, at, strict=True):
                 ends.place(part.names, path, t)
-            for point in members:
-                for lane in of_point[point]:
-                    sweep.advance(lane, None if number == len(stages) - 1 else number)
-                    progress(1)
+            for lane in running:
+                sweep.advance(lane, None if last else number)
+                progress(1)
+            if last:
+                finished(running)
         for part in parts:
             ends.skeleton.clear(part.names)
-            if part.layer is not None or number == len(stages) - 1:  # what belongs to no layer comes again after them
+            if part.layer is not None or last:  # what belongs to no layer comes again after them
                 ends.drop(part.names)
 
 
@@ -296,18 +394,19 @@ def _plan(
     dtype: torch.dtype,
 ) -> Cost:
     """Decides how much is in memory at once."""
-    free = available_memory()
+    mates = team()
+    free = available_memory() // mates.local_count
     of_both = a.checkpoint.nbytes + b.checkpoint.nbytes
     everything = of_both + (paths - 1) * b.checkpoint.nbytes + a.checkpoint.nbytes
     if resident is None:
         resident = everything < SHARE * free
     text = a.text_config
     per_token = IN_FLIGHT * int(text.hidden_size) * dtype.itemsize
-    needed = len(points) * sum(len(row) for row in windows.rows) * per_token
+    needed = math.ceil(len(points) * sum(len(row) for row in windows.rows) * per_token / mates.count)
     budget = activation_memory or int(SHARE * free)
     if resident:
         return Cost("resident", 1, of_both, everything, per_token * max(len(row) for row in windows.rows))
-    lanes = len(points) * len(windows.rows)
+    lanes = math.ceil(len(points) * len(windows.rows) / mates.count)
     passes = max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1)
     weights = everything // max(len(segments), 1)
     return Cost("layers", min(passes, len(windows.rows)), of_both, weights, needed // passes)

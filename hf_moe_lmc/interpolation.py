@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.alignment import Alignment, align_models, download, load_symmetry, open_models
+from hf_moe_lmc.alignment import Alignment, align_models, begin, download, load_symmetry, open_models, writing
 from hf_moe_lmc.card import model_card
+from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.matching import OrderMethod
 from hf_moe_lmc.model import ModelStream, MoEModel
-from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -108,6 +108,7 @@ def check_t(t: float) -> None:
         raise InputError(f"t = {t}: expected a number from 0 (A) to 1 (B)")
 
 
+@together
 def merge(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -120,6 +121,7 @@ def merge(
     units: UnitMethod = "scaled",
     push_to_hub: str | None = None,
     private: bool | None = None,
+    resume: bool = True,
 ) -> Alignment | None:
     """Writes the checkpoint theta_t = (1 - t) A + t B' with a model card, in A's layout, dtypes and side files.
 
@@ -129,6 +131,7 @@ def merge(
         align: match B to A first; otherwise B is taken as it is.
         symmetry: a saved or given symmetry instead of matching.
         push_to_hub: OWNER/NAME to publish the result under.
+        resume: continue from the layers that an earlier call had matched when it was stopped (see `align`).
 
     Returns:
         The alignment that was computed, or None where there was nothing to compute.
@@ -140,23 +143,27 @@ def merge(
     check_publishable(push_to_hub)
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
-    check_output(output)
+    mates = team()
     with ExitStack() as stack:
+        progress = begin(output, stack, resume=resume)
         model_a, model_b = open_models(a, b, stack)
         refuse_quantised(model_a, model_b)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        with FolderWriter(output, [model_a.checkpoint, model_b.checkpoint]) as writer:
+        with writing(output, model_a, model_b) as writer:
             download(model_a, model_b, given=given)
-            alignment = align_models(model_a, model_b, order=order, units=units) if align and given is None else None
+            alignment = None
+            if align and given is None:
+                alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
             used = alignment.symmetry if alignment else given or model_b.identity()
-            writer.write_tensors(interpolated(model_a, model_b, used, t))
-            writer.write_checkpoint_files(model_a.checkpoint)
-            if alignment or given:
-                used.save(writer.path("alignment/symmetry.safetensors"))
-            if alignment:
-                writer.write_text("alignment/alignment.json", alignment.to_json())
-            writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
-    if push_to_hub:
+            if writer:
+                writer.write_tensors(interpolated(model_a, model_b, used, t))
+                writer.write_checkpoint_files(model_a.checkpoint)
+                if alignment or given:
+                    used.save(writer.path("alignment/symmetry.safetensors"))
+                if alignment:
+                    writer.write_text("alignment/alignment.json", alignment.to_json())
+                writer.write_text("README.md", merge_card(model_a, model_b, t, alignment, given))
+    if push_to_hub and mates.is_main:
         publish(output, push_to_hub, private=private)
     return alignment
 

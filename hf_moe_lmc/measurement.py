@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
+from hf_moe_lmc.alignment import align_models, begin, download, load_symmetry, open_models, writing
 from hf_moe_lmc.curve import BarrierCurve
+from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.evaluation import Cost, Point, evaluate
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
-from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.output import check_output
 from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport, LayerLosses
+from hf_moe_lmc.resume import Progress
 from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -35,6 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_CONTEXT = 2048
 
 
+@together
 def barrier(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -61,8 +64,11 @@ def barrier(
     layerwise: int = 0,
     refine: int = 0,
     routing: bool = True,
+    resume: bool = True,
 ) -> BarrierReport:
     """Measures the perplexity barrier between two checkpoints, naive and aligned.
+
+    Several processes (torchrun) share the layers to match and the batches of windows; process 0 writes.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
@@ -87,6 +93,8 @@ def barrier(
         refine: how many times the intervals beside the maximum of the aligned curve are halved; both paths get the new points.
             Each time reads both models again.
         routing: record at each point of the grid which experts the tokens take.
+        resume: continue from what an earlier call with the same inputs and options had done when it was stopped: the layers
+            that it had matched, and what had gone through the whole model (see resume.py and `evaluate`).
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
@@ -99,19 +107,20 @@ def barrier(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     _check_device(device)
-    check_output(output)
     files = [text] if isinstance(text, str | os.PathLike) else text
     source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
+        progress = begin(output, stack, resume=resume)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
         language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        writer = FolderWriter(output, [model_a.checkpoint, model_b.checkpoint])
+        if team().is_main:
+            check_output(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
         length = _context(model_a, context)
         windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
-        with writer:
+        with writing(output, model_a, model_b) as writer:
             report, used = _measure(
                 model_a,
                 model_b,
@@ -128,13 +137,15 @@ def barrier(
                 layerwise=layerwise,
                 refine=refine,
                 routing=routing,
+                progress=progress,
                 text=source.describe(),
                 symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
             )
-            used.save(writer.path("symmetry.safetensors"))
-            writer.write_text("report.json", report.to_json())
-            writer.write_text("report.md", report.to_markdown())
-            report.plot(writer.path("barrier.png"))
+            if writer:
+                used.save(writer.path("symmetry.safetensors"))
+                writer.write_text("report.json", report.to_json())
+                writer.write_text("report.md", report.to_markdown())
+                report.plot(writer.path("barrier.png"))
     return report
 
 
@@ -155,14 +166,17 @@ def _measure(
     layerwise: int,
     refine: int,
     routing: bool,
+    progress: Progress | None,
     text: dict[str, Any],
     symmetry: str | os.PathLike[str] | None,
 ) -> tuple[BarrierReport, ModelSymmetry]:
     """Downloads, aligns unless a symmetry is given, evaluates; everything has been checked."""
     started = time.perf_counter()
+    mates = team()
     download(a, b, given=given)
+    mates.check_equal({"text": windows.describe()["tokens_sha256"]})
     if given is None:
-        alignment = align_models(a, b, order=order, units=units)
+        alignment = align_models(a, b, order=order, units=units, progress=progress)
         used, matching = alignment.symmetry, alignment.to_dict()
     else:
         used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
@@ -186,6 +200,7 @@ def _measure(
             device=device,
             batch_size=batch_size,
             activation_memory=activation_memory,
+            progress=progress,
             **options,
         )
         return dict(zip(points, found, strict=True)), cost
@@ -195,6 +210,11 @@ def _measure(
         inspect_model=lambda model: ran_with.update(implementations(model, device)),
         observers=[watching] if watching else [],
     )
+    if watching:
+        everyones = mates.exchange(watching.tallies)
+        for number, tallies in enumerate(everyones):
+            if number != mates.rank:
+                watching.add(tallies)
     grid = t
     for _ in range(refine):
         new = _beside_the_maximum(_curve(at_point, "aligned", t, windows))
@@ -219,7 +239,7 @@ def _measure(
         windows=windows,
         losses=losses,
         t=t,
-        seconds=time.perf_counter() - started,
+        seconds=mates.from_main(time.perf_counter() - started),
         layerwise={layer: _layer_alone(layer, steps, at_point) for layer in moe_layers} if layerwise else None,
         routing=watching.rows() if watching and not watching.problem else None,
     )

@@ -23,8 +23,8 @@ report.json, version 1 (later versions add keys and keep these):
     layerwise   with --layerwise, a list over MoE layers of layer, barrier, barrier_interval, t, nll: only this decoder layer
                 goes from A to aligned B, all else stays A
     routing     absent with --no-routing, or where the model does not show it (evaluation.routing_unavailable says why); else
-                one entry per path, grid point (t), layer and module (of the router's block within the layer): load, the share of
-                each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
+                one entry per path, grid point (t), layer and module (of the router's block within the layer): load, the share
+                of each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
                 A, or B of the same path, gives it as well (numbers of experts: the naive path has B's own); entropy, nats,
                 mean over tokens, of the softmax over all experts, or of scores divided by their sum
     statistics  how intervals were computed: method, unit (document, or window where there is one document), clusters (how

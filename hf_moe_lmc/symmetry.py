@@ -14,6 +14,7 @@ common amount, so it cannot change a barrier (paper, Prop. D.1).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -257,7 +258,7 @@ class ModelSymmetry:
             "groups": str(self.groups),
         }
         # bytes through an ordinary file: save_file would make it readable by its owner alone
-        Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
+        Path(path).write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelSymmetry:
@@ -283,6 +284,16 @@ class ModelSymmetry:
         symmetry = cls(metadata["family"], int(metadata["groups"]), _layers(tensors, str(file)), metadata)
         symmetry.validate(str(file))
         return symmetry
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with sorted metadata, which the library writes in random order: equal contents, equal bytes."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data + file[end:]
 
 
 def _locate(path: Path) -> Path:

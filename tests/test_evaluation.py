@@ -164,13 +164,13 @@ def test_passes_do_not_change_the_losses(run: Callable[..., Any]) -> None:
 
 def test_points_that_share_weights_share_their_places(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[tuple[str, float]] = []
-    original = Endpoints.at
+    original = Endpoints.place
 
-    def at(ends: Endpoints, names: Any, path: str, t: float) -> Any:
+    def place(ends: Endpoints, names: Any, path: str, t: float) -> None:
         filled.append((path, t))
-        return original(ends, names, path, t)
+        original(ends, names, path, t)
 
-    monkeypatch.setattr(Endpoints, "at", at)
+    monkeypatch.setattr(Endpoints, "place", place)
     points = [Point("naive", 0.0), Point("aligned", 0.0), *(Point("aligned", 0.5, frozenset({i})) for i in range(3))]
     losses, _ = run(points)
     assert torch.equal(losses[0], losses[1])
