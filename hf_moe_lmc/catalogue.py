@@ -259,7 +259,9 @@ def _rules(family: MoEFamily) -> dict[str, str]:
     roles: dict[str, list[str]] = {}  # by expression
     for role, when in family.when.items():
         bank, base = split_role(role)
-        roles.setdefault(when or "", []).append(base.replace("_", " ") + (f" of bank {bank}" if bank else ""))
+        fixed = role in family.weights  # a fixed tensor, by its key
+        words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank else "")
+        roles.setdefault(when or "", []).append(words)
     return {**rules, **{f"presence of {', '.join(names)}": when for when, names in roles.items()}}
 
 

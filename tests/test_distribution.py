@@ -62,7 +62,8 @@ def job():
     code = main(["align", a, b, "-o", f"{out}/aligned"])
     code += main(["barrier", a, b, "-o", f"{out}/resident", "--text", text, *OPTIONS])
     evaluation.available_memory = lambda: 400_000  # layer by layer, in several passes
-    return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, "--symmetry", f"{out}/aligned", *OPTIONS])
+    options = ["--symmetry", f"{out}/aligned", "--no-routing", *OPTIONS]
+    return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, *options])
 distribution.close, close = lambda: None, distribution.close  # one meeting for all
 code = job()
 close()
@@ -88,7 +89,7 @@ def test_two_processes_find_what_one_finds(
     barrier = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
     assert main([*barrier, "-o", f"{out}/resident"]) == 0
     monkeypatch.setattr(evaluation, "available_memory", lambda: 400_000)
-    assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned"]) == 0
+    assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned", "--no-routing"]) == 0
     assert done.stdout == capsys.readouterr().out.replace(f"{tmp_path}/one", f"{tmp_path}/two")  # one process speaks
     for found in out.rglob("report.json"):  # the path of the symmetry is in it
         found.write_text(found.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/two"))
@@ -97,7 +98,12 @@ def test_two_processes_find_what_one_finds(
     assert modes == ["resident", "layers"] * 2
     for cost in ("passes", "activations"):  # those of one process
         assert all(found["layers/report.json"]["evaluation"].pop(cost) is not None for found in (one, two))
-    assert one == two and len(one) == 9 + 4 + 4
+    routing = [found["resident/report.json"].pop("routing") for found in (one, two)]
+    for row, other in zip(*routing, strict=True):  # sums over windows, added in another order
+        assert row == {**other, "entropy": pytest.approx(other["entropy"], rel=1e-12)} | {"load": pytest.approx(other["load"])}
+    plots = [name for name in one if "/routing-" in name or "/load-" in name]
+    assert len(plots) == 8 and one.keys() == two.keys()
+    assert {name: one[name] for name in one if name not in plots} == {name: two[name] for name in two if name not in plots}
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["aligned", "layers", "resident"]
 
 
@@ -229,7 +235,7 @@ def test_barrier_continues_after_a_kill(
     stopped: str,
     after: int,
 ) -> None:
-    arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
+    arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS, "--no-routing"]  # observers see all batches
     out = tmp_path / "out"
     monkeypatch.setattr(evaluation, "available_memory", lambda: memory)
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0

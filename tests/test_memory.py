@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
-# One layer's experts are 3 times the allowance, the checkpoint 6 times, all in one shard.
-EXPERTS, UNITS, WIDTH, LAYERS = 80, 512, 512, 2
+# One layer's experts are 3 times the allowance, all in one shard; matching keeps nothing of a layer for the next.
+EXPERTS, UNITS, WIDTH, LAYERS = 80, 512, 512, 1
 EXPERT_BYTES = 3 * UNITS * WIDTH * 4
 # Over the same work on two experts; eight experts of Gram matrices, two experts, fixed scratch. About 32 MiB are seen when the
 # machine is idle, up to 66 when it is busy.
@@ -86,7 +86,7 @@ def write_checkpoint(folder: Path, layout: str, experts: int, units: int, noise:
 def test_peak_memory_is_a_few_experts(tmp_path: Path, layout: str) -> None:
     warm = write_checkpoint(tmp_path / "warm", layout, 2, UNITS)
     a, b = (write_checkpoint(tmp_path / name, layout, EXPERTS, UNITS, noise) for name, noise in (("a", 0.0), ("b", 0.1)))
-    assert LAYER_BYTES >= 3 * ALLOWANCE and (a / "model.safetensors").stat().st_size >= 6 * ALLOWANCE
+    assert LAYER_BYTES >= 3 * ALLOWANCE and (a / "model.safetensors").stat().st_size >= 3 * ALLOWANCE
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE, warm, a, b, tmp_path],
         capture_output=True,

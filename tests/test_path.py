@@ -23,7 +23,8 @@ from tests import tiny, zoo
 from tests.test_alignment import random_symmetry, read, with_mtp_layer
 
 FILES = ("barrier.png", "barrier.svg", "report.json", "report.md", "symmetry.safetensors")
-pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+# random models need neither be related nor have a curve that five points resolve
+pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks", "ignore:.*the barrier may be higher")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
