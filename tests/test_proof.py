@@ -43,7 +43,8 @@ CAUTIOUS = {
 
 
 # of composite models, those whose tower has another place or another layout than it has alone
-DERIVED = [case for case in zoo.CASES if case not in zoo.WRAPPERS.split() or case in ("aria", "llama4", "qwen3_omni_moe")]
+WRAPPERS_TOO = ("aria", "llama4", "qwen3_omni_moe")
+DERIVED = [case for case in zoo.CASES if case not in zoo.WRAPPERS.split() or case in WRAPPERS_TOO]
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +79,8 @@ def test_the_description_passes_the_self_test(case: str) -> None:
 
 
 def test_a_planted_symmetry_is_recovered(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    if case in zoo.WRAPPERS.split() and case not in WRAPPERS_TOO:
+        pytest.skip("recovered in its tower alone")
     with ExitStack() as stack:
         a = read_model(stack.enter_context(Checkpoint.open(folders("as on the Hub"))))
         planted = a.random(torch.Generator().manual_seed(1), scale=3.0)
