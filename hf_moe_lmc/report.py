@@ -19,6 +19,8 @@ report.json, version 1 (later versions add keys and keep these):
                 exp(barrier); bits_per_byte: of each point, None where bytes_scored is
     summary     aligned_percent_of_naive (None where the naive barrier is no more than noise, or was not measured),
                 endpoint_change: L(B') - L(B), nats, which alignment should leave at rounding level,
+                relabelling_floor: |endpoint_change| in a dtype narrower than float32, where it is no error but the noise of
+                relabelling (None in float32), nats,
                 difference: naive barrier - aligned barrier, nats, and difference_interval (None without a naive path)
     layerwise   with --layerwise, a list over MoE layers of layer, barrier, barrier_interval, t, nll: only this decoder layer
                 goes from A to aligned B, all else stays A
@@ -171,6 +173,15 @@ class BarrierReport:
         interval = self.bootstrap.interval(curves.barrier(t, self.bootstrap.means(losses.numpy())))
         return BarrierCurve(t, tuple(means)), interval
 
+    @property
+    def relabelling_floor(self) -> float | None:
+        """What relabelling experts alone does to the loss of B in a dtype narrower than float32, nats per token.
+
+        Two losses that differ by less cannot be told apart. None in float32, or without a naive path.
+        """
+        narrow = self.evaluation.get("dtype") != "float32"
+        return abs(self.endpoint_change) if narrow and self.endpoint_change is not None else None
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "version": REPORT_VERSION,
@@ -185,6 +196,7 @@ class BarrierReport:
             "summary": {
                 "aligned_percent_of_naive": self.percent_of_naive,
                 "endpoint_change": self.endpoint_change,
+                "relabelling_floor": self.relabelling_floor,
                 "difference": self.difference,
                 "difference_interval": self.difference_interval,
             },

@@ -126,3 +126,9 @@ def test_the_options_of_the_command_line_have_their_defaults(capsys: pytest.Capt
     assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (5, 3, False, 2**30)
     options = _parser().parse_args([*command, "--layerwise", "2", "--refine", "1"])
     assert (options.layerwise, options.refine) == (2, 1)
+
+
+def test_bfloat16_reports_what_relabelling_alone_does(plain: BarrierReport, measure: Callable[..., BarrierReport]) -> None:
+    assert plain.relabelling_floor is None
+    found = measure(dtype="bfloat16", routing=False)
+    assert found.endpoint_change is not None and found.relabelling_floor == abs(found.endpoint_change)
