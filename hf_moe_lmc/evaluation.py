@@ -186,6 +186,7 @@ def evaluate(
             points end one after the other, in mode `layers` all at the end of the pass. Not used with observers, who have to
             see all batches.
     """
+    check_points(points, symmetries)
     where = compute_device(device)
     skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
     ends = Endpoints(a, b, symmetries, skeleton)

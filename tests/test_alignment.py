@@ -19,7 +19,7 @@ from hf_moe_lmc.layer import LayerSource
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import ModelStream, MoEModel, read_model
 from hf_moe_lmc.output import FolderWriter
-from hf_moe_lmc.proof import reloaded
+from hf_moe_lmc.proof import reloaded, write
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from tests import tiny, zoo
 
@@ -34,13 +34,6 @@ def random_symmetry(model: MoEModel, seed: int = 0, scale: float = 3.0, groups: 
 
 def read(folder: Path) -> MoEModel:
     return read_model(Checkpoint.open(folder))
-
-
-def write(stream: ModelStream, output: Path) -> Path:
-    with FolderWriter(output, [stream.template]) as writer:
-        writer.write_tensors(stream)
-        writer.write_checkpoint_files(stream.template)
-    return output
 
 
 @dataclass(frozen=True)

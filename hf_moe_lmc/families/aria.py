@@ -1,4 +1,4 @@
-from hf_moe_lmc.families.layouts import SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import SHARED_BIASES, SHARED_EXPERTS, SHARED_EXPERTS_BIASES
 from hf_moe_lmc.family import MoEFamily, register
 
 register(
@@ -16,9 +16,7 @@ register(
             "mlp.experts.gate_up_proj": "gate up: expert model (half unit)",
             "mlp.experts.down_proj": "down: expert unit model",
             **SHARED_EXPERTS,
-            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+            **SHARED_EXPERTS_BIASES,
         },
         sizes={
             "expert": "moe_num_experts",
@@ -27,6 +25,6 @@ register(
             "model": "hidden_size",
         },
         top_k="moe_topk",
-        when=dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "mlp_bias"),
+        when=dict.fromkeys(SHARED_BIASES, "mlp_bias"),
     )
 )

@@ -1,15 +1,18 @@
-from hf_moe_lmc.families.layouts import FIRST_DENSE, GATE_UP_DOWN, GROUPS, LISTED, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import (
+    DEEPSEEK_SIZES,
+    FIRST_DENSE,
+    GATE_UP_DOWN,
+    GREEDY_GROUPS,
+    GROUPS,
+    LISTED,
+    SHARED_BIASES,
+    SHARED_EXPERTS,
+    SHARED_EXPERTS_BIASES,
+)
 from hf_moe_lmc.family import MoEFamily, register
 
 WEIGHTS = {**GATE_UP_DOWN, **SHARED_EXPERTS}
 WITH_BIAS = {**WEIGHTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"}
-SIZES = {
-    "expert": "n_routed_experts",
-    "unit": "moe_intermediate_size",
-    "shared": "(n_shared_experts or 0) * moe_intermediate_size",
-    "model": "hidden_size",
-}
-
 register(
     MoEFamily(
         name="deepseek_v2",
@@ -18,16 +21,12 @@ register(
         units="swiglu",
         weights={
             **WEIGHTS,
-            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+            **SHARED_EXPERTS_BIASES,
         },
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=FIRST_DENSE,
-        groups="n_group if topk_method == 'group_limited_greedy' and topk_group < n_group else 1",
-        when=dict.fromkeys(
-            ("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "attr('mlp_bias', False) and n_shared_experts"
-        ),
+        groups=GREEDY_GROUPS,
+        when=dict.fromkeys(SHARED_BIASES, "attr('mlp_bias', False) and n_shared_experts"),
     )
 )
 
@@ -38,7 +37,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WITH_BIAS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=FIRST_DENSE,
         groups=GROUPS,
     )
@@ -51,7 +50,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WITH_BIAS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,  # axk2 also has checkpoints without groups: None
     )
@@ -65,7 +64,7 @@ register(
         units="swiglu",
         # on the Hub the norm's name begins outside of the block, and dense layers have it too
         weights={**WITH_BIAS, "mlp.post_mlp_layernorm.weight": "fixed"},
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,
     )
@@ -78,7 +77,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WITH_BIAS,
-        sizes={**SIZES, "shared": "n_shared_experts * shared_experts_intermediate_size"},
+        sizes={**DEEPSEEK_SIZES, "shared": "n_shared_experts * shared_experts_intermediate_size"},
         moe_layers=LISTED,
         groups=GROUPS,
     )
@@ -91,7 +90,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WITH_BIAS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         groups=GROUPS,
     )
 )
@@ -103,7 +102,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights={**WITH_BIAS, "mlp.e_score_correction_bias": "correction_bias: expert"},
-        sizes={**SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
+        sizes={**DEEPSEEK_SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
         moe_layers=LISTED,
         groups=GROUPS,
     )
@@ -116,7 +115,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights={**WITH_BIAS, "mlp.gate.expert_bias": "correction_bias: expert"},
-        sizes={**SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
+        sizes={**DEEPSEEK_SIZES, "expert": "num_experts", "shared": "num_shared_experts * moe_intermediate_size"},
         moe_layers=LISTED,
         groups=GROUPS,
     )

@@ -1,4 +1,4 @@
-from hf_moe_lmc.families.layouts import SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import SHARED_BIASES, SHARED_EXPERTS, SHARED_EXPERTS_BIASES
 from hf_moe_lmc.family import MoEFamily, register
 
 register(
@@ -28,9 +28,7 @@ register(
             "mlp.experts.gate_up_proj": "gate up: expert (half unit) model",
             "mlp.experts.down_proj": "down: expert model unit",
             **SHARED_EXPERTS,
-            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+            **SHARED_EXPERTS_BIASES,
         },
         sizes={
             "expert": "n_routed_experts",
@@ -43,7 +41,7 @@ register(
         when={
             "correction_bias": "mlp_layer_types[layer] != 'hash_moe'",
             "expert_table": "mlp_layer_types[layer] == 'hash_moe'",
-            **dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "mlp_bias"),
+            **dict.fromkeys(SHARED_BIASES, "mlp_bias"),
         },
     )
 )

@@ -1,13 +1,11 @@
-from hf_moe_lmc.families.layouts import GATE_UP_DOWN, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import GATE_UP_DOWN, SHARED_BIASES, SHARED_EXPERTS, SHARED_EXPERTS_BIASES
 from hf_moe_lmc.family import MoEFamily, register
 
 SHARED = {
     **SHARED_EXPERTS,
-    "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-    "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-    "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+    **SHARED_EXPERTS_BIASES,
 }
-WHEN = dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "use_bias and moe_num_shared_experts")
+WHEN = dict.fromkeys(SHARED_BIASES, "use_bias and moe_num_shared_experts")
 
 register(
     MoEFamily(

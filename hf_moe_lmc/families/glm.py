@@ -1,14 +1,7 @@
-from hf_moe_lmc.families.layouts import FIRST_DENSE, GATE_UP_DOWN, GROUPS, LISTED, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import DEEPSEEK_SIZES, FIRST_DENSE, GATE_UP_DOWN, GROUPS, LISTED, SHARED_EXPERTS
 from hf_moe_lmc.family import MoEFamily, register
 
 WEIGHTS = {**GATE_UP_DOWN, **SHARED_EXPERTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"}
-SIZES = {
-    "expert": "n_routed_experts",
-    "unit": "moe_intermediate_size",
-    "shared": "(n_shared_experts or 0) * moe_intermediate_size",
-    "model": "hidden_size",
-}
-
 register(
     MoEFamily(
         name="glm4_moe",
@@ -16,7 +9,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WEIGHTS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=FIRST_DENSE,
         groups=GROUPS,
     )
@@ -29,7 +22,7 @@ register(
         router="sigmoid",
         units="swiglu",
         weights=WEIGHTS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,
     )
@@ -42,7 +35,7 @@ register(
         router="sigmoid",
         units="clamped",
         weights=WEIGHTS,
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,
     )

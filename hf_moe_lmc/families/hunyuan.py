@@ -1,4 +1,12 @@
-from hf_moe_lmc.families.layouts import FUSED, GATE_UP_DOWN, GROUPS, LISTED, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import (
+    FUSED,
+    GATE_UP_DOWN,
+    GROUPS,
+    LISTED,
+    SHARED_BIASES,
+    SHARED_EXPERTS,
+    SHARED_EXPERTS_BIASES,
+)
 from hf_moe_lmc.family import MoEFamily, register
 
 register(
@@ -37,9 +45,7 @@ register(
             "mlp.shared_mlp.down_proj.weight": "shared_down: model shared",
             "mlp.shared_mlp.down_proj.bias": "shared_down_bias: model",
             **SHARED_EXPERTS,
-            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+            **SHARED_EXPERTS_BIASES,
         },
         sizes={
             "expert": "num_experts",
@@ -48,7 +54,7 @@ register(
             "model": "hidden_size",
         },
         moe_layers=LISTED,
-        when=dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "mlp_bias"),
+        when=dict.fromkeys(SHARED_BIASES, "mlp_bias"),
     )
 )
 

@@ -27,14 +27,29 @@ SHARED_EXPERTS = {
     "mlp.shared_experts.up_proj.weight": "shared_up: shared model",
     "mlp.shared_experts.down_proj.weight": "shared_down: model shared",
 }
+SHARED_EXPERTS_BIASES = {
+    "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
+    "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
+    "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+}
+SHARED_BIASES = ("shared_gate_bias", "shared_up_bias", "shared_down_bias")  # their roles, for `when`
 SHARED_EXPERT = {
     "mlp.shared_expert.gate_proj.weight": "shared_gate: shared model",
     "mlp.shared_expert.up_proj.weight": "shared_up: shared model",
     "mlp.shared_expert.down_proj.weight": "shared_down: model shared",
 }
 
+# As DeepSeek's configurations name them.
+DEEPSEEK_SIZES = {
+    "expert": "n_routed_experts",
+    "unit": "moe_intermediate_size",
+    "shared": "(n_shared_experts or 0) * moe_intermediate_size",
+    "model": "hidden_size",
+}
+
 # DeepSeek's groups of experts: those of the `topk_group` best groups compete.
 GROUPS = "n_group if (n_group or 1) > 1 and topk_group < n_group else 1"
+GREEDY_GROUPS = "n_group if topk_method == 'group_limited_greedy' and topk_group < n_group else 1"  # DeepSeek-V2's
 
 # Which layers are MoE layers.
 FIRST_DENSE = "layer >= first_k_dense_replace"

@@ -1,12 +1,5 @@
-from hf_moe_lmc.families.layouts import FIRST_DENSE, FUSED, GROUPS, LISTED, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import DEEPSEEK_SIZES, FIRST_DENSE, FUSED, GROUPS, LISTED, SHARED_EXPERTS
 from hf_moe_lmc.family import MoEFamily, register
-
-SIZES = {
-    "expert": "n_routed_experts",
-    "unit": "moe_intermediate_size",
-    "shared": "(n_shared_experts or 0) * moe_intermediate_size",
-    "model": "hidden_size",
-}
 
 register(
     MoEFamily(
@@ -15,7 +8,7 @@ register(
         router="softmax",
         units="swiglu",
         weights={**FUSED, **SHARED_EXPERTS},
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=FIRST_DENSE,
         groups=GROUPS,
     )
@@ -46,7 +39,7 @@ register(
             **FUSED,
             **SHARED_EXPERTS,
         },
-        sizes=SIZES,
+        sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,
     )

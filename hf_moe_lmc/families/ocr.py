@@ -1,4 +1,11 @@
-from hf_moe_lmc.families.layouts import GATE_UP_DOWN, LISTED, SHARED_EXPERTS
+from hf_moe_lmc.families.layouts import (
+    GATE_UP_DOWN,
+    GREEDY_GROUPS,
+    LISTED,
+    SHARED_BIASES,
+    SHARED_EXPERTS,
+    SHARED_EXPERTS_BIASES,
+)
 from hf_moe_lmc.family import MoEFamily, register
 
 register(
@@ -10,9 +17,7 @@ register(
         weights={
             **GATE_UP_DOWN,
             **SHARED_EXPERTS,
-            "mlp.shared_experts.gate_proj.bias": "shared_gate_bias: shared",
-            "mlp.shared_experts.up_proj.bias": "shared_up_bias: shared",
-            "mlp.shared_experts.down_proj.bias": "shared_down_bias: model",
+            **SHARED_EXPERTS_BIASES,
         },
         sizes={
             "expert": "n_routed_experts",
@@ -21,7 +26,7 @@ register(
             "model": "hidden_size",
         },
         moe_layers=LISTED,
-        groups="n_group if topk_method == 'group_limited_greedy' and topk_group < n_group else 1",
-        when=dict.fromkeys(("shared_gate_bias", "shared_up_bias", "shared_down_bias"), "mlp_bias"),
+        groups=GREEDY_GROUPS,
+        when=dict.fromkeys(SHARED_BIASES, "mlp_bias"),
     )
 )
