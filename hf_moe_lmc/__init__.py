@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_moe_lmc.family import MoEFamily, register
     from hf_moe_lmc.hub import push
     from hf_moe_lmc.inspection import Inspection, inspect
-    from hf_moe_lmc.interpolation import merge
     from hf_moe_lmc.measurement import barrier
+    from hf_moe_lmc.merging import merge
     from hf_moe_lmc.path import load_interpolated
     from hf_moe_lmc.proof import SelfTest
     from hf_moe_lmc.recognition import selftest
@@ -45,7 +45,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_interpolated": "path",
     "known_families": "catalogue",
-    "merge": "interpolation",
+    "merge": "merging",
     "push": "hub",
     "register": "family",
     "selftest": "recognition",

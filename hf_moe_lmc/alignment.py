@@ -7,8 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,19 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_moe_lmc.card import model_card
-from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoint import Checkpoint, bring
 from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
-from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
-from hf_moe_lmc.output import FolderWriter, check_output
+from hf_moe_lmc.model import MoEModel, check_pair
+from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.recognition import recognise
-from hf_moe_lmc.resume import Progress, keeping
+from hf_moe_lmc.resume import digest, matchings, write_matching
+from hf_moe_lmc.streams import rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
+from hf_moe_lmc.workplace import Workplace
 
 ALIGNMENT_VERSION = 1
 UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
@@ -170,7 +171,7 @@ def align_models(
     *,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
-    progress: Progress | None = None,
+    progress: Workplace | None = None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
@@ -192,7 +193,7 @@ def align_models(
     facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
     facts |= {"family": b.family.name, "order": order, "units": units, "device": device.type}
     kept = progress.kept("matching", facts) if progress else None
-    before = dict(kept.matchings()) if kept else {}
+    before = dict(matchings(kept)) if kept else {}
     for index in mates.from_main(sorted(before)):
         earlier = mates.from_main(before.get(index))
         assert earlier is not None
@@ -211,7 +212,7 @@ def align_models(
             for index, matching in zip(members, matched, strict=True):
                 layers[index] = matching
                 if kept:
-                    kept.write_matching(index, matching)
+                    write_matching(kept, index, matching)
             bar.update(len(members))
     layers = dict(sorted(layers.items()))
     if alone := sorted(b.layers.keys() - a.layers.keys()):
@@ -312,23 +313,14 @@ def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
 
     Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
     """
-    mates = team()
-    with mates.main_first():
-        for model in models:
-            model.checkpoint.download()
-    if mates.count > 1:
-        mates.check_equal({model.checkpoint.name: model.checkpoint.fingerprint() for model in models})
+    bring(*(model.checkpoint for model in models))
+    model = models[-1]
     recorded = given.metadata.get("b_fingerprint") if given else None
     if recorded is not None and recorded != model.checkpoint.fingerprint():
         warnings.warn(
             f"{model.checkpoint.name}: the symmetry was recorded for another checkpoint (fingerprint {recorded[:12]})",
             stacklevel=3,
         )
-
-
-def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
-    """`model` in the coordinates that `symmetry` gives it; tensors outside the MoE blocks byte for byte."""
-    return ModelStream(model, model.acted(symmetry), model.checkpoint.chunks)
 
 
 @together
@@ -343,6 +335,8 @@ def align(
     push_to_hub: str | None = None,
     private: bool | None = None,
     resume: bool = True,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Alignment:
     """Finds the symmetry that takes B close to A and writes B in those coordinates: the same function, nearby weights.
 
@@ -355,11 +349,14 @@ def align(
         order: expert order by `gate`, `expert`, or the `best` of both.
         units: `plain` or `scaled` hidden units.
         push_to_hub: OWNER/NAME to publish the result under.
-        resume: continue from the layers that an earlier call with the same inputs and options had matched when it was
-            stopped (see resume.py); they are kept beside the output until that is whole.
+        resume: continue from the layers that an earlier call with the same inputs and options had matched, and the shards
+            that it had written, when it was stopped (see workplace.py); they are kept beside the output until that is whole.
+        overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
+        allow_nonfinite: write weights of B that are NaN or infinite, instead of raising, where matching does not need them.
 
     Raises:
-        InputError: the inputs do not fit, before anything is written.
+        InputError: the inputs do not fit, before anything is written; or weights are NaN or infinite.
+        WriteError: the system refuses to write.
     """
     check_methods(order, units)
     check_publishable(push_to_hub)
@@ -367,11 +364,12 @@ def align(
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
     mates = team()
     with ExitStack() as stack:
-        progress = begin(output, stack, resume=resume)
+        workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
-        with writing(output, model_a, model_b) as writer:
-            download(model_a, model_b)
-            alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
+        download(model_a, model_b)
+        alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
+        facts = _facts(model_b, alignment.symmetry)
+        with writing(workplace, facts, inputs={"B": model_b.checkpoint}, allow_nonfinite=allow_nonfinite) as writer:
             if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
@@ -388,25 +386,6 @@ def align(
     return alignment
 
 
-def begin(output: str | os.PathLike[str], stack: ExitStack, *, resume: bool) -> Progress | None:
-    """Checks the output and keeps what is done beside it, in process 0; None in all others."""
-    if not team().is_main:
-        return None
-    progress = stack.enter_context(keeping(output, resume=resume))
-    check_output(output)
-    return progress
-
-
-@contextmanager
-def writing(output: str | os.PathLike[str], *inputs: MoEModel) -> Iterator[FolderWriter | None]:
-    """The output in process 0, None in all others."""
-    if not team().is_main:
-        yield None
-        return
-    with FolderWriter(output, [model.checkpoint for model in inputs]) as writer:
-        yield writer
-
-
 @together
 def apply(
     symmetry: str | os.PathLike[str] | ModelSymmetry,
@@ -414,28 +393,40 @@ def apply(
     output: str | os.PathLike[str],
     *,
     inverse: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Writes checkpoint `b` in the coordinates of a saved symmetry, or with `inverse` undoes it.
 
     Without scales this is lossless in every dtype, and the inverse restores the bytes.
 
+    Args:
+        resume, overwrite, allow_nonfinite: as for `align`.
+
     Raises:
         SymmetryError: the symmetry is of another family or of other shapes.
         InputError: whatever else does not fit, before anything is written.
+        WriteError: the system refuses to write.
     """
-    if team().is_main:
-        check_output(output)
     with ExitStack() as stack:
+        workplace = begin(output, b, stack=stack, resume=resume, overwrite=overwrite)
         model = recognise(stack.enter_context(Checkpoint.open(b)))
         value = load_symmetry(symmetry, model, inverse=inverse)
-        with writing(output, model) as writer:
-            download(model, given=value)
+        download(model, given=value)
+        facts = _facts(model, value)
+        with writing(workplace, facts, inputs={"B": model.checkpoint}, allow_nonfinite=allow_nonfinite) as writer:
             if writer:
                 writer.write_tensors(rewritten(model, value))
                 writer.write_checkpoint_files(model.checkpoint)
                 value.save(writer.path("alignment/symmetry.safetensors"))
                 writer.write_text("README.md", apply_card(model, value, inverse=inverse))
     return Path(output)
+
+
+def _facts(model: MoEModel, symmetry: ModelSymmetry) -> dict[str, str]:
+    """What the shards of a rewritten checkpoint depend on."""
+    return {"what": "rewrite", "b": model.checkpoint.fingerprint(), "symmetry": digest(symmetry)}
 
 
 def align_card(a: MoEModel, b: MoEModel, alignment: Alignment) -> str:

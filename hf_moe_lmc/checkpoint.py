@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import CheckpointError, listing
 from hf_moe_lmc.hub import Folder, Repository, resolve
 from hf_moe_lmc.quantisation import Quantisation, read_quantisation
@@ -177,8 +178,7 @@ class Checkpoint:
         info = self.tensors[name]
         count = info.numel - first if count is None else count
         values = torch.empty(count, dtype=info.dtype)
-        itemsize = info.dtype.itemsize
-        self._fill(values.view(torch.uint8), info, first * itemsize)
+        self.fill(values, info.shard, info.start + first * info.dtype.itemsize)
         return values
 
     def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -207,7 +207,7 @@ class Checkpoint:
                 spread = info.nbytes > PROBE * PROBES  # a smaller tensor is seen whole
                 for i in range(PROBES if spread else 1):
                     probe = torch.empty(PROBE if spread else info.nbytes, dtype=torch.uint8)
-                    self._fill(probe, info, i * (info.nbytes - len(probe)) // (PROBES - 1))
+                    self.fill(probe, shard.name, info.start + i * (info.nbytes - len(probe)) // (PROBES - 1))
                     digest.update(probe.numpy().tobytes())
         return digest.hexdigest()
 
@@ -229,19 +229,28 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fill(self, buffer: Tensor, info: TensorInfo, offset: int) -> None:
-        """Reads bytes of the tensor from `offset` until `buffer` (uint8) is full."""
+    def fill(self, values: Tensor, shard: str, position: int) -> None:
+        """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`."""
         with self._opening:
-            if info.shard not in self._descriptors:
-                self._descriptors[info.shard] = os.open(self.source.path(info.shard), os.O_RDONLY)
-        view = memoryview(buffer.numpy().data)
-        position = info.start + offset
+            if shard not in self._descriptors:
+                self._descriptors[shard] = os.open(self.source.path(shard), os.O_RDONLY)
+        view = values.view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
         while len(view):
-            got = os.preadv(self._descriptors[info.shard], [view], position)
+            got = os.preadv(self._descriptors[shard], [view], position)
             if got == 0:
-                raise CheckpointError(f"{self.name}/{info.shard}: ends inside tensor {info.name}; fetch the file again")
+                raise CheckpointError(f"{self.name}/{shard}: ends at byte {position}, before its last tensor; fetch it again")
             view = view[got:]
             position += got
+
+
+def bring(*checkpoints: Checkpoint) -> None:
+    """Brings the weights of checkpoints here, once on each machine; all processes have to see the same ones."""
+    mates = team()
+    with mates.main_first():
+        for checkpoint in checkpoints:
+            checkpoint.download()
+    if mates.count > 1:
+        mates.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
 
 
 def _is_side_file(file: str) -> bool:

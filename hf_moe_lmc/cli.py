@@ -124,13 +124,23 @@ def _align(options: argparse.Namespace) -> None:
         push_to_hub=options.push_to_hub,
         private=options.private,
         resume=options.resume,
+        overwrite=options.overwrite,
+        allow_nonfinite=options.allow_nonfinite,
     )
     print(_totals(alignment))
     _say_where(options.output, options.push_to_hub)
 
 
 def _apply(options: argparse.Namespace) -> None:
-    lmc.apply(options.symmetry, options.b, options.output, inverse=options.inverse)
+    lmc.apply(
+        options.symmetry,
+        options.b,
+        options.output,
+        inverse=options.inverse,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        allow_nonfinite=options.allow_nonfinite,
+    )
     _say_where(options.output, None)
 
 
@@ -161,6 +171,7 @@ def _barrier(options: argparse.Namespace) -> None:
         refine=options.refine,
         routing=options.routing,
         resume=options.resume,
+        overwrite=options.overwrite,
     )
     print(report.table())
     _say_where(options.output, None)
@@ -179,6 +190,8 @@ def _merge(options: argparse.Namespace) -> None:
         push_to_hub=options.push_to_hub,
         private=options.private,
         resume=options.resume,
+        overwrite=options.overwrite,
+        allow_nonfinite=options.allow_nonfinite,
     )
     if alignment:
         print(_totals(alignment))
@@ -251,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     _matching(align)
     _resuming(align)
     align.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
+    _writing(align)
     _publishing(align)
 
     apply = _verb(verbs, "apply", _apply, "apply a saved symmetry to B")
@@ -258,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("b", metavar="B")
     _output(apply, "OUT")
     apply.add_argument("--inverse", action="store_true", help="undo it")
+    _resuming(apply)
+    _writing(apply)
 
     barrier = _verb(verbs, "barrier", _barrier, "measure the perplexity barrier between A and B, naive and aligned")
     _pair(barrier)
@@ -328,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(merge)
     _resuming(merge)
+    _writing(merge)
     _publishing(merge)
 
     push = _verb(verbs, "push", _push, "publish a finished folder in one commit")
@@ -392,11 +409,18 @@ def _matching(verb: argparse.ArgumentParser) -> None:
 
 def _resuming(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--no-resume",
-        dest="resume",
-        action="store_false",
-        help="start afresh, not from what a stopped call with the same inputs and options had done",
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue from what a stopped call with the same inputs and options had done (the default), or start afresh",
     )
+    verb.add_argument(
+        "--overwrite", action="store_true", help="replace what this package wrote there before, once the new output is whole"
+    )
+
+
+def _writing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite as they are")
 
 
 def _publishing(verb: argparse.ArgumentParser) -> None:

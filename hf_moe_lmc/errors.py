@@ -17,6 +17,10 @@ class ProcessError(MoELMCError):
     """Another process of a run that was started as several failed, or ended without a word."""
 
 
+class WriteError(MoELMCError):
+    """The system refused to write (a full disk, say). What is whole is kept, and the same call continues."""
+
+
 class InputError(MoELMCError):
     """What the user gave cannot be used. Raised before any work; nothing has been written."""
 

@@ -16,16 +16,18 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_moe_lmc.alignment import rewritten
 from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import InputError, listing
 from hf_moe_lmc.interpolation import interpolate_into
-from hf_moe_lmc.model import ModelStream, MoEModel, whole
+from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.perplexity import Windows, batches_of, token_losses
-from hf_moe_lmc.resume import Kept, Progress, digest
+from hf_moe_lmc.resume import digest
 from hf_moe_lmc.skeleton import Conversion, Group, Skeleton
+from hf_moe_lmc.spans import Copied
+from hf_moe_lmc.streams import ModelStream, rewritten, whole
 from hf_moe_lmc.sweep import Lane, Sweep
 from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.workplace import Kept, Workplace
 
 LANES = 4096  # at most at once
 IN_FLIGHT = 6  # hidden states that a paused forward holds, about
@@ -111,7 +113,7 @@ class Endpoints:
     def load(self, wanted: Sequence[str]) -> None:
         """Reads parameters of A and of every path's B, unless they are held; what no symmetry touches is held once."""
         names = [name for name in wanted if (None, name) not in self.held]
-        plain = ModelStream(self.a, dict(self.a.layers), self.a.checkpoint.chunks)
+        plain = ModelStream(self.a, dict(self.a.layers), Copied(self.a.checkpoint))
         for group in _groups(self.conversion_a, names):
             self._hold(None, self.conversion_a.convert(group, partial(whole, plain)))
         for group in _groups(self.conversion_b, names):
@@ -163,7 +165,7 @@ def evaluate(
     resident: bool | None = None,
     inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
     observers: Sequence[Observer] = (),
-    progress: Progress | None = None,
+    progress: Workplace | None = None,
 ) -> tuple[Tensor, Cost]:
     """Summed losses of each window at each point: float64 [point, window], nats.
 

@@ -22,12 +22,12 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Pre
 
 from hf_moe_lmc.alignment import apply
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.interpolation import merge
 from hf_moe_lmc.measurement import barrier
+from hf_moe_lmc.merging import merge
 from hf_moe_lmc.model import read_model
-from hf_moe_lmc.output import check_output
 from hf_moe_lmc.protocol import Training, reinitialise, standard_library_text, token_stream, train, train_tokenizer
 from hf_moe_lmc.report import BarrierReport
+from hf_moe_lmc.workplace import check_output
 
 CONFIG = MixtralConfig(
     vocab_size=1024,

@@ -54,10 +54,12 @@ class Piece:
 
     Attributes:
         first: its first element.
+        count: its elements.
         parts: (role, expert) of what it holds, in the order of the `half` axis.
     """
 
     first: int
+    count: int
     parts: tuple[tuple[str, int | None], ...]
 
 
@@ -226,16 +228,17 @@ class MoELayer:
         claim = self.claims[name]
         for segment in claim.segments:
             roles = claim.spec.segments[segment]
-            if not math.prod(claim.axis_sizes(self.sizes, segment)):
+            numel = math.prod(claim.axis_sizes(self.sizes, segment))
+            if not numel:
                 continue  # a bank without experts
             first = self._segment_start(claim, segment)
             if is_expert_role(roles[0]) and claim.expert is None:
                 experts = bank_size(self.sizes, split_role(roles[0])[0], "expert")
-                numel = math.prod(claim.axis_sizes(self.sizes, segment)) // experts
+                numel //= experts
                 for expert in range(experts):
-                    yield Piece(first + expert * numel, tuple((role, expert) for role in roles))
+                    yield Piece(first + expert * numel, numel, tuple((role, expert) for role in roles))
             else:
-                yield Piece(first, tuple((role, claim.expert) for role in roles))
+                yield Piece(first, numel, tuple((role, claim.expert) for role in roles))
 
     def assemble(self, name: str, piece: Piece, source: LayerSource) -> Tensor:
         """The values of `piece` in this layout, taken from `source`: one row, in the dtype of the source."""

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moe_lmc.alignment import align_models, begin, download, load_symmetry, open_models, writing
+from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
 from hf_moe_lmc.curve import BarrierCurve
 from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.evaluation import Cost, Point, evaluate
 from hf_moe_lmc.hub import looks_local
-from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
-from hf_moe_lmc.output import check_output
+from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport, LayerLosses
-from hf_moe_lmc.resume import Progress
 from hf_moe_lmc.routing import RoutingObserver
+from hf_moe_lmc.streams import refuse_quantised
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
+from hf_moe_lmc.workplace import Workplace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
@@ -65,6 +65,7 @@ def barrier(
     refine: int = 0,
     routing: bool = True,
     resume: bool = True,
+    overwrite: bool = False,
 ) -> BarrierReport:
     """Measures the perplexity barrier between two checkpoints, naive and aligned.
 
@@ -94,7 +95,8 @@ def barrier(
             Each time reads both models again.
         routing: record at each point of the grid which experts the tokens take.
         resume: continue from what an earlier call with the same inputs and options had done when it was stopped: the layers
-            that it had matched, and what had gone through the whole model (see resume.py and `evaluate`).
+            that it had matched, and what had gone through the whole model (see workplace.py and `evaluate`).
+        overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
@@ -110,17 +112,15 @@ def barrier(
     files = [text] if isinstance(text, str | os.PathLike) else text
     source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
-        progress = begin(output, stack, resume=resume)
+        workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
         language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        if team().is_main:
-            check_output(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
         length = _context(model_a, context)
         windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
-        with writing(output, model_a, model_b) as writer:
+        with writing(workplace) as writer:
             report, used = _measure(
                 model_a,
                 model_b,
@@ -137,7 +137,7 @@ def barrier(
                 layerwise=layerwise,
                 refine=refine,
                 routing=routing,
-                progress=progress,
+                progress=workplace,
                 text=source.describe(),
                 symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
             )
@@ -166,7 +166,7 @@ def _measure(
     layerwise: int,
     refine: int,
     routing: bool,
-    progress: Progress | None,
+    progress: Workplace | None,
     text: dict[str, Any],
     symmetry: str | os.PathLike[str] | None,
 ) -> tuple[BarrierReport, ModelSymmetry]:

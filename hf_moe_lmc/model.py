@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
@@ -149,43 +148,6 @@ class MoEModel:
     def acted(self, symmetry: ModelSymmetry) -> dict[int, LayerSource]:
         """The MoE layers in the coordinates that `symmetry` gives them."""
         return {index: ActedLayer(layer, symmetry.layers[index], layer.units) for index, layer in self.layers.items()}
-
-
-@dataclass(frozen=True)
-class ModelStream:
-    """A checkpoint in the layout of `model` with the values of other sources, computed piece by piece.
-
-    Attributes:
-        layers: where the values of each MoE layer come from.
-        outside: the values of a tensor outside the MoE blocks, as (first element, values).
-    """
-
-    model: MoEModel
-    layers: Mapping[int, LayerSource]
-    outside: Callable[[str], Iterator[tuple[int, Tensor]]]
-
-    @property
-    def template(self) -> Checkpoint:
-        return self.model.checkpoint
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        layer = self.model.layer_of.get(name)
-        if layer is None:
-            yield from self.outside(name)
-            return
-        for piece in layer.pieces(name):
-            yield piece.first, layer.assemble(name, piece, self.layers[layer.index])
-
-
-def whole(stream: ModelStream, name: str) -> Tensor:
-    """One tensor of a stream in its shape, in the dtype of the stream."""
-    info = stream.template.tensors[name]
-    values: Tensor | None = None
-    for first, piece in stream.pieces(name):
-        if values is None:
-            values = torch.empty(info.numel, dtype=piece.dtype)
-        values[first : first + piece.numel()] = piece.reshape(-1)
-    return torch.empty(info.shape, dtype=info.dtype) if values is None else values.view(info.shape)
 
 
 def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:

@@ -1,24 +1,37 @@
-"""Output folders: streamed checkpoints and reports, whole or not there at all."""
+"""Output folders: checkpoints streamed at the speed of the disk, and reports, whole or not there at all.
+
+Several threads compute ranges of the shards and write each where it belongs. A shard appears under its name when it is whole
+and on disk; all of them become the output at the very end (see workplace.py).
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard
-from hf_moe_lmc.errors import OutputError
+from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.distribution import team
+from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
+from hf_moe_lmc.progress import bar
+from hf_moe_lmc.spans import Scratch, Span
+from hf_moe_lmc.workplace import UNFINISHED, Kept, Workplace, at_work
 
 FOREIGN_SWITCHES = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation")
+WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of what belongs to one expert
+FLUSH_SECONDS = 0.25  # how often what has been written is sent on to the disk, which then need not be waited for at the end
+SPARE = 64 << 20  # bytes to be left on the disk
 
 
 class TensorStream(Protocol):
@@ -27,121 +40,316 @@ class TensorStream(Protocol):
     @property
     def template(self) -> Checkpoint: ...
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Tensor `name` as (first element, values) in any order, before the cast to the template's dtype."""
+    def spans(self, shard: Shard) -> Iterator[Span]:
+        """All bytes of one shard behind its header, in any order."""
 
 
 class FolderWriter:
-    """Writes one checkpoint folder; what stands at the end is whole, or nothing is left.
+    """Writes the files of one output; what had been written whole by a stopped call with equal facts is not written again.
 
-    Files grow in a subfolder of the output and move to their places at the very end, the index last.
-
-    Raises:
-        OutputError: the folder is not empty, lies in an input, or cannot be made.
+    Args:
+        workplace: holds the output until it is whole.
+        facts: what the shards are made from, JSON; see Workplace.kept.
+        inputs: the checkpoints behind the values, by letter, to say where a weight that is not finite comes from.
+        allow_nonfinite: write weights that are NaN or infinite.
+        durable: have all of it on disk at the end; no reason for what lives for a moment.
     """
 
-    STAGING = ".partial"
+    def __init__(
+        self,
+        workplace: Workplace,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        inputs: Mapping[str, Checkpoint] | None = None,
+        allow_nonfinite: bool = False,
+        durable: bool = True,
+    ) -> None:
+        self._workplace = workplace
+        self._kept: Kept = workplace.output(facts or {})
+        self._inputs = inputs or {}
+        self._allow_nonfinite = allow_nonfinite
+        self._durable = durable
 
-    def __init__(self, output: str | os.PathLike[str], inputs: Sequence[Checkpoint]) -> None:
-        self.root = Path(output)
-        self._staging = self.root / self.STAGING
-        check_output(self.root, inputs)
-
-    def __enter__(self) -> Self:
-        self._made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        try:
-            self._staging.mkdir(parents=True)
-        except OSError as error:
-            self._remove_made()
-            raise OutputError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            if kind is not None:
-                self._remove_made()
-
-    def _remove_made(self) -> None:
-        for path in self._made:  # innermost first; each is empty unless somebody else uses it
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+    @property
+    def folder(self) -> Path:
+        """Where the files stand until the output is whole."""
+        return self._kept.folder
 
     def path(self, file: str) -> Path:
         """Where to write `file` (relative to the output); it appears in the output when all is done."""
-        path = self._staging / file
+        path = self._kept.path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def fingerprint(self) -> str:
         """Of the checkpoint that has been written so far."""
-        with Checkpoint.open(self._staging) as written:
+        with Checkpoint.open(self.folder) as written:
             return written.fingerprint()
 
     def write_text(self, file: str, text: str) -> None:
-        self.path(file).write_text(text, encoding="utf-8")
+        with self._kept.new(file, durable=self._durable) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def copy(self, source: Path, file: str) -> None:
+        """The contents of a file, through links; its mode is that of any new file."""
+        with self._kept.new(file, durable=self._durable) as path:
+            shutil.copyfile(source, path)
 
     def write_tensors(self, stream: TensorStream, *, quiet: bool = False) -> None:
-        """All shards of the template, with their very headers; each value is cast once, to the template's dtype."""
-        with tqdm(total=stream.template.nbytes, unit="B", unit_scale=True, desc="writing", disable=quiet or None) as progress:
-            for shard in stream.template.shards.values():
-                self._write_shard(stream, shard, progress)
+        """All shards of the template, with their very headers; each value is cast once, to the template's dtype.
 
-    def _write_shard(self, stream: TensorStream, shard: Shard, progress: tqdm) -> None:
+        Raises:
+            OutputError: not enough space; nothing has been written.
+            CheckpointError: a weight that is not finite, unless allowed; the tensor and the input are named.
+        """
         template = stream.template
-        with self.path(shard.name).open("wb", buffering=0) as file:
-            file.write(shard.header)
-            file.truncate(shard.size)
-            for name in shard.tensors:
-                info = template.tensors[name]
-                for first, values in stream.pieces(name):
-                    data = values.to(info.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-                    _write_all(file.fileno(), data.data, info.start + first * info.dtype.itemsize)
-                    progress.update(len(data))
-            os.fsync(file.fileno())
+        whole = self._kept.files()
+        left = [shard for shard in template.shards.values() if shard.name not in whole]
+        self._check_space(sum(shard.size for shard in left))
+        done = template.nbytes - sum(template.tensors[name].nbytes for shard in left for name in shard.tensors)
+        with bar(total=template.nbytes, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
+            files = [_ShardFile(self._kept, shard, template, durable=self._durable) for shard in left]
+            _in_parallel(self._jobs(stream, files, progress.update), files if self._durable else [])
+
+    def _jobs(
+        self, stream: TensorStream, files: list[_ShardFile], tell: Callable[[int], object]
+    ) -> Iterator[Callable[[Scratch], None]]:
+        telling = threading.Lock()
+
+        def write(file: _ShardFile, span: Span, scratch: Scratch) -> None:
+            values = span.compute(scratch).to(span.dtype)
+            if not self._allow_nonfinite and not is_finite(values):
+                raise self._not_finite(file, span, values)
+            file.write(span, values)
+            with telling:
+                tell(span.nbytes)
+            file.release()
+
+        for file in files:
+            file.begin()
+            for span in stream.spans(file.shard):
+                file.hold()
+                yield partial(write, file, span)
+            yield lambda _, file=file: file.release()  # type: ignore[misc]
+
+    def _not_finite(self, file: _ShardFile, span: Span, values: Tensor) -> CheckpointError:
+        """What to say of a range with a value that is not finite: the tensor, and the input that it comes from."""
+        first = _first_not_finite(values.view(-1))
+        at = span.start + first * span.dtype.itemsize
+        info = file.tensor_at(at)
+        found = [
+            f"{one.name}/{one.tensors[info.name].shard}: tensor {info.name} holds NaN or infinite weights, the first at {where}"
+            for one in dict.fromkeys(self._inputs.values())
+            if info.name in one.tensors and (where := _first_bad(one, info.name)) is not None
+        ]
+        if not found:
+            place = _place(info.shape, (at - info.start) // info.dtype.itemsize)
+            found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {place}"]
+        return CheckpointError("; ".join(found) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if needed + SPARE > free and needed:
+            raise OutputError(
+                f"{self._workplace.root}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free there; "
+                "free some space, or choose another disk"
+            )
 
     def write_checkpoint_files(self, template: Checkpoint) -> None:
         """Configuration (without switches to foreign code), side files and an index, all as the template has them."""
         config = {key: value for key, value in template.config.items() if key not in FOREIGN_SWITCHES}
         if config == template.config:
-            shutil.copyfile(template.source.path("config.json"), self.path("config.json"))
+            self.copy(template.source.path("config.json"), "config.json")
         else:
             self.write_text("config.json", json.dumps(config, indent=2) + "\n")
         for file in template.side_files():
-            shutil.copyfile(template.source.path(file), self.path(file))
+            self.copy(template.source.path(file), file)
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
         self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
 
-    def _publish(self) -> None:
-        files = [path.relative_to(self._staging) for path in self._staging.rglob("*") if path.is_file()]
-        for file in sorted(files, key=lambda file: (file.name == INDEX, file.as_posix())):
-            (self.root / file).parent.mkdir(parents=True, exist_ok=True)
-            (self._staging / file).replace(self.root / file)
+    def publish(self) -> None:
+        """Makes it the output."""
+        if self._durable:
+            for file in self._kept.files():
+                if not file.endswith(".safetensors") or "/" in file:
+                    _sync(self._kept.path(file))
+        self._workplace.publish(self._kept, last=INDEX, durable=self._durable)
 
 
-def check_output(output: str | os.PathLike[str], inputs: Sequence[Checkpoint] = ()) -> None:
-    """Refuses an output that is no empty folder, or that lies inside an input.
+def begin(
+    output: str | os.PathLike[str],
+    *inputs: str | os.PathLike[str],
+    stack: ExitStack,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> Workplace | None:
+    """The workplace of an output, in process 0; None in all others. See `at_work`."""
+    if not team().is_main:
+        return None
+    return stack.enter_context(at_work(output, *inputs, resume=resume, overwrite=overwrite))
+
+
+@contextmanager
+def writing(
+    workplace: Workplace | None, facts: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator[FolderWriter | None]:
+    """A writer whose files become the output at the end of the block; None without a workplace.
 
     Raises:
-        OutputError: naming the folder and what was found.
+        WriteError: the system refuses to write; what is whole is kept.
     """
-    root = Path(output)
-    if root.exists() and not root.is_dir():
-        raise OutputError(f"{root}: expected a new or empty folder for the output, found a file")
-    if root.is_dir() and any(root.iterdir()):
-        found = sorted(path.name for path in root.iterdir())[0]
-        raise OutputError(f"{root}: the output folder is not empty (it holds {found}); name a new one or empty it")
-    cache = Path(HF_HUB_CACHE).expanduser().resolve()
-    if cache == root.resolve() or cache in root.resolve().parents:
-        raise OutputError(f"{root}: lies inside the cache of the Hub; choose an output elsewhere")
-    for checkpoint in inputs:
-        held = checkpoint.source.path("config.json").parent.resolve()
-        if held == root.resolve() or held in root.resolve().parents:
-            raise OutputError(f"{root}: lies inside the input {checkpoint.name}; choose an output elsewhere")
+    if workplace is None:
+        yield None
+        return
+    writer = FolderWriter(workplace, facts, **options)
+    try:
+        yield writer
+        writer.publish()
+    except OSError as error:
+        whole = sum(file.endswith(".safetensors") for file in Kept(writer.folder).files()) if writer.folder.is_dir() else 0
+        advice = "free some space and repeat the same call" if error.errno == errno.ENOSPC else "repeat the same call"
+        raise WriteError(
+            f"{workplace.root}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "") + "; "
+            f"nothing unfinished stands there. {whole} whole shards are kept in {workplace.folder}: {advice}, it continues"
+        ) from error
+
+
+class _ShardFile:
+    """One shard on its way: whole when everybody who holds it has let go."""
+
+    def __init__(self, kept: Kept, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
+        self.shard = shard
+        self._infos = [template.tensors[name] for name in shard.tensors]
+        self._path = kept.path(shard.name)
+        self._unfinished = self._path.with_name(self._path.name + UNFINISHED)
+        self._durable = durable
+        self._descriptor = -1
+        self._holders = 1  # who hands out its ranges
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Makes the file at its full size, so that a full disk shows before anything is computed; writes the header."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        _allocate(self._descriptor, self.shard.size)
+        _write_all(self._descriptor, memoryview(self.shard.header), 0)
+
+    def hold(self) -> None:
+        with self._lock:
+            self._holders += 1
+
+    def write(self, span: Span, values: Tensor) -> None:
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        _write_all(self._descriptor, data, span.start)
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                if self._durable:
+                    os.fsync(self._descriptor)
+                self._close()
+                self._unfinished.replace(self._path)
+
+    def flush(self) -> None:
+        """Sends what has been written to the disk."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.fdatasync(self._descriptor)
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def tensor_at(self, position: int) -> TensorInfo:
+        return next(info for info in self._infos if info.start <= position < info.start + info.nbytes)
+
+
+def _in_parallel(jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile]) -> None:
+    """Runs all jobs in a few threads; the first failure, or an interrupt, ends them all. `files` are flushed meanwhile."""
+    workers = max(2, min(WORKERS, os.cpu_count() or 1))
+    taking, stop, threads = threading.Lock(), threading.Event(), torch.get_num_threads()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # of this thread: the jobs themselves are what runs in parallel
+        scratch = Scratch()
+        while not stop.is_set():
+            with taking:
+                job = next(jobs, None)
+            if job is None:
+                return
+            job(scratch)
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            stop.set()
+            raise
+
+    def flush() -> None:
+        while not stop.wait(FLUSH_SECONDS):
+            for file in files:
+                file.flush()
+
+    try:
+        with ThreadPoolExecutor(workers + 1) as pool:
+            flushing = pool.submit(flush)
+            working = [pool.submit(guarded) for _ in range(workers)]
+            try:
+                for one in working:
+                    one.result()
+            finally:
+                stop.set()
+            flushing.result()
+    finally:
+        torch.set_num_threads(threads)
+        for file in files:
+            file.abandon()
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass over them."""
+    if not values.dtype.is_floating_point or not values.numel():
+        return True
+    low, high = (values.float() if values.dtype.itemsize == 1 else values).aminmax()  # NaN if there is one
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _first_bad(checkpoint: Checkpoint, name: str) -> str | None:
+    """The place of the first value of a tensor that is not finite."""
+    for first, values in checkpoint.chunks(name):
+        if not is_finite(values):
+            return _place(checkpoint.tensors[name].shape, first + _first_not_finite(values))
+    return None
+
+
+def _first_not_finite(values: Tensor) -> int:
+    finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
+    return int((~finite).nonzero()[0])
+
+
+def _place(shape: tuple[int, ...], element: int) -> str:
+    index = [int(i) for i in torch.unravel_index(torch.tensor(element), shape)] if shape else []
+    return str(index)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        os.ftruncate(descriptor, size)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

@@ -26,9 +26,10 @@ from transformers import (
 from hf_moe_lmc.alignment import download, load_symmetry, open_models
 from hf_moe_lmc.errors import CheckpointError, InputError, listing
 from hf_moe_lmc.evaluation import compute_device
-from hf_moe_lmc.interpolation import check_t, interpolated, refuse_quantised
-from hf_moe_lmc.model import ModelStream, MoEModel, whole
+from hf_moe_lmc.interpolation import check_t
+from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.progress import quiet_transformers
+from hf_moe_lmc.streams import ModelStream, interpolated, refuse_quantised, whole
 from hf_moe_lmc.symmetry import ModelSymmetry
 
 

@@ -23,10 +23,13 @@ from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import MoEFamily, split_role
 from hf_moe_lmc.layer import ActedLayer, LayerSource
 from hf_moe_lmc.miniature import build, outputs, shrink
-from hf_moe_lmc.model import ModelStream, MoEModel, read_model
-from hf_moe_lmc.output import FolderWriter
+from hf_moe_lmc.model import MoEModel, read_model
+from hf_moe_lmc.output import writing
 from hf_moe_lmc.progress import quiet_transformers
+from hf_moe_lmc.spans import Copied
+from hf_moe_lmc.streams import ModelStream, rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+from hf_moe_lmc.workplace import at_work
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
 FAILS = 1e-3  # smallest one that counts as another function
@@ -109,7 +112,7 @@ def _checks(family: MoEFamily, built: PreTrainedModel, folder: Path, seed: int) 
             model = read_model(stack.enter_context(Checkpoint.open(source)), family)
             check_round_trip(model)
             g = model.random(generator, scale=SCALE)
-            written = write(ModelStream(model, model.acted(g), model.checkpoint.chunks), folder / f"moved-{original}")
+            written = write(rewritten(model, g), folder / f"moved-{original}")
             check_accounting(model, written)
             yield Check(f"everything at once, {layout}", difference(reloaded(built, written), expected), control=False)
     run = Rerun(model, built, expected, folder)
@@ -130,7 +133,7 @@ class Rerun:
 
     def __call__(self, layers: Mapping[int, LayerSource]) -> float:
         self.count += 1
-        written = write(ModelStream(self.model, layers, self.model.checkpoint.chunks), self.folder / f"run-{self.count}")
+        written = write(ModelStream(self.model, layers, Copied(self.model.checkpoint)), self.folder / f"run-{self.count}")
         tensors = load_file(written / "model.safetensors")
         unknown = self.built.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
@@ -232,7 +235,8 @@ def check_accounting(model: MoEModel, written: Path) -> None:
 
 def write(stream: ModelStream, output: Path) -> Path:
     """A whole checkpoint folder from a stream."""
-    with FolderWriter(output, [stream.template]) as writer:
+    with at_work(output) as workplace, writing(workplace, durable=False) as writer:
+        assert writer is not None
         writer.write_tensors(stream, quiet=True)
         writer.write_checkpoint_files(stream.template)
     return output

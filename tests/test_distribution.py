@@ -16,7 +16,8 @@ from hf_moe_lmc import alignment, distribution, evaluation
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.distribution import Team, check_launch
 from hf_moe_lmc.errors import InputError, OutputError
-from hf_moe_lmc.resume import keeping
+from hf_moe_lmc.resume import matchings
+from hf_moe_lmc.workplace import at_work
 from tests import tiny
 
 pytestmark = [
@@ -204,7 +205,7 @@ def test_align_continues_after_a_kill(
     assert main(["align", *map(str, pair), "-o", str(tmp_path / "whole")]) == 0
     out = tmp_path / "out"
     stop_in("hf_moe_lmc.alignment.match_layer", 2, "align", *pair, "-o", out)
-    assert (out / ".partial").is_dir() and (tmp_path / ".out.progress" / "lock").exists()
+    assert not out.exists() and (tmp_path / ".out.progress" / "lock").exists()
     again = shutil.copytree(tmp_path / ".out.progress", tmp_path / "copy")
     matched = []
     real = alignment.match_layer
@@ -253,22 +254,21 @@ def test_barrier_continues_after_a_kill(
 
 
 def test_two_calls_cannot_work_on_one_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with keeping(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
+    with at_work(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
         alignment.align(*pair, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_damaged_progress_is_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), keeping(tmp_path / "out") as progress:
+    with pytest.raises(KeyboardInterrupt), at_work(tmp_path / "out") as progress:
         kept = progress.kept("matching", {})
-        assert kept is not None
         kept.write("layer-0", {"nonsense": torch.ones(2)})
         raise KeyboardInterrupt
-    with keeping(tmp_path / "out") as progress:
+    with at_work(tmp_path / "out") as progress:
         kept = progress.kept("matching", {})
-        assert kept is not None and kept.names() == {"layer-0"}
+        assert kept.names() == {"layer-0"}
         with pytest.raises(OutputError, match=r"layer-0.safetensors: cannot be continued from .* --no-resume"):
-            list(kept.matchings())
+            list(matchings(kept))
         other = progress.kept("matching", {"order": "gate"})
-        assert other is not None and not other.names()
+        assert not other.names()
     assert not any(tmp_path.iterdir())

@@ -18,13 +18,13 @@ from hf_moe_lmc import evaluation
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.evaluation import Endpoints, Point, check_points, evaluate
-from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import MoEModel, read_model
 from hf_moe_lmc.path import language_model_class
 from hf_moe_lmc.perplexity import Windows, window_losses
 from hf_moe_lmc.proof import write
 from hf_moe_lmc.skeleton import Skeleton
+from hf_moe_lmc.streams import interpolated
 from hf_moe_lmc.sweep import Lane
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import zoo

@@ -9,7 +9,8 @@ import torch
 
 from hf_moe_lmc.alignment import align
 from hf_moe_lmc.errors import InputError, MismatchError
-from hf_moe_lmc.interpolation import interpolate, merge
+from hf_moe_lmc.interpolation import interpolate
+from hf_moe_lmc.merging import merge
 from tests import tiny
 from tests.test_alignment import with_mtp_layer
 

@@ -12,12 +12,13 @@ from hf_moe_lmc.alignment import apply
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.evaluation import Point, evaluate
-from hf_moe_lmc.interpolation import interpolated, merge
 from hf_moe_lmc.measurement import barrier
+from hf_moe_lmc.merging import merge
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class, load_interpolated, load_point
 from hf_moe_lmc.perplexity import Windows, cut_windows, window_losses
+from hf_moe_lmc.streams import interpolated
 from hf_moe_lmc.symmetry import ModelSymmetry
 from tests import tiny, zoo
 from tests.test_alignment import random_symmetry, read, with_mtp_layer

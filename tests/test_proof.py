@@ -19,8 +19,9 @@ from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import MoEFamily, families, get_family, refusals
 from hf_moe_lmc.layer import MoELayer
 from hf_moe_lmc.miniature import build, shrink
-from hf_moe_lmc.model import ModelStream, model_type, read_model
+from hf_moe_lmc.model import model_type, read_model
 from hf_moe_lmc.proof import LAYOUTS, prove, write
+from hf_moe_lmc.streams import rewritten
 from tests import zoo
 
 # what is built in another way than transformers' experts modules, so that only data can describe it
@@ -84,7 +85,7 @@ def test_a_planted_symmetry_is_recovered(case: str, folders: Callable[[str], Pat
     with ExitStack() as stack:
         a = read_model(stack.enter_context(Checkpoint.open(folders("as on the Hub"))))
         planted = a.random(torch.Generator().manual_seed(1), scale=3.0)
-        moved = write(ModelStream(a, a.acted(planted), a.checkpoint.chunks), tmp_path / "moved")
+        moved = write(rewritten(a, planted), tmp_path / "moved")
         b = read_model(stack.enter_context(Checkpoint.open(moved)))
         found = align_models(a, b)
         assert found.symmetry.isclose(planted.inverse(), 1e-4)

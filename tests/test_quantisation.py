@@ -23,11 +23,13 @@ from hf_moe_lmc.alignment import align, apply
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.claim import check_scales
 from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError
-from hf_moe_lmc.interpolation import merge
 from hf_moe_lmc.measurement import barrier
+from hf_moe_lmc.merging import merge
 from hf_moe_lmc.miniature import build, outputs, shrink
-from hf_moe_lmc.model import ModelStream, MoEModel, read_model
+from hf_moe_lmc.model import MoEModel, read_model
 from hf_moe_lmc.quantisation import dequantise
+from hf_moe_lmc.spans import Copied
+from hf_moe_lmc.streams import ModelStream
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from tests import tiny
 from tests.test_alignment import Forgetful, write
@@ -333,7 +335,7 @@ def test_whole_experts_move_with_everything_that_belongs_to_them(
     for pattern in (".*_scales", "(gate|up|down|.*_blocks)", "router"):
         roles = tuple(role for layer in model.layers.values() for role in layer.roles if re.fullmatch(pattern, role))
         layers = {i: Forgetful(acted[i], model.layers[i], roles) for i in acted}
-        wrong = write(ModelStream(model, layers, model.checkpoint.chunks), tmp_path / f"without {roles[0]}")
+        wrong = write(ModelStream(model, layers, Copied(model.checkpoint)), tmp_path / f"without {roles[0]}")
         assert tiny.relative_difference(computed(layout, wrong), before) > 1e-3, roles
 
 

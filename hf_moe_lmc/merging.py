@@ -1,0 +1,170 @@
+"""The verb `merge`: one point of the interpolation path, written as a checkpoint.
+
+Without alignment nothing has to be known of the model: two checkpoints that hold the same tensors are interpolated as they
+are, and transformers is not even imported.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_moe_lmc.card import model_card
+from hf_moe_lmc.checkpoint import Checkpoint, bring
+from hf_moe_lmc.distribution import team, together
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.hub import check_publishable, publish
+from hf_moe_lmc.interpolation import check_t
+from hf_moe_lmc.output import TensorStream, begin, writing
+from hf_moe_lmc.pairing import check_plain_pair
+from hf_moe_lmc.spans import PlainStream
+from hf_moe_lmc.workplace import Workplace
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.alignment import Alignment
+    from hf_moe_lmc.matching import OrderMethod
+    from hf_moe_lmc.symmetry import ModelSymmetry
+    from hf_moe_lmc.units import UnitMethod
+
+
+@together
+def merge(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    t: float = 0.5,
+    *,
+    align: bool = True,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    order: OrderMethod = "best",
+    units: UnitMethod = "scaled",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+) -> Alignment | None:
+    """Writes the checkpoint theta_t = (1 - t) A + t B' with a model card, in A's layout, dtypes and side files.
+
+    Args:
+        a, b: local folders or Hub ids (OWNER/NAME[@REVISION]).
+        output: a new or empty folder.
+        align: match B to A first; otherwise B is taken as it is. Two checkpoints with the same tensors are then
+            interpolated without a look at what they are, so dense ones, too.
+        symmetry: a saved or given symmetry instead of matching.
+        push_to_hub: OWNER/NAME to publish the result under.
+        resume: continue from the layers that an earlier call had matched, and the shards that it had written, when it was
+            stopped (see workplace.py).
+        overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
+        allow_nonfinite: write weights that are NaN or infinite, instead of raising.
+
+    Returns:
+        The alignment that was computed, or None where there was nothing to compute.
+
+    Raises:
+        InputError: the inputs do not fit, before anything is written; or weights are NaN or infinite.
+        WriteError: the system refuses to write.
+    """
+    check_t(t)
+    check_publishable(push_to_hub)
+    if symmetry is not None and not align:
+        raise InputError("a symmetry was given and alignment was turned off; choose one")
+    with ExitStack() as stack:
+        workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
+        found = None
+        if not align:
+            found = _plain(a, b, t, stack)
+        if found is None:
+            found = _modelled(a, b, t, align, symmetry, order, units, workplace, stack)
+        facts = {"what": "merge", "t": t, **found.facts}
+        with writing(workplace, facts, inputs={"A": found.a, "B": found.b}, allow_nonfinite=allow_nonfinite) as writer:
+            if writer:
+                writer.write_tensors(found.stream)
+                writer.write_checkpoint_files(found.a)
+                if found.symmetry:
+                    found.symmetry.save(writer.path("alignment/symmetry.safetensors"))
+                if found.alignment:
+                    writer.write_text("alignment/alignment.json", found.alignment.to_json())
+                writer.write_text("README.md", merge_card(found, t))
+    if push_to_hub and team().is_main:
+        publish(output, push_to_hub, private=private)
+    return found.alignment
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What is to be written, and from what.
+
+    Attributes:
+        facts: what its shards depend on besides t.
+        symmetry: the one that was found or given; None where B is taken as it is.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    stream: TensorStream
+    facts: dict[str, Any]
+    symmetry: ModelSymmetry | None = None
+    alignment: Alignment | None = None
+
+
+def _plain(a: str | os.PathLike[str], b: str | os.PathLike[str], t: float, stack: ExitStack) -> _Merge | None:
+    """Two checkpoints with the same tensors as they are; None if only their layouts as models can tell what belongs where."""
+    of_a, of_b = (stack.enter_context(Checkpoint.open(model)) for model in (a, b))
+    if of_a.quantisation or of_b.quantisation or of_a.tensors.keys() != of_b.tensors.keys():
+        return None
+    for warning in check_plain_pair(of_a, of_b):
+        warnings.warn(warning, stacklevel=3)
+    bring(of_a, of_b)
+    return _Merge(of_a, of_b, PlainStream(of_a, of_b, t), {"a": of_a.fingerprint(), "b": of_b.fingerprint()})
+
+
+def _modelled(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    t: float,
+    align: bool,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None,
+    order: OrderMethod,
+    units: UnitMethod,
+    workplace: Workplace | None,
+    stack: ExitStack,
+) -> _Merge:
+    """Two models, the second one aligned, or in another layout."""
+    from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
+    from hf_moe_lmc.resume import digest
+    from hf_moe_lmc.streams import interpolated, refuse_quantised
+
+    model_a, model_b = open_models(a, b, stack)
+    refuse_quantised(model_a, model_b)
+    given = load_symmetry(symmetry, model_b) if symmetry is not None else None
+    download(model_a, model_b, given=given)
+    alignment = None
+    if align and given is None:
+        alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
+    used = alignment.symmetry if alignment else given or model_b.identity()
+    of_a, of_b = model_a.checkpoint, model_b.checkpoint
+    facts = {"a": of_a.fingerprint(), "b": of_b.fingerprint(), "symmetry": digest(used)}
+    stream = interpolated(model_a, model_b, used, t)
+    return _Merge(of_a, of_b, stream, facts, used if alignment or given else None, alignment)
+
+
+def merge_card(found: _Merge, t: float) -> str:
+    aligned, given = found.alignment is not None, found.alignment is None and found.symmetry is not None
+    how = "aligned to A by weight matching" if aligned else "aligned to A by a saved symmetry" if given else "not aligned"
+    options = " --symmetry SYMMETRY" if given else " --no-align"
+    if found.alignment:
+        options = f" --order {found.alignment.order} --units {found.alignment.units}"
+    return model_card(
+        title=f"A merge of {found.a.display_name} and {found.b.display_name}",
+        summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two "
+        f"{'Mixture-of-Experts ' if aligned or given else ''}models, where B' is B, {how}.",
+        inputs={"A": found.a, "B": found.b},
+        base=[found.a, found.b],
+        relation="merge",
+        command=f"hf-moe-lmc merge A B -o OUT -t {t:g}{options}",
+        alignment=found.alignment.totals() if found.alignment else None,
+    )
