@@ -30,7 +30,7 @@ SINGLE = "model.safetensors"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
-PROBE, PROBES = 512, 8  # the fingerprint sees so many bytes in so many places of each tensor
+PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 
 DTYPES = {
     "F64": torch.float64,
@@ -193,23 +193,30 @@ class Checkpoint:
         return [file for file in self.source.files() if _is_side_file(file)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json, every shard's header and size, and 4 KiB of each tensor, taken in PROBES places."""
+        """SHA-256 over config.json, every shard's header and size, and samples of each tensor, see `_sample`."""
         if self._fingerprint is None:
-            self._fingerprint = self._compute_fingerprint()
+            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+                for of_shard in pool.map(self._sample, sorted(self.shards)):
+                    digest.update(of_shard)
+            self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def _compute_fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in sorted(self.shards.values(), key=lambda shard: shard.name):
-            digest.update(f"{shard.name} {shard.size} ".encode() + shard.header)
-            for name in shard.tensors:
-                info = self.tensors[name]
-                spread = info.nbytes > PROBE * PROBES  # a smaller tensor is seen whole
-                for i in range(PROBES if spread else 1):
-                    probe = torch.empty(PROBE if spread else info.nbytes, dtype=torch.uint8)
-                    self.fill(probe, shard.name, info.start + i * (info.nbytes - len(probe)) // (PROBES - 1))
-                    digest.update(probe.numpy().tobytes())
-        return digest.hexdigest()
+    def _sample(self, name: str) -> bytes:
+        """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places
+        that are spread evenly from its first to its last byte, two and one more for each PROBE_EVERY bytes, at most PROBES.
+        """
+        shard, descriptor = self.shards[name], self._descriptor(name)
+        digest = hashlib.sha256(f"{name} {shard.size} ".encode() + shard.header)
+        for tensor in shard.tensors:
+            info = self.tensors[tensor]
+            if info.nbytes <= PROBES * PROBE:
+                digest.update(os.pread(descriptor, info.nbytes, info.start))
+                continue
+            places = min(PROBES, 2 + info.nbytes // PROBE_EVERY)
+            for i in range(places):
+                digest.update(os.pread(descriptor, PROBE, info.start + i * (info.nbytes - PROBE) // (places - 1)))
+        return digest.digest()
 
     def origin(self) -> dict[str, str]:
         """What tells this checkpoint from another: its Hub id and commit or its folder's name, and its fingerprint.
@@ -229,14 +236,18 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def fill(self, values: Tensor, shard: str, position: int) -> None:
-        """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`."""
+    def _descriptor(self, shard: str) -> int:
         with self._opening:
             if shard not in self._descriptors:
                 self._descriptors[shard] = os.open(self.source.path(shard), os.O_RDONLY)
+            return self._descriptors[shard]
+
+    def fill(self, values: Tensor, shard: str, position: int) -> None:
+        """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`."""
+        descriptor = self._descriptor(shard)
         view = values.view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
         while len(view):
-            got = os.preadv(self._descriptors[shard], [view], position)
+            got = os.preadv(descriptor, [view], position)
             if got == 0:
                 raise CheckpointError(f"{self.name}/{shard}: ends at byte {position}, before its last tensor; fetch it again")
             view = view[got:]

@@ -4,6 +4,7 @@
     .OUT.progress/KIND-KEY/     results that belong to equal inputs and options: KEY is the hash of these
     .OUT.progress/output-KEY/   the output itself, file by file; at the end it becomes OUT by one rename
     .OUT.progress/replaced/     what stood at OUT before, while --overwrite puts the new output in its place
+    .OUT.progress/publication.json  what is about to become OUT, so that a publication that was stopped can be undone
 
 A file that stands under its own name is whole and on disk: it is written as NAME.unfinished, synced and renamed. The folder
 goes when OUT is whole. Where nothing can be made beside OUT (a mount point, a parent without permission), it is OUT/.progress,
@@ -36,7 +37,7 @@ ENDING = ".safetensors"
 UNFINISHED = ".unfinished"
 INSIDE = ".progress"
 REPLACED = "replaced"
-MOVING = "moving.json"  # names the files of an output that move into OUT one by one
+PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
 TELLTALES = ("config.json", "report.json", "symmetry.safetensors")  # one of them is in whatever this package writes
 
 
@@ -83,11 +84,6 @@ class Kept:
     def damaged(self, name: str, error: Exception) -> OutputError:
         return OutputError(f"{self.path(name + ENDING)}: cannot be continued from ({error}); start afresh with --no-resume")
 
-    def sweep(self) -> None:
-        """Removes what is unfinished."""
-        for path in self.folder.rglob(f"*{UNFINISHED}"):
-            path.unlink()
-
 
 @dataclass(frozen=True)
 class Workplace:
@@ -110,13 +106,22 @@ class Workplace:
         return Kept(self.folder / f"{kind}-{key}")
 
     def output(self, facts: Mapping[str, Any]) -> Kept:
-        """Where the files of the output grow; those of an output that was begun from other facts are removed."""
+        """Where the files of the output grow; those of an output that was begun from other facts are removed.
+
+        Raises:
+            OutputError: what an earlier call finished at `root` is made from other facts.
+        """
         kept = self.kept("output", facts)
+        plan = self._plan()
+        if plan and self._is_complete(plan):
+            if plan["from"] != kept.folder.name:
+                check_empty(self.root, self.root, overwrite=self.overwrite)
+            else:
+                self._take_back(plan)  # it was finished, but not its call
         for path in self.folder.glob("output-*"):
             if path != kept.folder:
                 shutil.rmtree(path)
         kept.folder.mkdir(parents=True, exist_ok=True)
-        kept.sweep()
         return kept
 
     @property
@@ -125,56 +130,88 @@ class Workplace:
 
     def publish(self, kept: Kept, *, last: str, durable: bool = True) -> None:
         """Makes `kept` the output: by one rename, or, inside OUT, file by file, the one named `last` at the end."""
+        files = sorted(kept.files(), key=lambda file: (file == last, file))
+        plan = self.folder / PLAN
+        plan.with_name(plan.name + UNFINISHED).write_text(json.dumps({"from": kept.folder.name, "files": files}))
         if durable:
             sync_folders(kept.folder)
-        if not self.is_beside:
-            self._move_files(kept, last)
-        else:
-            replaced = self.folder / REPLACED
-            if self.overwrite and self.root.is_dir() and any(self.root.iterdir()):
-                self.root.rename(replaced)
+            sync(plan.with_name(plan.name + UNFINISHED))
+        plan.with_name(plan.name + UNFINISHED).replace(plan)
+        if self.overwrite:
+            self._put_aside()
+        if self.is_beside:
             kept.folder.rename(self.root)
+        else:
+            for file in files:
+                (self.root / file).parent.mkdir(parents=True, exist_ok=True)
+                kept.path(file).rename(self.root / file)
         if durable:
             sync(self.root)
             sync(self.root.parent)
 
-    def _move_files(self, kept: Kept, last: str) -> None:
-        files = sorted(kept.files(), key=lambda file: (file == last, file))
-        before = [path for path in self.root.iterdir() if path != self.folder]
-        if self.overwrite and before:
-            (self.folder / REPLACED).mkdir(exist_ok=True)
-            for path in before:
-                path.rename(self.folder / REPLACED / path.name)
-        (self.folder / MOVING).write_text(json.dumps({"from": kept.folder.name, "files": files}))
-        sync(self.folder / MOVING)
-        for file in files:
-            (self.root / file).parent.mkdir(parents=True, exist_ok=True)
-            kept.path(file).rename(self.root / file)
-        (self.folder / MOVING).unlink()
+    def _put_aside(self) -> None:
+        replaced = self.folder / REPLACED
+        if not self.root.is_dir() or not _held_in(self.root):
+            return
+        if self.is_beside:
+            self.root.rename(replaced)
+            return
+        replaced.mkdir(exist_ok=True)
+        for name in _held_in(self.root):
+            (self.root / name).rename(replaced / name)
+
+    def _plan(self) -> dict[str, Any] | None:
+        """What a call that came to publishing was about to do."""
+        path = self.folder / PLAN
+        plan: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return plan
+
+    def _is_complete(self, plan: Mapping[str, Any]) -> bool:
+        """Whether all of an output stands at `root`."""
+        kept = Kept(self.folder / plan["from"])
+        return not kept.files() and all((self.root / file).is_file() for file in plan["files"])
+
+    def _take_back(self, plan: Mapping[str, Any]) -> None:
+        """Undoes a publication, or what there is of it."""
+        kept = Kept(self.folder / plan["from"])
+        if self.is_beside:
+            self.root.rename(kept.folder)
+        else:
+            for file in plan["files"]:
+                if (self.root / file).is_file() and not kept.path(file).exists():
+                    kept.path(file).parent.mkdir(parents=True, exist_ok=True)
+                    (self.root / file).rename(kept.path(file))
+            for path in sorted({(self.root / file).parent for file in plan["files"]}, reverse=True):
+                if path != self.root:
+                    with suppress(OSError):
+                        path.rmdir()
+        (self.folder / PLAN).unlink()
 
     def recover(self) -> None:
-        """Undoes a replacement or a move that was stopped half-way: what stood at OUT stands there again."""
-        moving = self.folder / MOVING
-        if moving.exists():
-            try:
-                plan = json.loads(moving.read_text())
-            except ValueError:  # stopped while it was written, so before the first move
-                plan = {"from": "", "files": []}
-            for file in plan["files"]:
-                if (self.root / file).is_file() and not (self.folder / plan["from"] / file).exists():
-                    (self.root / file).rename(self.folder / plan["from"] / file)
-            for path in sorted(self.root.rglob("*"), reverse=True):  # folders that were made for the files
-                if path.is_dir() and self.folder not in (path, *path.parents) and not any(path.iterdir()):
-                    path.rmdir()
-            moving.unlink()
+        """After a publication that was stopped half-way: what stood at OUT stands there again."""
+        plan = self._plan()
+        complete = plan is not None and self._is_complete(plan)
+        if plan and not complete:
+            if self.is_beside:  # nothing of it stands there: the rename was still to come, or somebody removed the output
+                (self.folder / PLAN).unlink()
+            else:
+                self._take_back(plan)
         replaced = self.folder / REPLACED
-        if replaced.is_dir():
-            if self.is_beside and not self.root.exists():
-                replaced.rename(self.root)
-            elif not self.is_beside:
+        if replaced.is_dir() and not complete:
+            if self.is_beside:
+                if not self.root.exists():
+                    replaced.rename(self.root)
+            else:
                 for path in replaced.iterdir():
                     path.rename(self.root / path.name)
+        if complete:
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def check_empty(self, shown: Path) -> None:
+        """As the function, but an output that an earlier call finished may stand there; `output` looks at it."""
+        plan = self._plan()
+        if not (plan and self._is_complete(plan)):
+            check_empty(self.root, shown, overwrite=self.overwrite)
 
 
 @contextmanager
@@ -194,89 +231,108 @@ def at_work(
     Raises:
         OutputError: the output is in use, holds something, or cannot be written.
     """
-    root = Path(output)
-    if root.is_symlink() and not root.exists():
-        raise OutputError(f"{root}: a link to nothing; name a folder, or remove the link")
-    root = root.resolve()
+    shown = Path(output)
+    if shown.is_symlink() and not shown.exists():
+        raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
+    root = shown.resolve()
     held = [path for path in (Path(one).expanduser() for one in inputs) if path.is_dir()]
-    check_output(root, held, shown=Path(output), overwrite=overwrite)
+    check_place(root, held, shown, overwrite=overwrite)
     folder = _choose(root)
     if folder.is_symlink():
         raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
     fresh = not folder.is_dir()
+    if fresh:
+        check_empty(root, shown, overwrite=overwrite)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, root)
     except OSError as error:
         _remove_empty(made)
-        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another output") from error
+        raise OutputError(f"{shown}: cannot be written ({error.strerror}); choose another output") from error
     workplace = Workplace(root, folder, overwrite)
     try:
         workplace.recover()
-        check_output(root, held, shown=Path(output), overwrite=overwrite)
+        workplace.check_empty(shown)
         if not resume:
             _empty(folder)
-        for path in folder.rglob(f"*{UNFINISHED}"):
-            path.unlink()
+        _sweep(folder)
         yield workplace
-    except InputError:
+    except BaseException as error:
         workplace.recover()
-        if fresh:
-            shutil.rmtree(folder)
-        raise
-    except BaseException:
-        workplace.recover()
-        for path in folder.rglob(f"*{UNFINISHED}"):
-            path.unlink()
-        if not any(path.is_dir() and any(path.iterdir()) for path in folder.iterdir()):  # nothing done yet
-            shutil.rmtree(folder)
+        _sweep(folder)
+        mistaken = fresh and isinstance(error, InputError)
+        done = any(path.is_dir() and any(path.iterdir()) for path in folder.iterdir()) or (folder / PLAN).exists()
+        if mistaken or not done:
+            _remove(folder)
         raise
     else:
-        shutil.rmtree(folder)
+        _remove(folder)
     finally:
         os.close(lock)
         _remove_empty(made)
 
 
-def check_output(
-    output: str | os.PathLike[str], inputs: Sequence[Path] = (), *, shown: Path | None = None, overwrite: bool = False
-) -> None:
-    """Refuses an output that is no empty folder, or that lies inside an input or the Hub's cache, through links or not.
+def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
+    """Refuses an output that is no new or empty folder, or that lies where it must not.
 
     Args:
         inputs: folders that are read.
-        shown: the output as the user wrote it.
         overwrite: a folder that this package wrote may stand there.
 
     Raises:
         OutputError: naming the folder and what was found.
     """
-    name, root = shown or Path(output), Path(output).resolve()
+    root = Path(output).resolve()
+    check_place(root, inputs, Path(output), overwrite=overwrite)
+    check_empty(root, Path(output), overwrite=overwrite)
+
+
+def check_place(root: Path, inputs: Sequence[Path], shown: Path, *, overwrite: bool) -> None:
+    """Raises OutputError for an output inside an input or the Hub's cache, through links or not, and for a file."""
     if root.exists() and not root.is_dir():
-        raise OutputError(f"{name}: expected a new or empty folder for the output, found a file")
+        raise OutputError(f"{shown}: expected a new or empty folder for the output, found a file")
     cache = Path(HF_HUB_CACHE).expanduser().resolve()
     if cache == root or cache in root.parents:
-        raise OutputError(f"{name}: lies inside the cache of the Hub; choose an output elsewhere")
-    for held in inputs:
-        held = held.resolve()
+        raise OutputError(f"{shown}: lies inside the cache of the Hub; choose an output elsewhere")
+    for held in (path.resolve() for path in inputs):
         if held == root or held in root.parents:
-            raise OutputError(f"{name}: lies inside the input {held}; choose an output elsewhere")
+            raise OutputError(f"{shown}: lies inside the input {held}; choose an output elsewhere")
         if overwrite and root in held.parents:
-            raise OutputError(f"{name}: holds the input {held}, so it cannot be overwritten; choose an output elsewhere")
-    held_there = sorted(path.name for path in root.iterdir() if path.name != INSIDE) if root.is_dir() else []
-    if held_there and (root / INSIDE / MOVING).exists():
-        return  # of a call that was stopped while its files moved in; they move back first
-    if held_there and not overwrite:
+            raise OutputError(f"{shown}: holds the input {held}, so it cannot be overwritten; choose an output elsewhere")
+
+
+def check_empty(root: Path, shown: Path, *, overwrite: bool) -> None:
+    """Raises OutputError for a folder that holds something, or with `overwrite` something that is not ours."""
+    found = _held_in(root) if root.is_dir() else []
+    if found and not overwrite:
         raise OutputError(
-            f"{name}: the output folder is not empty (it holds {held_there[0]}); name a new one, empty it, or replace what "
+            f"{shown}: the output folder is not empty (it holds {found[0]}); name a new one, empty it, or replace what "
             "this package wrote there before with --overwrite"
         )
-    if held_there and not any(file in held_there for file in TELLTALES):
+    if found and not any(file in found for file in TELLTALES):
         raise OutputError(
-            f"{name}: not overwritten: it holds {held_there[0]}, but none of {', '.join(TELLTALES)}, so this package did not "
+            f"{shown}: not overwritten: it holds {found[0]}, but none of {', '.join(TELLTALES)}, so this package did not "
             "write it; name a new folder"
         )
+
+
+def _held_in(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.name != INSIDE)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a workplace: the lock last, and before it the word that its output is whole."""
+    _empty(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == "lock", path.name == PLAN)):
+        path.unlink()
+    folder.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what is unfinished."""
+    for path in folder.rglob(f"*{UNFINISHED}"):
+        path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -427,7 +427,7 @@ def test_a_table_of_token_experts_is_relabelled_and_decides_the_order(tmp_path: 
     apply(planted, a, tmp_path / "b")
     table = next(name for name in tiny.tensors(a) if name.endswith("tid2eid"))
     assert not torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "b")[table])
-    with pytest.raises(MismatchError, match="expert_table: integers that differ between A and B"):
+    with pytest.raises(MismatchError, match="tid2eid: integers that differ between A and B"):
         merge(a, tmp_path / "b", tmp_path / "naive", align=False)
     alignment = merge(a, tmp_path / "b", tmp_path / "merged")
     assert torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "merged")[table])
