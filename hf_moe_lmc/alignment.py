@@ -369,7 +369,7 @@ def align(
         download(model_a, model_b)
         alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
         facts = _facts(model_b, alignment.symmetry)
-        with writing(workplace, facts, inputs={"B": model_b.checkpoint}, allow_nonfinite=allow_nonfinite) as writer:
+        with writing(workplace, facts, inputs=[model_b.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
             if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
@@ -415,7 +415,7 @@ def apply(
         value = load_symmetry(symmetry, model, inverse=inverse)
         download(model, given=value)
         facts = _facts(model, value)
-        with writing(workplace, facts, inputs={"B": model.checkpoint}, allow_nonfinite=allow_nonfinite) as writer:
+        with writing(workplace, facts, inputs=[model.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
             if writer:
                 writer.write_tensors(rewritten(model, value))
                 writer.write_checkpoint_files(model.checkpoint)

@@ -80,7 +80,7 @@ def merge(
         if found is None:
             found = _modelled(a, b, t, align, symmetry, order, units, workplace, stack)
         facts = {"what": "merge", "t": t, **found.facts}
-        with writing(workplace, facts, inputs={"A": found.a, "B": found.b}, allow_nonfinite=allow_nonfinite) as writer:
+        with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
             if writer:
                 writer.write_tensors(found.stream)
                 writer.write_checkpoint_files(found.a)

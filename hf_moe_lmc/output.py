@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -50,7 +50,7 @@ class FolderWriter:
     Args:
         workplace: holds the output until it is whole.
         facts: what the shards are made from, JSON; see Workplace.kept.
-        inputs: the checkpoints behind the values, by letter, to say where a weight that is not finite comes from.
+        inputs: the checkpoints behind the values, to say where a weight that is not finite comes from.
         allow_nonfinite: write weights that are NaN or infinite.
         durable: have all of it on disk at the end; no reason for what lives for a moment.
     """
@@ -60,13 +60,13 @@ class FolderWriter:
         workplace: Workplace,
         facts: Mapping[str, Any] | None = None,
         *,
-        inputs: Mapping[str, Checkpoint] | None = None,
+        inputs: Sequence[Checkpoint] = (),
         allow_nonfinite: bool = False,
         durable: bool = True,
     ) -> None:
         self._workplace = workplace
         self._kept: Kept = workplace.output(facts or {})
-        self._inputs = inputs or {}
+        self._inputs = inputs
         self._allow_nonfinite = allow_nonfinite
         self._durable = durable
 
@@ -139,7 +139,7 @@ class FolderWriter:
         info = file.tensor_at(at)
         found = [
             f"{one.name}/{one.tensors[info.name].shard}: tensor {info.name} holds NaN or infinite weights, the first at {where}"
-            for one in dict.fromkeys(self._inputs.values())
+            for one in self._inputs
             if info.name in one.tensors and (where := _first_bad(one, info.name)) is not None
         ]
         if not found:

@@ -2,13 +2,13 @@
 
     python scripts/kill_trials.py -o scripts/kill_trials.json [--trials 40]
 
-A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed or
-removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case. After the
-kill the output has to be absent, or whole. Then the same call is made again, and everything in the output (alignment.json
-without its seconds) has to equal, byte for byte, what an undisturbed call wrote; nothing else may be left.
+A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed
+or removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case.
+After the kill the output has to be absent, or whole. Then the same call is made again, and everything in the output
+(alignment.json without its seconds) has to equal, byte for byte, what an undisturbed call wrote; nothing else may be left.
 
-Cases: the output beside its workplace; an empty folder that only it may be written in (so files move in one by one); an old output
-that is replaced.
+Cases: the output beside its workplace; an empty folder that alone may be written in (so files move in one by one); an old
+output that is replaced.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(last: int, work: Callable[[], Any], counted: Path | None = None) -> int:
         if counted:
             counted.write_text(str(count()))
         os._exit(0)
-    except BaseException as error:  # a forked child must not go on as its parent
+    except BaseException as error:  # noqa: BLE001 (a forked child must not go on as its parent)
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(1)
 
