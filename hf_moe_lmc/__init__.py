@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.measurement import barrier
     from hf_moe_lmc.merging import merge
     from hf_moe_lmc.path import load_interpolated
+    from hf_moe_lmc.planning import Plan, plan_align, plan_apply, plan_merge
     from hf_moe_lmc.proof import SelfTest
     from hf_moe_lmc.recognition import selftest
     from hf_moe_lmc.report import BarrierReport
@@ -37,6 +38,7 @@ _HOMES = {
     "MoEFamily": "family",
     "MoELMCError": "errors",
     "ModelSymmetry": "symmetry",
+    "Plan": "planning",
     "SelfTest": "proof",
     "align": "alignment",
     "apply": "alignment",
@@ -46,6 +48,9 @@ _HOMES = {
     "load_interpolated": "path",
     "known_families": "catalogue",
     "merge": "merging",
+    "plan_align": "planning",
+    "plan_apply": "planning",
+    "plan_merge": "planning",
     "push": "hub",
     "register": "family",
     "selftest": "recognition",
@@ -62,6 +67,7 @@ __all__ = [
     "MoEFamily",
     "MoELMCError",
     "ModelSymmetry",
+    "Plan",
     "SelfTest",
     "align",
     "apply",
@@ -71,6 +77,9 @@ __all__ = [
     "known_families",
     "load_interpolated",
     "merge",
+    "plan_align",
+    "plan_apply",
+    "plan_merge",
     "push",
     "register",
     "selftest",

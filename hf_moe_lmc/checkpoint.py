@@ -159,6 +159,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights can be read without a download."""
+        return isinstance(self.source, Folder) or self.source.cached
+
     def download(self) -> None:
         """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
         if isinstance(self.source, Folder) or self.source.cached:

@@ -114,6 +114,10 @@ def _families(options: argparse.Namespace) -> None:
 
 
 def _align(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        only = options.symmetry_only
+        print(lmc.plan_align(options.a, options.b, options.output, symmetry_only=only, overwrite=options.overwrite).table())
+        return
     alignment = lmc.align(
         options.a,
         options.b,
@@ -132,6 +136,11 @@ def _align(options: argparse.Namespace) -> None:
 
 
 def _apply(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        undo, overwrite = options.inverse, options.overwrite
+        plan = lmc.plan_apply(options.symmetry, options.b, options.output, inverse=undo, overwrite=overwrite)
+        print(plan.table())
+        return
     lmc.apply(
         options.symmetry,
         options.b,
@@ -178,6 +187,10 @@ def _barrier(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        how = {"align": options.align, "symmetry": options.symmetry, "overwrite": options.overwrite}
+        print(lmc.plan_merge(options.a, options.b, options.output, **how).table())
+        return
     alignment = lmc.merge(
         options.a,
         options.b,
@@ -421,6 +434,9 @@ def _resuming(verb: argparse.ArgumentParser) -> None:
 
 def _writing(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite as they are")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be read and written; change nothing"
+    )
 
 
 def _publishing(verb: argparse.ArgumentParser) -> None:

@@ -113,13 +113,26 @@ class _Merge:
 
 def _plain(a: str | os.PathLike[str], b: str | os.PathLike[str], t: float, stack: ExitStack) -> _Merge | None:
     """Two checkpoints with the same tensors as they are; None if only their layouts as models can tell what belongs where."""
+    opened = open_plain(a, b, stack)
+    if opened is None:
+        return None
+    of_a, of_b = opened
+    bring(of_a, of_b)
+    return _Merge(of_a, of_b, PlainStream(of_a, of_b, t), {"a": of_a.fingerprint(), "b": of_b.fingerprint()})
+
+
+def open_plain(a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack) -> tuple[Checkpoint, Checkpoint] | None:
+    """Two checkpoints with the same tensors, checked from their headers; None if they hold other ones, or quantised ones.
+
+    Raises:
+        InputError: whatever is wrong with either, or between them.
+    """
     of_a, of_b = (stack.enter_context(Checkpoint.open(model)) for model in (a, b))
     if of_a.quantisation or of_b.quantisation or of_a.tensors.keys() != of_b.tensors.keys():
         return None
     for warning in check_plain_pair(of_a, of_b):
-        warnings.warn(warning, stacklevel=3)
-    bring(of_a, of_b)
-    return _Merge(of_a, of_b, PlainStream(of_a, of_b, t), {"a": of_a.fingerprint(), "b": of_b.fingerprint()})
+        warnings.warn(warning, stacklevel=4)
+    return of_a, of_b
 
 
 def _modelled(

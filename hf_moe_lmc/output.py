@@ -273,7 +273,7 @@ class _ShardFile:
 
 def _in_parallel(jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile]) -> None:
     """Runs all jobs in a few threads; the first failure, or an interrupt, ends them all. `files` are flushed meanwhile."""
-    workers = max(2, min(WORKERS, os.cpu_count() or 1))
+    workers = worker_count()
     taking, stop, threads = threading.Lock(), threading.Event(), torch.get_num_threads()
 
     def work() -> None:
@@ -312,6 +312,11 @@ def _in_parallel(jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFi
         torch.set_num_threads(threads)
         for file in files:
             file.abandon()
+
+
+def worker_count() -> int:
+    """Threads that compute and write."""
+    return max(2, min(WORKERS, os.cpu_count() or 1))
 
 
 def is_finite(values: Tensor) -> bool:
