@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from hf_moe_lmc.family import (
 from hf_moe_lmc.quantisation import Quantisation, dequantise, scale_grid
 from hf_moe_lmc.symmetry import LayerSymmetry
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numpy calls any dtype of a size
 CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
 
 
@@ -390,12 +392,23 @@ class ActedLayer:
         return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
 
 
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """values[order] along the units, laid out in memory as `values` are.
+
+    Where units are the inner axis on disk, numpy gathers within each row, ten times faster than torch gathers columns.
+    """
+    if values.ndim == 2 and values.stride(0) < values.stride(1):
+        raw = values.t().view(_BITS[values.dtype.itemsize]).numpy()
+        return torch.from_numpy(np.take(raw, order.numpy(), axis=1)).view(values.dtype).t()
+    return values.index_select(0, order)
+
+
 def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind: UnitKind) -> Tensor:
     """Units in their new order; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...]."""
     if not len(order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
         return values
     if not torch.equal(order, torch.arange(len(order))):
-        values = values.index_select(0, order)
+        values = _taken(values, order)
     if base in ("up", "up_bias", "down") and not bool((scale == 1).all()):
         scale = scale.view(-1, *[1] * (values.ndim - 1))
         if bool((scale.abs() == 1).all()) and not kind.offset:

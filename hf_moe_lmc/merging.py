@@ -161,7 +161,7 @@ def _modelled(
     used = alignment.symmetry if alignment else given or model_b.identity()
     of_a, of_b = model_a.checkpoint, model_b.checkpoint
     facts = {"a": of_a.fingerprint(), "b": of_b.fingerprint(), "symmetry": digest(used)}
-    stream = interpolated(model_a, model_b, used, t)
+    stream = interpolated(model_a, model_b, used, t, rounded=True)
     return _Merge(of_a, of_b, stream, facts, used if alignment or given else None, alignment)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoint import Checkpoint, Shard
 from hf_moe_lmc.errors import CheckpointError, MismatchError
-from hf_moe_lmc.interpolation import interpolate
+from hf_moe_lmc.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.layer import LayerSource, MoELayer, Piece
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.quantisation import WAY_OUT
@@ -77,25 +77,39 @@ def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
 
 @dataclass(frozen=True)
 class InterpolatedLayer:
-    """A point on the line between two MoE blocks, those of layer `index`."""
+    """A point on the line between two MoE blocks, those of layer `index`.
+
+    Attributes:
+        rounded: values of one dtype are returned in it, as if cast once; else in float32.
+    """
 
     index: int
     a: LayerSource
     b: LayerSource
     t: float
+    rounded: bool = False
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
+        a, b = self.a.read(role, expert), self.b.read(role, expert)
         try:
-            return interpolate(self.a.read(role, expert), self.b.read(role, expert), self.t)
+            if not (self.rounded and a.dtype == b.dtype):
+                return interpolate(a, b, self.t)
+            out = torch.empty_like(a)
+            interpolate_into(out, a, b, self.t)
+            return out
         except MismatchError as error:
             raise MismatchError(f"layer {self.index}: {role}: {error}") from error
 
 
-def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float) -> ModelStream:
-    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that `symmetry` gives it."""
+def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float, *, rounded: bool = False) -> ModelStream:
+    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that `symmetry` gives it.
+
+    Args:
+        rounded: it is to be written: no wider copies where A and B share a dtype.
+    """
     acted = b.acted(symmetry)
     layers: dict[int, LayerSource] = {
-        index: InterpolatedLayer(index, layer, acted[index], t) for index, layer in a.layers.items() if index in acted
+        index: InterpolatedLayer(index, layer, acted[index], t, rounded) for index, layer in a.layers.items() if index in acted
     }
     return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
 
