@@ -71,31 +71,48 @@ def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
     return figure
 
 
-def layerwise(values: Mapping[int, tuple[float, float, float]], title: str, whole: float | None = None) -> Figure:
-    """The barrier when one layer alone goes from A to B.
+def layerwise(values: Mapping[tuple[int, int], tuple[float, float, float]], title: str, whole: float | None = None) -> Figure:
+    """The barrier when one layer alone goes from A to B, or those of a range together: a bar as wide as the range.
 
     Args:
-        values: layer -> barrier and the ends of its interval (nan where unknown), nats per token.
+        values: (first, last) layer -> barrier and the ends of its interval (nan where unknown), nats per token.
         whole: barrier of the whole aligned path, to compare with.
     """
-    layers = sorted(values)
-    barrier, low, high = np.array([values[layer] for layer in layers], dtype=float).T
-    figure, axes = _figure(min(max(4.5, 0.34 * len(layers) + 2), 11), 3.8)
-    axes.bar(range(len(layers)), barrier, width=0.75, color=BLUE, alpha=0.55, edgecolor="black", hatch="///", linewidth=0.8)
-    axes.errorbar(
-        range(len(layers)), barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none",
-        ecolor="black", elinewidth=1.3, capsize=3 if len(layers) < 40 else 1.5,
-    )  # fmt: skip
+    lowest, highest = min(first for first, _ in values), max(last for _, last in values)
+    figure, axes = _figure(min(max(4.5, 0.34 * (highest - lowest + 1) + 2), 11), 4.0)
+    for kind, (color, hatch, depth) in {"one layer": (BLUE, "///", 2), "a range of layers": (GREEN, "..", 1)}.items():
+        spans = [span for span in sorted(values) if (span[0] == span[1]) == (depth == 2)]
+        if not spans:
+            continue
+        barrier, low, high = np.array([values[span] for span in spans], dtype=float).T
+        middle, width = np.array([((last + first) / 2, last - first + 0.75) for first, last in spans]).T
+        axes.bar(
+            middle, barrier, width, color=color, alpha=0.55 if depth == 2 else 0.25, edgecolor="black", hatch=hatch,
+            linewidth=0.8, zorder=depth, label=kind,
+        )  # fmt: skip
+        axes.errorbar(
+            middle, barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none",
+            ecolor="black", elinewidth=1.3, capsize=3 if highest - lowest < 40 else 1.5, zorder=3,
+        )  # fmt: skip
+        for (first, last), at, top in zip(spans, middle, np.fmax(high, barrier), strict=True):
+            if depth == 1 and np.isfinite(top):
+                axes.annotate(span(first, last), (at, top), (0, 3), textcoords="offset points", ha="center", fontsize="small")
     if whole is not None and np.isfinite(whole):
-        axes.axhline(whole, color=VERMILION, linestyle="--", linewidth=1.3, label=f"all layers together: {whole:.3g}")
-        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    step = max(1, -(-len(layers) // 24))
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        axes.axhline(whole, color=VERMILION, linestyle="--", linewidth=1.3, label=f"the whole model: {whole:.3g}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    axes.set_xticks(range(lowest, highest + 1, max(1, -(-(highest - lowest + 1) // 24))))
+    axes.set_xlim(lowest - 0.8, highest + 0.8)
+    axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel("the layer that is interpolated")
+    axes.set_xlabel("what is interpolated: layer")
     axes.set_ylabel("barrier (nats per token)")
     axes.set_title(title, fontsize="medium")
     return figure
+
+
+def span(first: int, last: int) -> str:
+    """Layers in words: 8, or 0-3."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def agreement(t: Sequence[float], layers: Sequence[int], to_a: NDArray[Any], to_b: NDArray[Any], title: str) -> Figure:

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.evaluation import Endpoints, Point, evaluate
+from hf_moe_lmc.endpoints import Endpoints, Point
+from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class
@@ -84,7 +85,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
         if way in ("sweep", "resident"):
             found, _ = evaluate(
                 a, b, {"naive": b.identity()}, [Point("naive", t) for t in grid], windows,
-                model_class=model_class, batch_size=WINDOWS, resident=way == "resident",
+                EvaluationOptions(model_class=model_class, batch_size=WINDOWS, resident=way == "resident"),
             )  # fmt: skip
             losses = list(found)
         elif way == "in_place":
@@ -93,7 +94,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
             names = [name for name in skeleton.state if name not in skeleton.tied]
             ends.load(names)
             for t in grid:
-                ends.place(names, "naive", t)
+                ends.place(names, "naive", t, reuse=True)
                 losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
         else:
             for i, t in enumerate(grid):
