@@ -22,7 +22,7 @@ from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
-AT_ONCE = 4 << 20  # elements of one step of `interpolate_into`
+AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`: what it makes in float32 stays in the cache
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -46,12 +46,15 @@ def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:
-    """`interpolate` written to `out`, in its dtype and on its device, with AT_ONCE elements in float32 at a time."""
-    if a.numel() <= AT_ONCE or a.ndim == 0:
+    """`interpolate` written to `out`, in its dtype and on its device; no copies where a, b and out are all float32."""
+    plain = {(value.dtype, value.device) for value in (out, a, b)} == {(torch.float32, out.device)}
+    if plain and 0 < t < 1:
+        torch.lerp(a, b, t, out=out)
+    elif a.dtype.is_floating_point and t in (0, 1):
+        out.copy_((a, b)[int(t)])
+    elif a.numel() <= AT_ONCE or a.ndim == 0:
         out.copy_(interpolate(a, b, t))
-        return
-    rows = AT_ONCE // (a.numel() // len(a))
-    if rows:
+    elif rows := AT_ONCE // (a.numel() // len(a)):
         for parts in zip(out.split(rows), a.split(rows), b.split(rows), strict=True):
             parts[0].copy_(interpolate(*parts[1:], t))
     else:
