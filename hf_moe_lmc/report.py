@@ -384,7 +384,7 @@ class BarrierReport:
             t, layers, to_a, to_b, load = self._routing_arrays(name)
             title = f"{ends}, {name} path"
             figures.save(figures.agreement(t, layers, to_a, to_b, title), path.with_name(f"routing-{name}.png"))
-            shown = sorted({0, len(t) // 2, len(t) - 1})
+            shown = sorted({0, min(range(len(t)), key=lambda i: abs(t[i] - 0.5)), len(t) - 1})
             loads = {t[i]: load[i] for i in shown}
             figures.save(figures.load(loads, layers, title), path.with_name(f"load-{name}.png"))
 
