@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +21,17 @@ from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.endpoints import Point
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.evaluation import Cost, EvaluationOptions, evaluate
-from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import check_output
 from hf_moe_lmc.path import implementations, language_model_class
-from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
+from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport, LayerLosses, Span
 from hf_moe_lmc.resume import Progress
 from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.text import Text, text_source
 from hf_moe_lmc.units import UnitMethod
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -124,7 +123,7 @@ def barrier(
         routing=routing,
     )
     files = [text] if isinstance(text, str | os.PathLike) else text
-    source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
+    source = text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         progress = begin(output, stack, resume=resume)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
@@ -419,25 +418,6 @@ def _check_device(device: str | None) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used here: {error}") from error
-
-
-def _text_source(
-    text: Sequence[str | os.PathLike[str]],
-    dataset: str | None,
-    config: str | None,
-    split: str,
-    column: str,
-    revision: str | None,
-) -> Text:
-    if bool(text) == (dataset is not None):
-        raise InputError("give the text to evaluate on: either text files or one dataset")
-    if dataset is None:
-        return TextFiles.of(text, column)
-    if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
-        raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
-    if revision is not None and Path(dataset).expanduser().exists():
-        raise InputError(f"dataset-revision {revision}: {dataset} is a folder here, which has no revisions; leave it out")
-    return DatasetText(dataset, config, split, column, revision)
 
 
 def _context(model: MoEModel, context: int | None) -> int:
