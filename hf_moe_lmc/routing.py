@@ -111,7 +111,6 @@ class RoutingObserver:
     Attributes:
         tallies: by (number of the point, layer, module): sums, to which `add` adds those of other windows; whole after `end`.
         needed: numbers of A and of B on each path, whose choices the others are compared with.
-        problem: why the routing of this model is not available; known after `end`.
 
     Raises:
         ValueError: the points are in another order.
@@ -120,7 +119,6 @@ class RoutingObserver:
     model: MoEModel
     points: Sequence[Point]
     tallies: dict[Key, Tally] = field(default_factory=dict)
-    problem: str | None = None
     needed: Sequence[int] = ()
     _new: dict[Key, Tally] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
@@ -156,14 +154,19 @@ class RoutingObserver:
         self._references.clear()
         self.add(self._new)
         self._new.clear()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the routing of this model is not available; known when all windows have been taken in."""
         silent = sorted(
             {number for number in self.model.layers if number < self.model.num_layers} - {layer for _, layer, _ in self.tallies}
         )
-        if silent and self.problem is None:
-            self.problem = (
-                f"layer {silent[0]} of {type(self.model.config).__name__} shows neither the numbers of the chosen experts nor "
-                "logits from which they follow"
-            )
+        if not silent:
+            return None
+        return (
+            f"layer {silent[0]} of {type(self.model.config).__name__} shows neither the numbers of the chosen experts nor "
+            "logits from which they follow"
+        )
 
     def add(self, tallies: Mapping[Key, Tally]) -> None:
         """Takes in what an observer of other windows of the same text has counted."""
