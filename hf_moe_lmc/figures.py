@@ -193,6 +193,7 @@ def save(figure: Figure, path: Path) -> None:
 
     with matplotlib.rc_context({"svg.hashsalt": "hf_moe_lmc"}):
         figure.savefig(path.with_suffix(".png"), dpi=160)
+        figure.set_layout_engine("none")  # it has been laid out
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 

@@ -27,7 +27,9 @@ def measure(
         a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "per-expert", 1)
         output = tmp_path_factory.mktemp("measured") / "out"
         options = {"text": text_file, "points": 5, "context": 32, "max_tokens": 200} | options
-        report = barrier(a, b, output, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BarrierReport, "plot", lambda *_: None)  # tests of the report and of the path draw
+            report = barrier(a, b, output, **options)
         found = json.loads((output / "report.json").read_text())
         assert found.get("routing") == report.routing
         assert found.get("layerwise") == json.loads(report.to_json()).get("layerwise")
