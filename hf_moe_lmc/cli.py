@@ -178,6 +178,7 @@ def _barrier(options: argparse.Namespace) -> None:
         device=options.device,
         activation_memory=options.activation_memory,
         layerwise=options.layerwise,
+        layers=options.layers,
         refine=options.refine,
         routing=options.routing,
         resume=options.resume,
@@ -335,6 +336,11 @@ def _parser() -> argparse.ArgumentParser:
         const=5,
         default=0,
         help="also the barrier of each MoE layer alone, the rest staying A, with N points between its ends (5 if not given)",
+    )
+    barrier.add_argument(
+        "--layers",
+        metavar="LAYERS",
+        help="layers for --layerwise, e.g. each,0-3,8: every MoE layer alone, 0 to 3 together, 8 alone (default: each)",
     )
     barrier.add_argument(
         "--refine",

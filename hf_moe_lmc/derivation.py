@@ -34,7 +34,7 @@ from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import UNIT_KINDS, MoEFamily, TensorSpec, UnitKind, is_expert_role, parse_spec
 from hf_moe_lmc.layer import ActedLayer
-from hf_moe_lmc.miniature import build, outputs, shrink, skeleton
+from hf_moe_lmc.miniature import miniature, outputs, skeleton
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.progress import quiet_transformers
 from hf_moe_lmc.proof import HOLDS, LAYOUTS, PARTS, SCALE, Rerun, Translated
@@ -96,7 +96,7 @@ def derive(config: PreTrainedConfig, where: str) -> MoEFamily:
 
 
 def _derive(config: PreTrainedConfig, name: str) -> MoEFamily:
-    small = build(shrink(config))  # refuses dense models
+    small = miniature(config)  # refuses dense models
     whole = skeleton(config)
     blocks = find_blocks(whole)
     first = next(iter(blocks.values()))

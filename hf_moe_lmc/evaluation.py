@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_moe_lmc.distribution import team
-from hf_moe_lmc.errors import InputError, listing
-from hf_moe_lmc.interpolation import interpolate_into
+from hf_moe_lmc.endpoints import Endpoints, Part, Point
+from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.perplexity import Windows, batches_of, token_losses
 from hf_moe_lmc.resume import digest
-from hf_moe_lmc.skeleton import Conversion, Group, Skeleton
-from hf_moe_lmc.spans import Copied
-from hf_moe_lmc.streams import ModelStream, rewritten, whole
+from hf_moe_lmc.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.sweep import Lane, Sweep
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.workplace import Kept, Workplace
@@ -34,30 +30,26 @@ IN_FLIGHT = 6  # hidden states that a paused forward holds, about
 SHARE = 0.5  # of the available memory, for all weights at once or for the activations
 
 
-@dataclass(frozen=True)
-class Point:
-    """A model between A and B: theta = (1 - t) A + t (g B), in all of it or in some decoder layers only.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How points are evaluated.
 
     Attributes:
-        path: name of g among the symmetries.
-        layers: numbers of the decoder layers that leave A; None: everything does.
+        model_class: of transformers, predicts the next token.
+        dtype: in which the models run.
+        device: where; None: a GPU if there is one.
+        batch_size: windows per forward pass.
+        activation_memory: bytes for the hidden states of all windows and points that are on their way; None: half of the
+            memory that is free.
+        resident: whether to hold all weights; None: decided from the memory that is free.
     """
 
-    path: str
-    t: float
-    layers: frozenset[int] | None = None
-
-    def at(self, layer: int | None) -> float:
-        """t in a decoder layer, or with None in what belongs to none."""
-        return self.t if self.layers is None or layer in self.layers else 0.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters of one decoder layer, or with `layer` None of what belongs to none."""
-
-    layer: int | None
-    names: tuple[str, ...]
+    model_class: type[PreTrainedModel]
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    activation_memory: int | None = None
+    resident: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -79,75 +71,26 @@ class Cost:
 
 
 class Observer(Protocol):
-    """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points."""
+    """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points.
+
+    Attributes:
+        needed: numbers of the points that others are compared with: where a lane of another runs, theirs have to, too. A lane
+            marked `again` has been watched by an earlier call and does not count once more.
+    """
+
+    needed: Sequence[int]
 
     def begin(self, layers: Sequence[nn.Module], running: Callable[[], Lane | None]) -> None:
-        """Puts hooks on the decoder layers; `running` tells whose forward runs when one is called (point and batch)."""
+        """Puts hooks on the decoder layers; `running` tells whose forward runs when one is called."""
 
     def end(self) -> None:
         """Takes them off again."""
 
+    def seen(self, points: Sequence[int]) -> dict[str, Tensor]:
+        """What the lanes of some points have shown since it was last asked, to be kept for `restore`."""
 
-@dataclass
-class Endpoints:
-    """Weights of both models in the names of the transformers model, read as they are asked for."""
-
-    a: MoEModel
-    b: MoEModel
-    symmetries: Mapping[str, ModelSymmetry]
-    skeleton: Skeleton
-    held: dict[tuple[str | None, str], Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def conversion_a(self) -> Conversion:
-        return _conversion(self.skeleton, self.a)
-
-    @cached_property
-    def conversion_b(self) -> Conversion:
-        return _conversion(self.skeleton, self.b)
-
-    @cached_property
-    def streams(self) -> dict[str, ModelStream]:
-        return {path: rewritten(self.b, symmetry) for path, symmetry in self.symmetries.items()}
-
-    def load(self, wanted: Sequence[str]) -> None:
-        """Reads parameters of A and of every path's B, unless they are held; what no symmetry touches is held once."""
-        names = [name for name in wanted if (None, name) not in self.held]
-        plain = ModelStream(self.a, dict(self.a.layers), Copied(self.a.checkpoint))
-        for group in _groups(self.conversion_a, names):
-            self._hold(None, self.conversion_a.convert(group, partial(whole, plain)))
-        for group in _groups(self.conversion_b, names):
-            touched = any(key in self.b.layer_of for key in group.keys)
-            for i, (path, stream) in enumerate(self.streams.items()):
-                if touched or i == 0:
-                    values = self.conversion_b.convert(group, partial(whole, stream))
-                self._hold(path, values)
-
-    def _hold(self, path: str | None, values: Mapping[str, Tensor]) -> None:
-        self.held.update(((path, name), value) for name, value in values.items())
-
-    def drop(self, names: Sequence[str]) -> None:
-        for path in (None, *self.symmetries):
-            for name in names:
-                self.held.pop((path, name), None)
-
-    def place(self, names: Sequence[str], path: str, t: float) -> None:
-        """Puts the weights of a point into the model, cast once to the dtype that it keeps them in."""
-        for name in names:
-            a, b = self.held[None, name], self.held[path, name]
-            # kernels choose by layout: that which A's checkpoint would be loaded with
-            value = torch.empty_strided(a.shape, a.stride(), dtype=self.skeleton.dtype_of(name), device=self.skeleton.device)
-            interpolate_into(value, a, b, t)
-            self.skeleton.place({name: value})
-
-
-def _conversion(skeleton: Skeleton, model: MoEModel) -> Conversion:
-    shapes = {name: info.shape for name, info in model.checkpoint.tensors.items() if not model.is_extra(name)}
-    return Conversion(skeleton, model.checkpoint.name, shapes)
-
-
-def _groups(conversion: Conversion, names: Sequence[str]) -> list[Group]:
-    return list(dict.fromkeys(conversion.group_of[name] for name in names if name in conversion.group_of))
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Takes in what an earlier call has `seen`."""
 
 
 def evaluate(
@@ -156,13 +99,8 @@ def evaluate(
     symmetries: Mapping[str, ModelSymmetry],
     points: Sequence[Point],
     windows: Windows,
+    options: EvaluationOptions,
     *,
-    model_class: type[PreTrainedModel],
-    dtype: torch.dtype = torch.float32,
-    device: str | None = None,
-    batch_size: int,
-    activation_memory: int | None = None,
-    resident: bool | None = None,
     inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
     observers: Sequence[Observer] = (),
     progress: Workplace | None = None,
@@ -180,113 +118,168 @@ def evaluate(
     layers for each of these, while converting one group of tensors three times more, and the activations.
 
     Args:
-        activation_memory: bytes for the hidden states of all windows and points that are on their way.
-        resident: whether to hold all weights; None: decided from the memory that is free.
-        observers: watch the decoder layers while they run; in each process those that its own batches run through.
-        progress: takes the losses of each point that has gone through a pass, and has those of an earlier call, in process
-            0. What had not come to the end of the model starts again: a paused forward cannot be stored. In mode `resident`
-            points end one after the other, in mode `layers` all at the end of the pass. Not used with observers, who have to
-            see all batches.
+        observers: watch the decoder layers while they run; in each process those that its own batches run through, in process
+            0 what earlier calls have seen, too.
+        progress: takes the losses of each point that has gone through a pass, and what observers have seen there, and has
+            those of an earlier call, in process 0. What had not come to the end of the model starts again: a paused forward
+            cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end of the pass.
     """
     check_points(points, symmetries)
-    where = compute_device(device)
-    skeleton = Skeleton(model_class, a.config, dtype=dtype, device=where)
+    device = compute_device(options.device)
+    skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=device)
     ends = Endpoints(a, b, symmetries, skeleton)
-    _warn_of_unused(a, skeleton, ends.conversion_a)
-    layers_at = _layers_path(a, ends.conversion_a)
-    layers = list(skeleton.module.get_submodule(layers_at).children())
-    segments, outside = _segments(skeleton, layers_at, len(layers))
-    batches = batches_of(windows.rows, batch_size)
-    plan = _plan(a, b, len(symmetries), points, windows, segments, outside, activation_memory, resident, dtype)
-    beside = Part(None, outside)
-    of_layers = [Part(layer, names) for layer, names in enumerate(segments)]
-    if plan.mode == "resident":
-        stages = [(beside, *of_layers)]
-    else:  # what follows the last layer runs with it
-        stages = [(beside,), *((part,) for part in of_layers[:-1]), (of_layers[-1], beside)]
+    warn_of_unused(a.checkpoint.name, options.model_class, ends.conversion_a.unused)
+    layers = list(skeleton.module.get_submodule(ends.layers_path).children())
+    plan = _plan(ends, points, windows, options, len(layers))
+    job = _Job(ends, points, windows, batches_of(windows.rows, options.batch_size), _stages(ends, plan.mode))
+    kept = progress.kept("losses", _facts(job, options, observers)) if progress else None
+    results = _Results.begin(job, observers, kept)
+    mates = team()
+    chunks = _chunks(mates.share(results.left), plan.passes)
+    total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
     running: list[Sweep] = []
     for observer in observers:
         observer.begin(layers, lambda: running[-1].running if running else None)
     inspect_model(skeleton.module)
-    losses = torch.empty(len(points), len(windows.rows), dtype=torch.float64)
-
-    def forward(batch: int) -> Tensor:
-        ids = torch.stack([windows.rows[i] for i in batches[batch]]).to(where)
-        logits = skeleton.module(input_ids=ids, use_cache=False).logits[:, :-1]
-        return windows.sums(batches[batch], token_losses(logits, ids[:, 1:])).cpu()
-
-    mates = team()
-    kept = None
-    if progress and not observers:
-        facts = _facts(a, b, symmetries, points, windows, batch_size, dtype, where)
-        kept = progress.kept("losses", facts)
-    todo, left = _earlier_losses(kept, batches, losses)
-    chunks = _chunks(mates.share(left), plan.passes)
-
-    def finished(lanes: Sequence[Lane]) -> None:
-        """A round of all processes, each with the lanes of the same points that have come to their end."""
-        mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes}
-        everyones = {key: values for of_one in mates.exchange(mine) for key, values in of_one.items()}
-        _fill_in(losses, batches, everyones)
-        if kept and everyones:
-            kept.write(next(iter(everyones)), everyones)
-
-    total = sum(len(chunk) for chunk in chunks) * len(todo) * len(stages)
-    bar = tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main)
     try:
-        with torch.inference_mode(), bar:
+        with (
+            torch.inference_mode(),
+            tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main) as bar,
+        ):
             for number in range(max(mates.exchange(len(chunks)))):
-                with Sweep(layers if plan.mode == "layers" else [], forward) as sweep:
+                with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
                     running.append(sweep)
-                    lanes = sweep.start(todo, chunks[number] if number < len(chunks) else [])
-                    _run(ends, points, todo, stages, sweep, lanes, bar.update, finished)
+                    lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
+                    results.mark(lanes)
+                    _run(job, results.todo, sweep, lanes, bar.update, results.take)
     finally:
         for observer in observers:
             observer.end()
     passes = max(mates.exchange(plan.passes))
-    return losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+    return results.losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
 
 
-def _facts(
-    a: MoEModel,
-    b: MoEModel,
-    symmetries: Mapping[str, ModelSymmetry],
-    points: Sequence[Point],
-    windows: Windows,
-    batch_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Any]:
-    """All that losses depend on."""
+@dataclass(frozen=True)
+class _Job:
+    """What is to be evaluated.
+
+    Attributes:
+        batches: numbers of the windows of each.
+        stages: parts whose weights are in place together, one stage after the other; what follows the last layer runs
+            with it.
+    """
+
+    ends: Endpoints
+    points: Sequence[Point]
+    windows: Windows
+    batches: list[list[int]]
+    stages: list[tuple[Part, ...]]
+
+    def forward(self, batch: int) -> Tensor:
+        """Summed losses of the windows of a batch with the weights that stand in the model: float64 [window]."""
+        rows, skeleton = self.batches[batch], self.ends.skeleton
+        ids = torch.stack([self.windows.rows[i] for i in rows]).to(skeleton.device)
+        logits = skeleton.module(input_ids=ids, use_cache=False).logits[:, :-1]
+        return self.windows.sums(rows, token_losses(logits, ids[:, 1:])).cpu()
+
+
+def _stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+    of_layers, beside = ends.parts()
+    if mode == "resident":
+        return [(beside, *of_layers)]
+    return [(beside,), *((part,) for part in of_layers[:-1]), (of_layers[-1], beside)]
+
+
+@dataclass
+class _Results:
+    """Losses as they come in, and what is kept of them and of what observers have seen.
+
+    Attributes:
+        losses: float64 [point, window].
+        done: by an earlier call, bool [point, batch].
+        todo, left: numbers of the points and of the batches that have lanes.
+        keeping: whether process 0 keeps what comes in; `kept` is there.
+    """
+
+    losses: Tensor
+    batches: list[list[int]]
+    observers: Sequence[Observer]
+    kept: Kept | None
+    keeping: bool
+    done: Tensor
+    todo: list[int] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, job: _Job, observers: Sequence[Observer], kept: Kept | None) -> _Results:
+        """With what an earlier call has left, in all processes."""
+        mates = team()
+        losses = torch.empty(len(job.points), len(job.windows.rows), dtype=torch.float64)
+        done = torch.zeros(len(job.points), len(job.batches), dtype=torch.bool)
+        found = cls(losses, job.batches, observers, kept, mates.from_main(kept is not None), done)
+        found._restore()
+        found.done = mates.from_main(found.done)
+        if bool(found.done.any()):
+            losses.copy_(mates.from_main(losses))
+        todo, found.left = ((~found.done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+        needed = {point for observer in observers for point in observer.needed} if bool(found.done.any()) and todo else ()
+        found.todo = sorted({*todo, *needed})
+        return found
+
+    def _restore(self) -> None:
+        for name in sorted(self.kept.names()) if self.kept else []:
+            assert self.kept is not None
+            stored = self.kept.read(name)
+            seen = {key: stored.pop(key) for key in list(stored) if "/" in key}
+            for point, batch in _fill_in(self.losses, self.batches, stored):
+                self.done[point, batch] = True
+            for number, observer in enumerate(self.observers):
+                ranks = {key.split("/")[1] for key in seen if key.startswith(f"{number}/")}
+                for start in (f"{number}/{rank}/" for rank in sorted(ranks)):
+                    observer.restore({key.removeprefix(start): seen[key] for key in seen if key.startswith(start)})
+        if bool(self.done.any()):
+            count, of = int(self.done.sum()), self.done.numel()
+            warnings.warn(f"continuing: {count} of {of} batches at points were evaluated by an earlier call", stacklevel=4)
+
+    def mark(self, lanes: Sequence[Lane]) -> None:
+        """Tells lanes that an earlier call has taken to the end, and that run for the sake of others, from those that count."""
+        for lane in lanes:
+            lane.again = bool(self.done[lane.point, lane.batch])
+
+    def take(self, lanes: Sequence[Lane]) -> None:
+        """A round of all processes, each with the lanes of the same points that have come to their end."""
+        mates = team()
+        mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes if not lane.again}
+        points = sorted({lane.point for lane in lanes})
+        seen = {
+            f"{number}/{mates.rank}/{key}": value
+            for number, observer in enumerate(self.observers if self.keeping else ())
+            for key, value in observer.seen(points).items()
+        }
+        losses: dict[str, Tensor] = {}
+        everything: dict[str, Tensor] = {}
+        for of_one, seen_by_one in mates.exchange((mine, seen)):
+            losses |= of_one
+            everything |= seen_by_one
+        _fill_in(self.losses, self.batches, losses)
+        if self.kept and losses:
+            self.kept.write(next(iter(losses)), {**losses, **everything})
+
+
+def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer]) -> dict[str, Any]:
+    """All that losses depend on, and what observers see."""
+    ends = job.ends
     return {
-        "a": a.checkpoint.fingerprint(),
-        "b": b.checkpoint.fingerprint(),
-        "symmetries": {path: digest(symmetry) for path, symmetry in symmetries.items()},
-        "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in points],
-        "windows": windows.describe(),
-        "batch_size": batch_size,
-        "dtype": str(dtype),
-        "device": device.type,
+        "a": ends.a.checkpoint.fingerprint(),
+        "b": ends.b.checkpoint.fingerprint(),
+        "symmetries": {path: digest(symmetry) for path, symmetry in ends.symmetries.items()},
+        "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in job.points],
+        "windows": job.windows.describe(),
+        "batch_size": options.batch_size,
+        "dtype": str(options.dtype),
+        "device": ends.skeleton.device.type,
+        "observers": [type(observer).__name__ for observer in observers],
     }
-
-
-def _earlier_losses(kept: Kept | None, batches: Sequence[list[int]], losses: Tensor) -> tuple[list[int], list[int]]:
-    """Fills in what an earlier call has evaluated; numbers of the points and of the batches that are left, in all processes."""
-    done = torch.zeros(len(losses), len(batches), dtype=torch.bool)
-    for name in sorted(kept.names()) if kept else []:
-        assert kept is not None
-        for point, batch in _fill_in(losses, batches, kept.read(name)):
-            done[point, batch] = True
-    if bool(done.any()):
-        warnings.warn(
-            f"continuing: {int(done.sum())} of {done.numel()} batches at points were evaluated by an earlier call", stacklevel=3
-        )
-    mates = team()
-    done = mates.from_main(done)
-    if bool(done.any()):
-        losses.copy_(mates.from_main(losses))
-    points, left = ((~done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
-    return points, left
 
 
 def _fill_in(losses: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
@@ -309,10 +302,8 @@ def compute_device(device: str | None) -> torch.device:
 
 
 def _run(
-    ends: Endpoints,
-    points: Sequence[Point],
+    job: _Job,
     todo: Sequence[int],
-    stages: Sequence[tuple[Part, ...]],
     sweep: Sweep,
     lanes: Sequence[Lane],
     progress: Callable[[int], Any],
@@ -329,19 +320,21 @@ def _run(
     for lane in lanes:
         of_point.setdefault(lane.point, []).append(lane)
     if not lanes:
-        for members in _same_weights(points, stages[-1]).values():
+        for members in _same_weights(job.points, job.stages[-1]).values():
             if any(point in todo for point in members):
                 finished([])
         return
-    for number, parts in enumerate(stages):
-        last = number == len(stages) - 1
+    ends = job.ends
+    for number, parts in enumerate(job.stages):
+        last = number == len(job.stages) - 1
         ends.load([name for part in parts for name in part.names])
-        for (path, at), same in _same_weights(points, parts).items():
+        for (path, at), same in _same_weights(job.points, parts).items():
             running = [lane for point in same for lane in of_point.get(point, [])]
             if not running:
                 continue
             for part, t in zip(parts, at, strict=True):
-                ends.place(part.names, path, t)
+                # a paused forward may hold on to what belongs to no layer, but it has left the layers behind it
+                ends.place(part.names, path, t, reuse=part.layer is not None or len(job.stages) == 1)
             for lane in running:
                 sweep.advance(lane, None if last else number)
                 progress(1)
@@ -362,57 +355,21 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
     return found
 
 
-def _layers_path(model: MoEModel, conversion: Conversion) -> str:
-    """The module list of the decoder layers: where the parameters of an MoE block stand."""
-    claimed = model.layer_of.keys()
-    target = next(name for name, group in conversion.group_of.items() if group.keys[0] in claimed)
-    match = re.match(r"(.*?)\.\d+\.", target)
-    assert match is not None
-    return match[1]
-
-
-def _segments(skeleton: Skeleton, layers_at: str, count: int) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Parameters of each decoder layer, and those outside of them that a text needs."""
-    names = [name for name in skeleton.state if name not in skeleton.tied]
-    segments = [tuple(name for name in names if name.startswith(f"{layers_at}.{i}.")) for i in range(count)]
-    other_towers = [
-        f"{path}."
-        for path, module in skeleton.module.named_modules()
-        if isinstance(module, PreTrainedModel) and path and not f"{layers_at}.".startswith(f"{path}.")
-    ]
-    outside = [name for name in names if not name.startswith((f"{layers_at}.", *other_towers))]
-    return segments, tuple(outside)
-
-
-def _plan(
-    a: MoEModel,
-    b: MoEModel,
-    paths: int,
-    points: Sequence[Point],
-    windows: Windows,
-    segments: Sequence[tuple[str, ...]],
-    outside: tuple[str, ...],
-    activation_memory: int | None,
-    resident: bool | None,
-    dtype: torch.dtype,
-) -> Cost:
+def _plan(ends: Endpoints, points: Sequence[Point], windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
     """Decides how much is in memory at once."""
     mates = team()
     free = available_memory() // mates.local_count
-    of_both = a.checkpoint.nbytes + b.checkpoint.nbytes
-    everything = of_both + (paths - 1) * b.checkpoint.nbytes + a.checkpoint.nbytes
-    if resident is None:
-        resident = everything < SHARE * free
-    text = a.text_config
-    per_token = IN_FLIGHT * int(text.hidden_size) * dtype.itemsize
+    of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
+    everything = 2 * of_a + len(ends.symmetries) * of_b  # the one that stands in the model is as large as A
+    longest = max(len(row) for row in windows.rows)
+    per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
+    if everything < SHARE * free if options.resident is None else options.resident:
+        return Cost("resident", 1, of_a + of_b, everything, per_token * longest)
     needed = math.ceil(len(points) * sum(len(row) for row in windows.rows) * per_token / mates.count)
-    budget = activation_memory or int(SHARE * free)
-    if resident:
-        return Cost("resident", 1, of_both, everything, per_token * max(len(row) for row in windows.rows))
+    budget = options.activation_memory or int(SHARE * free)
     lanes = math.ceil(len(points) * len(windows.rows) / mates.count)
-    passes = max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1)
-    weights = everything // max(len(segments), 1)
-    return Cost("layers", min(passes, len(windows.rows)), of_both, weights, needed // passes)
+    passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
+    return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
 
 
 def available_memory() -> int:
@@ -421,14 +378,6 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 8 << 30
-
-
-def _warn_of_unused(model: MoEModel, skeleton: Skeleton, conversion: Conversion) -> None:
-    ignored = [*(getattr(skeleton.module, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    unused = [name for name in conversion.unused if not any(re.search(pattern, name) for pattern in ignored)]
-    if unused:
-        kind = type(skeleton.module).__name__
-        warnings.warn(f"{model.checkpoint.name}: {kind} does not use these tensors:\n{listing(sorted(unused))}", stacklevel=4)
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

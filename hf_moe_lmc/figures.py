@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -71,31 +73,56 @@ def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
     return figure
 
 
-def layerwise(values: Mapping[int, tuple[float, float, float]], title: str, whole: float | None = None) -> Figure:
-    """The barrier when one layer alone goes from A to B.
+def layerwise(values: Mapping[tuple[int, int], tuple[float, float, float]], title: str, whole: float | None = None) -> Figure:
+    """The barrier when one layer alone goes from A to B, as bars, or those of a range together, as lines over the range.
 
     Args:
-        values: layer -> barrier and the ends of its interval (nan where unknown), nats per token.
+        values: (first, last) layer -> barrier and the ends of its interval (nan where unknown), nats per token.
         whole: barrier of the whole aligned path, to compare with.
     """
-    layers = sorted(values)
-    barrier, low, high = np.array([values[layer] for layer in layers], dtype=float).T
-    figure, axes = _figure(min(max(4.5, 0.34 * len(layers) + 2), 11), 3.8)
-    axes.bar(range(len(layers)), barrier, width=0.75, color=BLUE, alpha=0.55, edgecolor="black", hatch="///", linewidth=0.8)
-    axes.errorbar(
-        range(len(layers)), barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none",
-        ecolor="black", elinewidth=1.3, capsize=3 if len(layers) < 40 else 1.5,
-    )  # fmt: skip
+    lowest, highest = min(first for first, _ in values), max(last for _, last in values)
+    count = highest - lowest + 1
+    figure, axes = _figure(min(max(4.8, 0.34 * count + 2), 11), 4.2)
+    if singles := {first: values[first, last] for first, last in sorted(values) if first == last}:
+        barrier, low, high = np.array(list(singles.values()), dtype=float).T
+        axes.bar(
+            list(singles), barrier, width=0.75, color=BLUE, alpha=0.55, edgecolor="black", hatch="///", linewidth=0.8,
+            label="one layer",
+        )  # fmt: skip
+        axes.errorbar(
+            list(singles), barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none",
+            ecolor="black", elinewidth=1.3, capsize=3 if count < 40 else 1.5,
+        )  # fmt: skip
+    for first, last in (ranges := [span for span in sorted(values) if span[0] != span[1]]):
+        barrier, low, high = values[first, last]
+        across = (first - 0.4, last + 0.4)
+        axes.fill_between(
+            across, low, high, facecolor=ORANGE, alpha=0.35, edgecolor="black", hatch="....", linewidth=0, zorder=3
+        )
+        label = "the layers of a range together" if (first, last) == ranges[0] else None
+        axes.plot(across, (barrier, barrier), "|-", color="black", linewidth=2, markersize=9, zorder=4, label=label)
+        top = np.nanmax([barrier, high]) if np.isfinite([barrier, high]).any() else 0
+        axes.annotate(
+            span(first, last), ((first + last) / 2, top), (0, 3), textcoords="offset points", ha="center", fontsize="small",
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}, zorder=5,
+        )  # fmt: skip
     if whole is not None and np.isfinite(whole):
-        axes.axhline(whole, color=VERMILION, linestyle="--", linewidth=1.3, label=f"all layers together: {whole:.3g}")
-        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    step = max(1, -(-len(layers) // 24))
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        axes.axhline(whole, color=VERMILION, linestyle="--", linewidth=1.3, label=f"the whole model: {whole:.3g}")
+    figure.legend(loc="outside lower center", ncols=3 if count > 12 else 1, frameon=False, fontsize="small")
+    _ticks(axes.xaxis, range(lowest, highest + 1), 24, first=lowest)
+    axes.set_xlim(lowest - 0.8, highest + 0.8)
+    axes.margins(y=0.14)
+    axes.set_ylim(bottom=0)
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel("the layer that is interpolated")
+    axes.set_xlabel("layer that is interpolated")
     axes.set_ylabel("barrier (nats per token)")
     axes.set_title(title, fontsize="medium")
     return figure
+
+
+def span(first: int, last: int) -> str:
+    """Layers in words: 8, or 0-3."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def agreement(t: Sequence[float], layers: Sequence[int], to_a: NDArray[Any], to_b: NDArray[Any], title: str) -> Figure:
@@ -108,15 +135,20 @@ def agreement(t: Sequence[float], layers: Sequence[int], to_a: NDArray[Any], to_
 
     figure = Figure(figsize=(8.4, min(max(2.8, 0.16 * len(layers) + 1.6), 8)), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
+    between = [(x + y) / 2 for x, y in pairwise(t)] or [t[0] - 0.05, t[0] + 0.05]
+    edges = between if len(t) == 1 else [2 * t[0] - between[0], *between, 2 * t[-1] - between[-1]]
+    even = np.ptp(np.diff(t)) < 1e-6 if len(t) > 1 else True
     for axes, values, name in zip(both, (to_a, to_b), "AB", strict=True):
-        image = axes.imshow(
-            np.asarray(values, dtype=float).T, origin="lower", aspect="auto", cmap=HEAT, vmin=0, vmax=1, interpolation="nearest"
-        )
+        shares = np.asarray(values, dtype=float).T
+        image = axes.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, shares, cmap=HEAT, vmin=0, vmax=1, rasterized=True)
         axes.set_title(f"agreement with {name}", fontsize="medium")
         axes.set_xlabel("t   (0 is A, 1 is B)")
-        _ticks(axes, t, layers)
-        if len(t) * len(layers) <= 120:
-            _numbers(axes, np.asarray(values, dtype=float).T, 0.55, "{:.2f}")
+        _ticks(axes.yaxis, layers, 12)
+        at = t if even and len(t) <= 7 else np.linspace(t[0], t[-1], 5)
+        axes.set_xticks(at, [f"{x:.3g}" for x in at])
+        axes.set_xlim(edges[0], edges[-1])
+        if even and len(t) <= 9 and len(layers) <= 12:
+            _numbers(axes, t, shares, 0.55, "{:.2f}")
     both[0].set_ylabel("layer")
     figure.colorbar(image, ax=both, label="share of the top-k experts")
     figure.suptitle(title, fontsize="medium")
@@ -143,9 +175,10 @@ def load(loads: Mapping[float, NDArray[Any]], layers: Sequence[int], title: str)
         )  # fmt: skip
         axes.set_title(f"t = {t:.3g}", fontsize="medium")
         axes.set_xlabel("expert")
-        _ticks(axes, range(shares.shape[1]), layers)
+        _ticks(axes.xaxis, range(shares.shape[1]), 7)
+        _ticks(axes.yaxis, layers, 12)
         if shares.size <= 60:
-            _numbers(axes, relative, 0.9, "{:.1f}")
+            _numbers(axes, range(shares.shape[1]), relative, 0.9, "{:.1f}")
     panels[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=panels, label="load relative to an even share", extend="both")
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
@@ -160,6 +193,7 @@ def save(figure: Figure, path: Path) -> None:
 
     with matplotlib.rc_context({"svg.hashsalt": "hf_moe_lmc"}):
         figure.savefig(path.with_suffix(".png"), dpi=160)
+        figure.set_layout_engine("none")  # it has been laid out
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
@@ -173,20 +207,16 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _ticks(axes: Axes, across: Sequence[float], layers: Sequence[int]) -> None:
-    """Labels at most seven columns and twelve rows of a heat map."""
-    for axis, labels, most in ((axes.xaxis, across, 7), (axes.yaxis, layers, 12)):
-        step = max(1, -(-len(labels) // most))
-        places = list(range(0, len(labels), step))
-        if step > 1 and labels[-1] == 1:  # t: both ends of the path are worth a label
-            places = sorted({round(i) for i in np.linspace(0, len(labels) - 1, 5)})
-        axis.set_ticks(places, labels=[f"{labels[i]:.3g}" for i in places])
+def _ticks(axis: Axis, labels: Sequence[int], most: int, first: int = 0) -> None:
+    """Labels neighbouring places of an axis, the first of which is `first`, in round steps; `most` at most."""
+    step = next(size * power for power in (1, 10, 100, 1000) for size in (1, 2, 4, 5) if len(labels) <= most * size * power)
+    axis.set_ticks([first + i for i in range(0, len(labels), step)], labels=[str(label) for label in labels[::step]])
 
 
-def _numbers(axes: Axes, values: NDArray[Any], middle: float, form: str) -> None:
+def _numbers(axes: Axes, across: Sequence[float], values: NDArray[Any], middle: float, form: str) -> None:
     """Writes the value into each cell, legible on dark and on light."""
     for row, column in np.ndindex(*values.shape):
         value = values[row, column]
         if np.isfinite(value):
             ink = "black" if value > middle else "white"
-            axes.text(column, row, form.format(value), ha="center", va="center", fontsize="x-small", color=ink)
+            axes.text(across[column], row, form.format(value), ha="center", va="center", fontsize="x-small", color=ink)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hf_moe_lmc.errors import InputError, MismatchError
 
-AT_ONCE = 4 << 20  # elements of one step of `interpolate_into`
+NATIVE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # torch rounds these once
+AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`: what it makes in float32 stays in the cache
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -40,17 +41,13 @@ def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:
         MismatchError: integers that differ.
     """
     alike = out.dtype == a.dtype == b.dtype and out.device == a.device == b.device
-    if alike and a.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        if t in (0, 1):
-            out.copy_(b if t else a)
-        else:
-            torch.lerp(a, b, t, out=out)
-        return
-    if a.numel() <= AT_ONCE or a.ndim == 0:
+    if a.dtype.is_floating_point and t in (0, 1):
+        out.copy_((a, b)[int(t)])
+    elif alike and a.dtype in NATIVE:
+        torch.lerp(a, b, t, out=out)
+    elif a.numel() <= AT_ONCE or a.ndim == 0:
         out.copy_(interpolate(a, b, t))
-        return
-    rows = AT_ONCE // (a.numel() // len(a))
-    if rows:
+    elif rows := AT_ONCE // (a.numel() // len(a)):
         for parts in zip(out.split(rows), a.split(rows), b.split(rows), strict=True):
             parts[0].copy_(interpolate(*parts[1:], t))
     else:

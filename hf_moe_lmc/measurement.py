@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
 from hf_moe_lmc.curve import BarrierCurve
 from hf_moe_lmc.distribution import team, together
+from hf_moe_lmc.endpoints import Point
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
-from hf_moe_lmc.evaluation import Cost, Point, evaluate
-from hf_moe_lmc.hub import looks_local
+from hf_moe_lmc.evaluation import Cost, EvaluationOptions, evaluate
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.path import implementations, language_model_class
-from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
-from hf_moe_lmc.report import BarrierReport, LayerLosses
+from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, Windows, cut_windows
+from hf_moe_lmc.report import BarrierReport, LayerLosses, Span
 from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.streams import refuse_quantised
 from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.text import Text, text_source
 from hf_moe_lmc.units import UnitMethod
 from hf_moe_lmc.workplace import Workplace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
+LAYERWISE = 5  # inner points where `layers` alone is given
 
 
 @together
@@ -62,6 +64,7 @@ def barrier(
     device: str | None = None,
     activation_memory: int | None = None,
     layerwise: int = 0,
+    layers: str | None = None,
     refine: int = 0,
     routing: bool = True,
     resume: bool = True,
@@ -90,10 +93,13 @@ def barrier(
         device: where the layers run; by default a GPU if there is one.
         activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
             models are read. By default half of the memory that is free.
-        layerwise: inner points of the paths on which one MoE layer alone leaves A for its aligned place in B; 0: none.
+        layerwise: inner points of the paths on which some layers alone leave A for their aligned place in B; 0: none, or 5
+            where `layers` says which.
+        layers: decoder layers for `layerwise`, such as "0-3,8": those of a range together, 8 alone; "each", the default,
+            stands for every MoE layer alone.
         refine: how many times the intervals beside the maximum of the aligned curve are halved; both paths get the new points.
             Each time reads both models again.
-        routing: record at each point of the grid which experts the tokens take.
+        routing: record at each point which experts the tokens take; those that `refine` adds cost both ends again.
         resume: continue from what an earlier call with the same inputs and options had done when it was stopped: the layers
             that it had matched, and what had gone through the whole model (see workplace.py and `evaluate`).
         overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
@@ -102,166 +108,257 @@ def barrier(
         InputError: the inputs do not fit, before anything is written.
     """
     check_methods(order, units)
-    _check_numbers(points=(points, 2), context=(context, 2), stride=(stride, 1), max_tokens=(max_tokens, 1))
-    _check_numbers(
-        batch_size=(batch_size, 1), activation_memory=(activation_memory, 1), layerwise=(layerwise, 0), refine=(refine, 0)
+    options = _Options(
+        matching={"order": order, "units": units},
+        points=points,
+        naive=naive,
+        context=context,
+        stride=stride,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        activation_memory=activation_memory,
+        layerwise=layerwise,
+        layers=layers,
+        refine=refine,
+        routing=routing,
     )
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    _check_device(device)
     files = [text] if isinstance(text, str | os.PathLike) else text
-    source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
+    source = text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
-        refuse_quantised(model_a, model_b)
-        language_model_class(model_a)
-        given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        tokenizer = _common_tokenizer(model_a, model_b)
-        length = _context(model_a, context)
-        windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
-        with writing(workplace) as writer:
-            report, used = _measure(
-                model_a,
-                model_b,
-                given,
-                windows,
-                t=tuple(i / (points - 1) for i in range(points)),
-                naive=naive,
-                order=order,
-                units=units,
-                batch_size=batch_size or max(1, TOKENS_PER_BATCH // windows.context),
-                dtype=dtype,
-                device=device,
-                activation_memory=activation_memory,
-                layerwise=layerwise,
-                refine=refine,
-                routing=routing,
-                progress=workplace,
-                text=source.describe(),
-                symmetry=None if isinstance(symmetry, ModelSymmetry) else symmetry,
-            )
-            if writer:
-                used.save(writer.path("symmetry.safetensors"))
-                writer.write_text("report.json", report.to_json())
-                writer.write_text("report.md", report.to_markdown())
-                report.plot(writer.path("barrier.png"))
+        return _barrier(model_a, model_b, source, symmetry, options, workplace)
+
+
+def _barrier(
+    a: MoEModel,
+    b: MoEModel,
+    text: Text,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None,
+    options: _Options,
+    progress: Workplace | None,
+) -> BarrierReport:
+    """Checks, downloads, aligns unless a symmetry is given, evaluates, writes."""
+    refuse_quantised(a, b)
+    language_model_class(a)
+    given = load_symmetry(symmetry, b) if symmetry is not None else None
+    spans = _spans(options.layers, a) if options.steps else []
+    mates = team()
+    windows = cut_windows(
+        text.documents(),
+        _common_tokenizer(a, b),
+        context=_context(a, options.context),
+        max_tokens=options.max_tokens,
+        stride=options.stride,
+    )
+    with writing(progress) as writer:
+        started = time.perf_counter()
+        download(a, b, given=given)
+        mates.check_equal({"text": windows.describe()["tokens_sha256"]})
+        if given is None:
+            alignment = align_models(a, b, **options.matching, progress=progress)
+            used, matching = alignment.symmetry, alignment.to_dict()
+        else:
+            file = None if isinstance(symmetry, ModelSymmetry) or symmetry is None else os.fspath(symmetry)
+            used, matching = given, {"symmetry": file, **given.metadata}
+        symmetries = {"aligned": used, **({"naive": b.identity()} if options.naive else {})}
+        report = _Measurement(a, b, symmetries, windows, options, spans, progress).report(text.describe(), matching, started)
+        _warn(report)
+        if writer:
+            used.save(writer.path("symmetry.safetensors"))
+            writer.write_text("report.json", report.to_json())
+            writer.write_text("report.md", report.to_markdown())
+            report.plot(writer.path("barrier.png"))
     return report
 
 
-def _measure(
-    a: MoEModel,
-    b: MoEModel,
-    given: ModelSymmetry | None,
-    windows: Windows,
-    *,
-    t: tuple[float, ...],
-    naive: bool,
-    order: OrderMethod,
-    units: UnitMethod,
-    batch_size: int,
-    dtype: str,
-    device: str | None,
-    activation_memory: int | None,
-    layerwise: int,
-    refine: int,
-    routing: bool,
-    progress: Workplace | None,
-    text: dict[str, Any],
-    symmetry: str | os.PathLike[str] | None,
-) -> tuple[BarrierReport, ModelSymmetry]:
-    """Downloads, aligns unless a symmetry is given, evaluates; everything has been checked."""
-    started = time.perf_counter()
-    mates = team()
-    download(a, b, given=given)
-    mates.check_equal({"text": windows.describe()["tokens_sha256"]})
-    if given is None:
-        alignment = align_models(a, b, order=order, units=units, progress=progress)
-        used, matching = alignment.symmetry, alignment.to_dict()
-    else:
-        used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
-    ran_with: dict[str, Any] = {}
-    symmetries = {"aligned": used, **({"naive": b.identity()} if naive else {})}
-    points = _grid(tuple(symmetries), t)
-    steps = [(i + 1) / (layerwise + 1) for i in range(layerwise + 1)] if layerwise else []
-    moe_layers = [layer for layer in a.layers if layer < a.num_layers]
-    points += [Point("aligned", at, frozenset({layer})) for layer in moe_layers for at in steps]
-    watching = RoutingObserver(a, points) if routing else None
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `barrier` was asked for, but for models and text.
 
-    def run(points: Sequence[Point], **options: Any) -> tuple[dict[Point, Tensor], Cost]:
-        found, cost = evaluate(
-            a,
-            b,
-            symmetries,
-            points,
-            windows,
-            model_class=language_model_class(a),
-            dtype=DTYPES[dtype],
-            device=device,
-            batch_size=batch_size,
-            activation_memory=activation_memory,
-            progress=progress,
-            **options,
+    Attributes:
+        matching: options of `align_models`.
+        others: as in `barrier`.
+    """
+
+    matching: dict[str, Any]
+    points: int
+    naive: bool
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
+    batch_size: int | None
+    dtype: str
+    device: str | None
+    activation_memory: int | None
+    layerwise: int
+    layers: str | None
+    refine: int
+    routing: bool
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a value is out of range."""
+        least = {"points": 2, "context": 2, "stride": 1, "max_tokens": 1, "batch_size": 1, "activation_memory": 1}
+        for name, lowest in {**least, "layerwise": 0, "refine": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise InputError(f"{name.replace('_', '-')} {value}: expected at least {lowest}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        _check_device(self.device)
+
+    @property
+    def t(self) -> tuple[float, ...]:
+        """The grid."""
+        return tuple(i / (self.points - 1) for i in range(self.points))
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Of the paths on which some layers alone leave A: the points behind A; none where these are not measured."""
+        inner = self.layerwise or (LAYERWISE if self.layers is not None else 0)
+        return tuple((i + 1) / (inner + 1) for i in range(inner + 1)) if inner else ()
+
+    def evaluation(self, model_class: type[PreTrainedModel], context: int) -> EvaluationOptions:
+        return EvaluationOptions(
+            model_class=model_class,
+            batch_size=self.batch_size or max(1, TOKENS_PER_BATCH // context),
+            dtype=DTYPES[self.dtype],
+            device=self.device,
+            activation_memory=self.activation_memory,
         )
-        return dict(zip(points, found, strict=True)), cost
 
-    at_point, cost = run(
-        points,
-        inspect_model=lambda model: ran_with.update(implementations(model, device)),
-        observers=[watching] if watching else [],
-    )
-    if watching:
-        everyones = mates.exchange(watching.tallies)
-        for number, tallies in enumerate(everyones):
+
+@dataclass(frozen=True)
+class _Found:
+    """What evaluations have found, one after the other.
+
+    Attributes:
+        losses: of each window, float64 [window], nats.
+        routing: records as in report.json.
+        facts: of the model that ran.
+        problem: why there is no routing.
+    """
+
+    losses: dict[Point, Tensor]
+    cost: Cost
+    routing: list[dict[str, Any]]
+    facts: dict[str, Any]
+    problem: str | None
+
+    def __or__(self, later: _Found) -> _Found:
+        """With points that were added; the routing at points that both have is that of the first."""
+        known = {(row["path"], row["t"]) for row in self.routing}
+        rows = [*self.routing, *(row for row in later.routing if (row["path"], row["t"]) not in known)]
+        rows.sort(key=lambda row: (row["path"], row["t"], row["layer"], row["module"]))
+        cost = replace(self.cost, passes=self.cost.passes + later.cost.passes)
+        return _Found(later.losses | self.losses, cost, rows, self.facts, self.problem)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One pair of models, one text; everything has been checked.
+
+    Attributes:
+        symmetries: of the paths, `aligned` first.
+        spans: first and last of the decoder layers that are also interpolated without the others.
+    """
+
+    a: MoEModel
+    b: MoEModel
+    symmetries: Mapping[str, ModelSymmetry]
+    windows: Windows
+    options: _Options
+    spans: Sequence[Span]
+    progress: Workplace | None
+
+    def run(self) -> tuple[_Found, tuple[float, ...]]:
+        """All points, those that `refine` adds included, and the grid with these."""
+        t, options = self.options.t, self.options
+        found = self.evaluate([*self.points(t), *(point for span in self.spans for point in self.alone(span))])
+        for _ in range(options.refine):
+            new = _beside_the_maximum(self.curve(found, t))
+            if not new:
+                break
+            t = tuple(sorted({*t, *new}))
+            # the routing at a point is compared with that at the ends, which have to run once more
+            added = self.points((0.0, *new, 1.0)) if options.routing else self.points(new)
+            found |= self.evaluate(added)
+        return found, t
+
+    def points(self, t: Sequence[float]) -> list[Point]:
+        """Of all paths: A once, B on each, then what lies between, since observers compare with the ends."""
+        ends = [_on(path, at) for at in (0.0, 1.0) if at in t for path in self.symmetries]
+        between = [Point(path, at) for path in self.symmetries for at in t if 0 < at < 1]
+        return list(dict.fromkeys([*ends, *between]))
+
+    def alone(self, span: Span) -> list[Point]:
+        """The path on which some decoder layers go from A to aligned B, without A."""
+        layers = frozenset(range(span[0], span[1] + 1))
+        return [Point("aligned", at, layers) for at in self.options.steps]
+
+    def evaluate(self, points: Sequence[Point]) -> _Found:
+        """Losses, and the routing where it is wanted, at some points."""
+        mates, facts = team(), dict[str, Any]()
+        watching = RoutingObserver(self.a, points) if self.options.routing else None
+        losses, cost = evaluate(
+            self.a,
+            self.b,
+            self.symmetries,
+            points,
+            self.windows,
+            self.options.evaluation(language_model_class(self.a), self.windows.context),
+            inspect_model=lambda model: facts.update(implementations(model, self.options.device)),
+            observers=[watching] if watching else [],
+            progress=self.progress,
+        )
+        at_point = dict(zip(points, losses, strict=True))
+        if watching is None:
+            return _Found(at_point, cost, [], facts, None)
+        for number, tallies in enumerate(mates.exchange(watching.tallies)):
             if number != mates.rank:
                 watching.add(tallies)
-    grid = t
-    for _ in range(refine):
-        new = _beside_the_maximum(_curve(at_point, "aligned", t, windows))
-        if not new:
-            break
-        found, again = run([Point(path, at) for path in symmetries for at in new])
-        at_point |= found
-        cost = replace(cost, passes=cost.passes + again.passes)
-        t = tuple(sorted({*t, *new}))
-    losses = {path: torch.stack([at_point[_on(path, at)] for at in t]) for path in symmetries}
-    _warn_of_losses_that_are_not_finite(losses, t, dtype)
-    if refine:
-        ran_with["refined_t"] = [at for at in t if at not in grid]
-    if watching and watching.problem:
-        warnings.warn(f"{a.checkpoint.name}: the routing cannot be watched: {watching.problem}", stacklevel=3)
-        ran_with["routing_unavailable"] = watching.problem
-    report = BarrierReport(
-        a={**a.checkpoint.origin(), "source": a.checkpoint.name},
-        b={**b.checkpoint.origin(), "source": b.checkpoint.name},
-        evaluation={"text": text, **windows.describe(), "dtype": dtype, "batch_size": batch_size, **ran_with, **vars(cost)},
-        matching=matching,
-        windows=windows,
-        losses=losses,
-        t=t,
-        seconds=mates.from_main(time.perf_counter() - started),
-        layerwise={layer: _layer_alone(layer, steps, at_point) for layer in moe_layers} if layerwise else None,
-        routing=watching.rows() if watching and not watching.problem else None,
-    )
-    for warning in report.warnings:
-        warnings.warn(warning, stacklevel=3)
-    return report, used
+        return _Found(at_point, cost, watching.rows(), facts, watching.problem)
 
+    def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
+        """The aligned path."""
+        tokens = float(self.windows.scored.sum())
+        return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
 
-def _grid(paths: Sequence[str], t: Sequence[float]) -> list[Point]:
-    """A once, B on each path, then what lies between: observers compare with the ends."""
-    ends = [Point("aligned", 0.0), *(Point(path, 1.0) for path in paths)]
-    return [*ends, *(Point(path, at) for path in paths for at in t if 0 < at < 1)]
+    def report(self, text: dict[str, Any], matching: dict[str, Any], started: float) -> BarrierReport:
+        """Evaluates, and says what was found."""
+        options = self.options
+        found, t = self.run()
+        losses = {path: torch.stack([found.losses[_on(path, at)] for at in t]) for path in self.symmetries}
+        facts = dict(found.facts)
+        if options.refine:
+            facts["refined_t"] = [at for at in t if at not in options.t]
+        if found.problem:
+            facts["routing_unavailable"] = found.problem
+        evaluation = self.options.evaluation(language_model_class(self.a), self.windows.context)
+        numbers = {"dtype": options.dtype, "batch_size": evaluation.batch_size}
+        return BarrierReport(
+            a={**self.a.checkpoint.origin(), "source": self.a.checkpoint.name},
+            b={**self.b.checkpoint.origin(), "source": self.b.checkpoint.name},
+            evaluation={"text": text, **self.windows.describe(), **numbers, **facts, **vars(found.cost)},
+            matching=matching,
+            windows=self.windows,
+            losses=losses,
+            t=t,
+            seconds=team().from_main(time.perf_counter() - started),
+            layerwise={span: self.span_losses(span, found) for span in self.spans} if options.steps else None,
+            routing=found.routing if options.routing and not found.problem else None,
+        )
+
+    def span_losses(self, span: Span, found: _Found) -> LayerLosses:
+        points = [Point("aligned", 0.0), *self.alone(span)]
+        return LayerLosses(tuple(point.t for point in points), torch.stack([found.losses[point] for point in points]))
 
 
 def _on(path: str, t: float) -> Point:
     """The point at which a path is evaluated: A is on both, once."""
     return Point(path if t > 0 else "aligned", t)
-
-
-def _curve(at_point: Mapping[Point, Tensor], path: str, t: Sequence[float], windows: Windows) -> BarrierCurve:
-    tokens = float(windows.scored.sum())
-    return BarrierCurve(tuple(t), tuple(float(at_point[_on(path, at)].sum()) / tokens for at in t))
 
 
 def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
@@ -272,24 +369,44 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def _layer_alone(layer: int, steps: Sequence[float], at_point: Mapping[Point, Tensor]) -> LayerLosses:
-    """The path on which one decoder layer alone is interpolated."""
-    points = [Point("aligned", 0.0), *(Point("aligned", at, frozenset({layer})) for at in steps)]
-    return LayerLosses((0.0, *steps), torch.stack([at_point[point] for point in points]))
+def _spans(layers: str | None, model: MoEModel) -> list[Span]:
+    """First and last of the decoder layers that are interpolated together, from text such as `each,0-3,8`.
+
+    `each` stands for every MoE layer by itself, and so does None.
+
+    Raises:
+        InputError: no such layers, or no such text.
+    """
+    found: list[Span] = []
+    for word in ("each" if layers is None else layers).split(","):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if word.strip() == "each":
+            found += [(layer, layer) for layer in model.layers if layer < model.num_layers]
+        elif numbers is None:
+            raise InputError(f"layers {layers!r}: expected numbers, ranges and `each`, such as 0-3,8 or each,0-3")
+        else:
+            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+            if not first <= last < model.num_layers:
+                raise InputError(
+                    f"layers {word.strip()}: {model.checkpoint.name} has decoder layers 0 to {model.num_layers - 1}; a range "
+                    "goes from the lower to the higher"
+                )
+            found.append((first, last))
+    return sorted(set(found), key=lambda span: (span[0] < span[1], span))
 
 
-def _warn_of_losses_that_are_not_finite(losses: Mapping[str, Tensor], t: Sequence[float], dtype: str) -> None:
-    for name, values in losses.items():
-        bad = [f"{t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
+def _warn(report: BarrierReport) -> None:
+    """Of what the reader of a report should know."""
+    dtype, problem = report.evaluation["dtype"], report.evaluation.get("routing_unavailable")
+    for name, values in report.losses.items():
+        bad = [f"{report.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
         if bad:
             advice = "; try --dtype float32" if dtype != "float32" else ""
-            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}", stacklevel=3)
-
-
-def _check_numbers(**values: tuple[int | None, int]) -> None:
-    for name, (value, least) in values.items():
-        if value is not None and value < least:
-            raise InputError(f"{name.replace('_', '-')} {value}: expected at least {least}")
+            warnings.warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}", stacklevel=4)
+    if problem:
+        warnings.warn(f"{report.a['source']}: the routing cannot be watched: {problem}", stacklevel=4)
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=4)
 
 
 def _check_device(device: str | None) -> None:
@@ -300,25 +417,6 @@ def _check_device(device: str | None) -> None:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used here: {error}") from error
-
-
-def _text_source(
-    text: Sequence[str | os.PathLike[str]],
-    dataset: str | None,
-    config: str | None,
-    split: str,
-    column: str,
-    revision: str | None,
-) -> Text:
-    if bool(text) == (dataset is not None):
-        raise InputError("give the text to evaluate on: either text files or one dataset")
-    if dataset is None:
-        return TextFiles.of(text, column)
-    if "/" in dataset and looks_local(dataset) and not Path(dataset).expanduser().exists():
-        raise InputError(f"{dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
-    if revision is not None and Path(dataset).expanduser().exists():
-        raise InputError(f"dataset-revision {revision}: {dataset} is a folder here, which has no revisions; leave it out")
-    return DatasetText(dataset, config, split, column, revision)
 
 
 def _context(model: MoEModel, context: int | None) -> int:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PreTrainedModel,
 )
 
@@ -28,7 +24,9 @@ from hf_moe_lmc.errors import CheckpointError, InputError, listing
 from hf_moe_lmc.evaluation import compute_device
 from hf_moe_lmc.interpolation import check_t
 from hf_moe_lmc.model import MoEModel
+from hf_moe_lmc.model_class import language_model_of
 from hf_moe_lmc.progress import quiet_transformers
+from hf_moe_lmc.skeleton import warn_of_unused
 from hf_moe_lmc.streams import ModelStream, interpolated, refuse_quantised, whole
 from hf_moe_lmc.symmetry import ModelSymmetry
 
@@ -120,7 +118,7 @@ def load_point(stream: ModelStream, *, dtype: torch.dtype, device: str | None, o
             offload_folder=str(offload_folder),
             output_loading_info=True,
         )
-    _check_loaded(model.checkpoint.name, model_class.__name__, info)
+    _check_loaded(model.checkpoint.name, model_class, info)
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
@@ -136,11 +134,9 @@ def language_model_class(model: MoEModel) -> type[PreTrainedModel]:
     Raises:
         InputError: there is none, so that perplexity has no meaning for it.
     """
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
-        found: Any = mapping.get(type(model.config), ())
-        for model_class in found if isinstance(found, (tuple, list)) else (found,):
-            if model_class.config_class is type(model.config):  # some are mapped to their text tower as well
-                return cast("type[PreTrainedModel]", model_class)
+    found = language_model_of(model.config)
+    if found is not None:
+        return found
     raise InputError(
         f"{model.checkpoint.name}: transformers has no language model of {type(model.config).__name__} that reads a text from "
         "left to right, so it has no perplexity; align, apply and merge work without one"
@@ -162,16 +158,14 @@ def _quiet_sequential_loading() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _check_loaded(name: str, model_class: str, info: Mapping[str, Any]) -> None:
+def _check_loaded(name: str, model_class: type[PreTrainedModel], info: Mapping[str, Any]) -> None:
     problems = [f"{key}: not in the checkpoint" for key in sorted(info["missing_keys"])]
     problems += [f"{key}: another shape" for key in sorted(map(str, info["mismatched_keys"]))]
     problems += [f"{key}: {error}" for key, error in dict(info.get("conversion_errors") or {}).items()]
     problems += [str(message) for message in info.get("error_msgs") or []]
     if problems:
-        raise CheckpointError(f"{name}: transformers cannot load all of {model_class}:\n{listing(problems)}")
-    if info["unexpected_keys"]:
-        unused = listing(sorted(info["unexpected_keys"]))
-        warnings.warn(f"{name}: {model_class} does not use these tensors:\n{unused}", stacklevel=4)
+        raise CheckpointError(f"{name}: transformers cannot load all of {model_class.__name__}:\n{listing(problems)}")
+    warn_of_unused(name, model_class, info["unexpected_keys"])
 
 
 def implementations(model: PreTrainedModel, device: str | None) -> dict[str, Any]:

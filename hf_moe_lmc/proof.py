@@ -22,7 +22,7 @@ from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.family import MoEFamily, split_role
 from hf_moe_lmc.layer import ActedLayer, LayerSource
-from hf_moe_lmc.miniature import build, outputs, shrink
+from hf_moe_lmc.miniature import miniature, outputs
 from hf_moe_lmc.model import MoEModel, read_model
 from hf_moe_lmc.output import writing
 from hf_moe_lmc.progress import quiet_transformers
@@ -96,7 +96,7 @@ def prove(family: MoEFamily, config: PreTrainedConfig, *, seed: int = 0) -> Self
     Raises:
         FamilyError: the miniature does not have the blocks that the family describes.
     """
-    built = build(shrink(config), seed)
+    built = miniature(config, seed)
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
         checks = tuple(_checks(family, built, Path(folder), seed))
     return SelfTest(str(config.model_type), family.name, checks)

@@ -53,8 +53,8 @@ def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
 def _derived(config: PreTrainedConfig, where: str) -> tuple[MoEFamily, SelfTest]:
     """A description derived for `config`, and the self-test of its twin for the miniature."""
     from hf_moe_lmc.derivation import derive  # with transformers' models behind it, which most commands do not need
-    from hf_moe_lmc.miniature import shrink
     from hf_moe_lmc.proof import prove
+    from hf_moe_lmc.small_config import shrink
 
     family = derive(config, where)
     small = shrink(config)

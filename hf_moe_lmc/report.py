@@ -22,10 +22,10 @@ report.json, version 1 (later versions add keys and keep these):
                 relabelling_floor: |endpoint_change| in a dtype narrower than float32, where it is no error but the noise of
                 relabelling (None in float32), nats,
                 difference: naive barrier - aligned barrier, nats, and difference_interval (None without a naive path)
-    layerwise   with --layerwise, a list over MoE layers of layer, barrier, barrier_interval, t, nll: only this decoder layer
-                goes from A to aligned B, all else stays A
+    layerwise   with --layerwise or --layers, a list of layer, or for a range layers: [first, last], barrier,
+                barrier_interval, t, nll: only these decoder layers go from A to aligned B, all else stays A
     routing     absent with --no-routing, or where the model does not show it (evaluation.routing_unavailable says why); else
-                one entry per path, grid point (t), layer and module (of the router's block within the layer): load, the share
+                one entry per path, point (t), layer and module (of the router's block within the layer): load, the share
                 of each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
                 A, or B of the same path, gives it as well (numbers of experts: the naive path has B's own); entropy, nats,
                 mean over tokens, of the softmax over all experts, or of scores divided by their sum
@@ -62,9 +62,12 @@ REPORT_VERSION = 1
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
 
+Span = tuple[int, int]  # first and last of neighbouring decoder layers
+
+
 @dataclass(frozen=True)
 class LayerLosses:
-    """The path on which one layer alone is interpolated: losses float64 [point, window], nats summed over each window."""
+    """The path on which some layers alone are interpolated: losses float64 [point, window], nats summed over each window."""
 
     t: tuple[float, ...]
     losses: Tensor
@@ -80,7 +83,7 @@ class BarrierReport:
         windows: what was evaluated on.
         losses: by path name, float64 [point, window], nats summed over each window.
         t: the grid.
-        layerwise: by layer, the path on which it alone goes from A to aligned B; None: not measured.
+        layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
         routing: records as in report.json, see the module's documentation; None: not recorded.
     """
 
@@ -92,7 +95,7 @@ class BarrierReport:
     losses: dict[str, Tensor]
     t: tuple[float, ...]
     seconds: float
-    layerwise: dict[int, LayerLosses] | None = None
+    layerwise: dict[Span, LayerLosses] | None = None
     routing: Sequence[Mapping[str, Any]] | None = None
 
     def curve(self, path: str) -> BarrierCurve:
@@ -165,10 +168,14 @@ class BarrierReport:
             if why
         ]
 
-    def of_layer(self, layer: int) -> tuple[BarrierCurve, Interval | None]:
-        """Curve of the path on which one layer alone is interpolated, and the interval of its barrier."""
-        assert self.layerwise is not None
-        t, losses = self.layerwise[layer].t, self.layerwise[layer].losses
+    def of_layers(self, first: int, last: int | None = None) -> tuple[BarrierCurve, Interval | None]:
+        """Curve of the path on which some layers alone are interpolated, and the interval of its barrier.
+
+        Raises:
+            KeyError: that was not measured.
+        """
+        found = (self.layerwise or {})[first, first if last is None else last]
+        t, losses = found.t, found.losses
         means = (losses.sum(dim=1) / self.windows.scored.sum()).tolist()
         interval = self.bootstrap.interval(curves.barrier(t, self.bootstrap.means(losses.numpy())))
         return BarrierCurve(t, tuple(means)), interval
@@ -227,10 +234,10 @@ class BarrierReport:
 
     def _layers(self) -> list[dict[str, Any]]:
         found = []
-        for layer in sorted(self.layerwise or {}):
-            curve, interval = self.of_layer(layer)
-            facts = {"layer": layer, "barrier": curve.barrier, "barrier_interval": interval}
-            found.append({**facts, "t": list(curve.t), "nll": list(curve.nll)})
+        for first, last in self.layerwise or {}:
+            curve, interval = self.of_layers(first, last)
+            facts = {"barrier": curve.barrier, "barrier_interval": interval, "t": list(curve.t), "nll": list(curve.nll)}
+            found.append({**({"layer": first} if first == last else {"layers": [first, last]}), **facts})
         return found
 
     def to_json(self) -> str:
@@ -333,14 +340,14 @@ class BarrierReport:
 
     def _layers_in_words(self) -> str:
         rows = "".join(
-            f"| {layer} | {curve.barrier:.4f}{_between(interval, '.4f')} | {curve.barrier_t:.3g} |\n"
-            for layer in sorted(self.layerwise or {})
-            for curve, interval in [self.of_layer(layer)]
+            f"| {figures.span(first, last)} | {curve.barrier:.4f}{_between(interval, '.4f')} | {curve.barrier_t:.3g} |\n"
+            for first, last in self.layerwise or {}
+            for curve, interval in [self.of_layers(first, last)]
         )
         return (
             "## Layer by layer\n\n![barrier of each layer](layerwise.png)\n\n"
-            "The barrier where one layer alone goes from A to aligned B and all else stays A.\n\n"
-            f"| layer | barrier, nats | at t |\n|---|---|---|\n{rows}"
+            "The barrier where one layer, or the layers of a range together, go from A to aligned B and all else stays A.\n\n"
+            f"| layers | barrier, nats | at t |\n|---|---|---|\n{rows}"
         )
 
     def _routing_in_words(self) -> str:
@@ -369,15 +376,15 @@ class BarrierReport:
         figures.save(figures.curve(lines, ends, self.bootstrap.level), path)
         if self.layerwise:
             values = {}
-            for layer in self.layerwise:
-                curve, interval = self.of_layer(layer)
-                values[layer] = (curve.barrier, *(interval or (math.nan, math.nan)))
+            for first, last in self.layerwise:
+                curve, interval = self.of_layers(first, last)
+                values[first, last] = (curve.barrier, *(interval or (math.nan, math.nan)))
             figures.save(figures.layerwise(values, ends, self.aligned.barrier), path.with_name("layerwise.png"))
         for name in dict.fromkeys(record["path"] for record in self.routing or []):
             t, layers, to_a, to_b, load = self._routing_arrays(name)
             title = f"{ends}, {name} path"
             figures.save(figures.agreement(t, layers, to_a, to_b, title), path.with_name(f"routing-{name}.png"))
-            shown = sorted({0, len(t) // 2, len(t) - 1})
+            shown = sorted({0, min(range(len(t)), key=lambda i: abs(t[i] - 0.5)), len(t) - 1})
             loads = {t[i]: load[i] for i in shown}
             figures.save(figures.load(loads, layers, title), path.with_name(f"load-{name}.png"))
 

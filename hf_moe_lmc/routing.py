@@ -9,6 +9,7 @@ is checked against what the router returned. A model in which a layer shows neit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_lmc.evaluation import Point
+from hf_moe_lmc.endpoints import Point
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.sweep import Lane
 
@@ -47,31 +48,50 @@ class Site:
 
 @dataclass
 class Tally:
-    """Sums over the tokens that went through a router at one point."""
+    """Sums over the tokens that went through a router at one point; they do not depend on the order of the batches.
+
+    Attributes:
+        tokens, pairs: numbers of tokens, and of token-expert pairs.
+        with_a, with_b: pairs whose expert A, or B, gives the token, too.
+        counts: tokens of each expert, int64 [expert].
+        entropies: nats, of each batch summed over its tokens; nan without logits.
+    """
 
     tokens: int = 0
     pairs: int = 0
-    counts: Tensor | None = None  # int64 [expert]
-    with_a: Tensor | float = 0.0
-    with_b: Tensor | float = 0.0
-    entropy: Tensor | float = 0.0
-    has_entropy: bool = True
+    with_a: int = 0
+    with_b: int = 0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    entropies: list[float] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         """Takes in the sums over other tokens."""
         self.tokens += other.tokens
         self.pairs += other.pairs
-        if self.counts is None or other.counts is None:
-            self.counts = other.counts if self.counts is None else self.counts
-        else:
-            self.counts = self.counts + other.counts
-        self.with_a = self.with_a + other.with_a
-        self.with_b = self.with_b + other.with_b
-        self.entropy = self.entropy + other.entropy
-        self.has_entropy = self.has_entropy and other.has_entropy
+        self.with_a += other.with_a
+        self.with_b += other.with_b
+        self.counts = other.counts + self.counts if len(self.counts) else other.counts
+        self.entropies += other.entropies
 
-    def share(self, total: Tensor | float) -> float:
-        return float(total) / self.tokens
+    def stored(self) -> dict[str, Tensor]:
+        sums = torch.tensor([self.tokens, self.pairs, self.with_a, self.with_b])
+        return {"sums": torch.cat([sums, self.counts]), "entropies": torch.tensor(self.entropies, dtype=torch.float64)}
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Tensor]) -> Tally:
+        """The inverse of `stored`."""
+        sums = stored["sums"]
+        tokens, pairs, with_a, with_b = sums[:4].tolist()
+        return cls(tokens, pairs, with_a, with_b, sums[4:], stored["entropies"].tolist())
+
+    @property
+    def entropy(self) -> float | None:
+        """Mean over the tokens, nats."""
+        total = math.fsum(self.entropies)
+        return None if math.isnan(total) else total / self.tokens
+
+
+Key = tuple[int, int, str]  # number of the point, layer, path of the block in the layer
 
 
 @dataclass
@@ -89,8 +109,8 @@ class RoutingObserver:
         points: those with `layers` None come first; of them t = 0 first, and t = 1 of each path before the others on it.
 
     Attributes:
-        tallies: by (number of the point, layer, module): sums, to which `add` adds those of other windows.
-        problem: why the routing of this model is not available; known after `end`.
+        tallies: by (number of the point, layer, module): sums, to which `add` adds those of other windows; whole after `end`.
+        needed: numbers of A and of B on each path, whose choices the others are compared with.
 
     Raises:
         ValueError: the points are in another order.
@@ -98,8 +118,9 @@ class RoutingObserver:
 
     model: MoEModel
     points: Sequence[Point]
-    tallies: dict[tuple[int, int, str], Tally] = field(default_factory=dict)
-    problem: str | None = None
+    tallies: dict[Key, Tally] = field(default_factory=dict)
+    needed: Sequence[int] = ()
+    _new: dict[Key, Tally] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _references: dict[tuple[str | None, int, str, int], Tensor] = field(default_factory=dict)
     _running: Callable[[], Lane | None] = field(default=lambda: None)
@@ -114,6 +135,7 @@ class RoutingObserver:
             if 0 < point.t < 1 and point.path not in ended:
                 raise ValueError(f"t = 1 of the path {point.path!r} comes before the points between its ends")
         self._watched = watched
+        self.needed = [i for i, point in enumerate(watched) if i == 0 or point.t == 1]
 
     def begin(self, layers: Sequence[nn.Module], running: Callable[[], Lane | None]) -> None:
         """Puts hooks on routers and experts of the MoE layers."""
@@ -130,19 +152,43 @@ class RoutingObserver:
             handle.remove()
         self._handles.clear()
         self._references.clear()
+        self.add(self._new)
+        self._new.clear()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the routing of this model is not available; known when all windows have been taken in."""
         silent = sorted(
             {number for number in self.model.layers if number < self.model.num_layers} - {layer for _, layer, _ in self.tallies}
         )
-        if silent and self.problem is None:
-            self.problem = (
-                f"layer {silent[0]} of {type(self.model.config).__name__} shows neither the numbers of the chosen experts nor "
-                "logits from which they follow"
-            )
+        if not silent:
+            return None
+        return (
+            f"layer {silent[0]} of {type(self.model.config).__name__} shows neither the numbers of the chosen experts nor "
+            "logits from which they follow"
+        )
 
-    def add(self, tallies: Mapping[tuple[int, int, str], Tally]) -> None:
+    def add(self, tallies: Mapping[Key, Tally]) -> None:
         """Takes in what an observer of other windows of the same text has counted."""
         for key, tally in tallies.items():
             self.tallies.setdefault(key, Tally()).add(tally)
+
+    def seen(self, points: Sequence[int]) -> dict[str, Tensor]:
+        found = {key: self._new.pop(key) for key in sorted(self._new) if key[0] in points}
+        self.add(found)
+        return {
+            f"{point}/{layer}/{module}/{name}": values
+            for (point, layer, module), tally in found.items()
+            for name, values in tally.stored().items()
+        }
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        for name, sums in stored.items():
+            place, _, what = name.rpartition("/")
+            if what == "sums":
+                point, layer, module = place.split("/")
+                tally = Tally.of({"sums": sums, "entropies": stored[f"{place}/entropies"]})
+                self.add({(int(point), int(layer), module): tally})
 
     def rows(self) -> list[dict[str, Any]]:
         """One entry per path, point, MoE layer and router; none where the routing is not available.
@@ -166,24 +212,23 @@ class RoutingObserver:
 
     def _row(self, path: str, number: int, layer: int, module: str) -> dict[str, Any]:
         tally, t = self.tallies[number, layer, module], self._watched[number].t
-        assert tally.counts is not None
         ends = [i for i, point in enumerate(self._watched) if point == Point(path, 1.0)]
         if not ends:
             with_b = None
         elif number == 0:  # B was not there yet; what A shares with B, B shares with A
             end = self.tallies[ends[0], layer, module]
-            with_b = end.share(end.with_a)
+            with_b = end.with_a / end.pairs
         else:
-            with_b = tally.share(tally.with_b)
+            with_b = tally.with_b / tally.pairs
         return {
             "path": path,
             "t": t,
             "layer": layer,
             "module": module,
             "load": (tally.counts.double() / tally.pairs).tolist(),
-            "agreement_a": tally.share(tally.with_a),
+            "agreement_a": tally.with_a / tally.pairs,
             "agreement_b": with_b,
-            "entropy": tally.share(tally.entropy) if tally.has_entropy else None,
+            "entropy": tally.entropy,
         }
 
     def _after_router(self, site: Site) -> Callable[..., None]:
@@ -236,24 +281,26 @@ class RoutingObserver:
             self._references[None, site.layer, site.module, lane.batch] = chosen
         if point.t == 1:
             self._references[point.path, site.layer, site.module, lane.batch] = chosen
-        of_a = self._references[None, site.layer, site.module, lane.batch]
-        of_b = self._references.get((point.path, site.layer, site.module, lane.batch))
-        layer = self.model.layers[site.layer]
-        experts = layer.experts if logits is None else logits.shape[-1]
-        counts = torch.bincount((chosen[chosen != NOWHERE]).long(), minlength=experts)
-        tally = Tally(
-            tokens=len(chosen),
-            pairs=chosen.numel(),
-            counts=counts,
-            with_a=_shared(chosen, of_a),
-            with_b=_shared(chosen, of_b) if of_b is not None else 0.0,
-            entropy=0.0 if logits is None else torch.special.entr(_distribution(logits, layer.facts.router)).sum(),
-            has_entropy=logits is not None,
-        )
-        self.tallies.setdefault(key, Tally()).add(tally)
+        if not lane.again:
+            self._new.setdefault(key, Tally()).add(self._tally(site, lane, chosen, logits))
         if lane.point == len(self._watched) - 1:  # nobody will ask again
             for path in (None, *(point.path for point in self._watched)):
                 self._references.pop((path, site.layer, site.module, lane.batch), None)
+
+    def _tally(self, site: Site, lane: Lane, chosen: Tensor, logits: Tensor | None) -> Tally:
+        """Of the tokens of one batch."""
+        path, layer = self._watched[lane.point].path, self.model.layers[site.layer]
+        of_a, of_b = (self._references.get((end, site.layer, site.module, lane.batch)) for end in (None, path))
+        experts = layer.experts if logits is None else logits.shape[-1]
+        entropy = None if logits is None else torch.special.entr(_distribution(logits, layer.facts.router)).sum()
+        return Tally(
+            tokens=len(chosen),
+            pairs=chosen.numel(),
+            with_a=_shared(chosen, of_a),
+            with_b=_shared(chosen, of_b),
+            counts=torch.bincount(chosen[chosen != NOWHERE].long(), minlength=experts).cpu(),
+            entropies=[math.nan if entropy is None else float(entropy)],
+        )
 
 
 def _sites(number: int, layer: nn.Module) -> Iterator[Site]:
@@ -272,10 +319,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
 
 
-def _shared(chosen: Tensor, others: Tensor) -> Tensor:
-    """Sum over the tokens of |intersection| / k: [token, choice] twice -> float64."""
-    same = (chosen[:, :, None] == others[:, None, :]).any(dim=-1)
-    return same.sum().double() / chosen.shape[-1]
+def _shared(chosen: Tensor, others: Tensor | None) -> int:
+    """Pairs of a token and an expert that are in both: [token, choice] twice; 0 where there is nothing to compare with."""
+    if others is None:
+        return 0
+    return int((chosen[:, :, None] == others[:, None, :]).any(dim=-1).sum())
 
 
 def _distribution(logits: Tensor, kind: str) -> Tensor:

@@ -7,6 +7,8 @@ What is relied on of transformers 5 (semi-public, held by tests/test_skeleton.py
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +75,12 @@ class Skeleton:
         for target, source in self.tied.items():
             if source in values:
                 _put(self.module, target, self.module.get_parameter(source))
+
+    def value(self, name: str) -> Tensor | None:
+        """What stands in the place of a parameter, to be written over; None where nothing does."""
+        owner, _, leaf = name.rpartition(".")
+        found = getattr(self.module.get_submodule(owner), leaf)
+        return None if found.is_meta else found.data
 
     def clear(self, names: Iterable[str]) -> None:
         """Takes values out again; whoever uses one then fails loudly."""
@@ -153,6 +161,14 @@ class Conversion:
             transform.add_tensor(group.target, key, part, read(key))
         realised = transform.convert(group.target, model=self._module, config=self._module.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in realised.items()}
+
+
+def warn_of_unused(name: str, model_class: type[PreTrainedModel], keys: Iterable[str]) -> None:
+    """Says which tensors of a checkpoint the model has no use for, but for those that its class expects to be left over."""
+    expected = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unused = sorted(key for key in keys if not any(re.search(pattern, key) for pattern in expected))
+    if unused:
+        warnings.warn(f"{name}: {model_class.__name__} does not use these tensors:\n{listing(unused)}", stacklevel=4)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

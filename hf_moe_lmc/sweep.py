@@ -25,6 +25,7 @@ class Lane:
 
     Attributes:
         layer: number of the decoder layer that it stands before; None before the first and after the last.
+        again: runs only for the sake of others; its result is known.
     """
 
     point: int
@@ -32,6 +33,7 @@ class Lane:
     run: greenlet
     layer: int | None = None
     result: Any = None
+    again: bool = False
 
 
 class Sweep:

@@ -8,7 +8,7 @@ without imports, and mean something only as ratios within one run.
 
     sweep      layer by layer; resident: the same with all weights in memory at once
     merges     a merged checkpoint written and loaded for each point
-    in_place   one resident model, filled again for each point from both checkpoints in memory
+    in_place   one resident model, whose parameters torch.lerp writes over for each point from both checkpoints in memory
     offload    one model per point, loaded by transformers with a device map that puts the decoder layers on disk
 """
 
@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.evaluation import Endpoints, Point, evaluate
+from hf_moe_lmc.endpoints import Endpoints, Point
+from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
 from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class
@@ -84,7 +85,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
         if way in ("sweep", "resident"):
             found, _ = evaluate(
                 a, b, {"naive": b.identity()}, [Point("naive", t) for t in grid], windows,
-                model_class=model_class, batch_size=WINDOWS, resident=way == "resident",
+                EvaluationOptions(model_class=model_class, batch_size=WINDOWS, resident=way == "resident"),
             )  # fmt: skip
             losses = list(found)
         elif way == "in_place":
@@ -92,8 +93,10 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
             ends = Endpoints(a, b, {"naive": b.identity()}, skeleton)
             names = [name for name in skeleton.state if name not in skeleton.tied]
             ends.load(names)
+            ends.place(names, "naive", 0.0)
             for t in grid:
-                ends.place(names, "naive", t)
+                for name in names:
+                    torch.lerp(ends.held[None, name], ends.held["naive", name], t, out=skeleton.value(name))
                 losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
         else:
             for i, t in enumerate(grid):

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.evaluation import Point, evaluate
+from hf_moe_lmc.endpoints import Point
+from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class
 from hf_moe_lmc.perplexity import Windows
@@ -67,9 +68,8 @@ def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
 
         base, started = anonymous(), time.perf_counter()
         threading.Thread(target=watch, daemon=True).start()
-        losses, cost = evaluate(
-            a, b, paths, grid, windows, model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False
-        )  # fmt: skip
+        options = EvaluationOptions(model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False)
+        losses, cost = evaluate(a, b, paths, grid, windows, options)
         done.set()
         layer = next(iter(a.layers.values()))
         experts = sum(a.checkpoint.tensors[name].nbytes for name in layer.claims)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from hf_moe_lmc import evaluation
 from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.endpoints import Endpoints, Point
 from hf_moe_lmc.errors import CheckpointError, InputError
-from hf_moe_lmc.evaluation import Endpoints, Point, check_points, evaluate
+from hf_moe_lmc.evaluation import EvaluationOptions, check_points, evaluate
 from hf_moe_lmc.miniature import build, shrink
 from hf_moe_lmc.model import MoEModel, read_model
 from hf_moe_lmc.path import language_model_class
@@ -75,14 +76,14 @@ def reference(model_class: Any, folder: Path, dtype: torch.dtype = torch.float32
 def test_the_loss_at_a_point_is_that_of_the_written_merge_to_the_bit(case: str, tmp_path: Path) -> None:
     a, b = miniatures(case, tmp_path)
     symmetries = {"aligned": drawn(b), "naive": b.identity()}
-    options: dict[str, Any] = {"model_class": language_model_class(a), "batch_size": 2}
-    losses, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, resident=False, **options)
+    options = EvaluationOptions(model_class=language_model_class(a), batch_size=2, resident=False)
+    losses, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, options)
     assert losses.dtype == torch.float64 and losses.isfinite().all() and cost.mode == "layers"
-    at_once, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, resident=True, **options)
+    at_once, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, replace(options, resident=True))
     assert torch.equal(losses, at_once) and cost.mode == "resident"
     for point, found in list(zip(POINTS, losses, strict=True))[:3]:  # the other path differs in its symmetry alone
         merged = write(interpolated(a, b, symmetries[point.path], point.t), tmp_path / f"{point.t}")
-        expected = window_losses(reference(options["model_class"], merged), WINDOWS, batch_size=2)
+        expected = window_losses(reference(options.model_class, merged), WINDOWS, batch_size=2)
         assert torch.equal(found, expected), point
 
 
@@ -100,8 +101,9 @@ def symmetries(pair: tuple[MoEModel, MoEModel]) -> dict[str, Any]:
 def run(pair: tuple[MoEModel, MoEModel], symmetries: dict[str, Any]) -> Callable[..., Any]:
     def run(points: list[Point] = POINTS, windows: Windows = WINDOWS, **options: Any) -> Any:
         a, b = pair
+        more = {name: options.pop(name) for name in ("inspect_model", "observers", "progress") if name in options}
         options = {"model_class": language_model_class(a), "batch_size": 2, "resident": False} | options
-        return evaluate(a, b, symmetries, points, windows, **options)
+        return evaluate(a, b, symmetries, points, windows, EvaluationOptions(**options), **more)
 
     return run
 
@@ -166,9 +168,9 @@ def test_points_that_share_weights_share_their_places(run: Callable[..., Any], m
     filled: list[tuple[str, float]] = []
     original = Endpoints.place
 
-    def place(ends: Endpoints, names: Any, path: str, t: float) -> None:
+    def place(ends: Endpoints, names: Any, path: str, t: float, **options: Any) -> None:
         filled.append((path, t))
-        original(ends, names, path, t)
+        original(ends, names, path, t, **options)
 
     monkeypatch.setattr(Endpoints, "place", place)
     points = [Point("naive", 0.0), Point("aligned", 0.0), *(Point("aligned", 0.5, frozenset({i})) for i in range(3))]

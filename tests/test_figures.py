@@ -32,10 +32,14 @@ def test_a_curve_is_drawn_whatever_is_known_of_it(tmp_path: Path, band: tuple[fl
 def test_layers_and_routing_are_drawn_in_every_size(tmp_path: Path, layers: int) -> None:
     generator = np.random.default_rng(0)
     numbers = [2 * i + 1 for i in range(layers)]
-    values = {layer: (0.1, 0.05, 0.2) if layer % 3 else (0.0, math.nan, math.nan) for layer in numbers}
-    bars = figures.layerwise(values, "A to B", whole=0.3)
+    values = {(n, n): (0.1, 0.05, 0.2) if n % 3 else (0.0, math.nan, math.nan) for n in numbers}
+    ranges = {(1, 2): (0.2, 0.1, 0.25), (1, 9): (math.nan, math.nan, math.nan)}
+    bars = figures.layerwise({**values, **ranges}, "A to B", whole=0.3)
     assert len(bars.axes[0].patches) == layers
-    t = [i / 24 for i in range(25)] if layers > 1 else [0.5]
+    assert [text.get_text() for text in bars.axes[0].texts] == ["1-2", "1-9"]
+    labels = [text.get_text() for text in bars.legends[0].get_texts()]
+    assert sorted(labels) == ["one layer", "the layers of a range together", "the whole model: 0.3"]
+    t = sorted({*(i / 24 for i in range(25)), 0.51, 0.52}) if layers > 1 else [0.5]
     share = generator.uniform(size=(len(t), layers))
     share[0, 0] = math.nan
     maps = figures.agreement(t, numbers, share, 1 - share, "A to B")

@@ -9,7 +9,7 @@ import torch
 
 from hf_moe_lmc.alignment import align
 from hf_moe_lmc.errors import InputError, MismatchError
-from hf_moe_lmc.interpolation import interpolate
+from hf_moe_lmc.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.merging import merge
 from tests import tiny
 from tests.test_alignment import with_mtp_layer
@@ -29,6 +29,26 @@ def test_interpolation_is_exact_at_the_ends_and_between_equals(dtype: torch.dtyp
     assert torch.equal(interpolate(a, a, 0.3), a.to(wide))
     assert torch.allclose(interpolate(a, b, 0.25), 0.75 * a.to(wide) + 0.25 * b.to(wide))
     assert interpolate(a, b.double(), 0.5).dtype == torch.float64
+
+
+@pytest.mark.parametrize("into", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 1.0])
+def test_interpolation_into_memory_is_interpolation_cast_once(
+    monkeypatch: pytest.MonkeyPatch, into: torch.dtype, dtype: torch.dtype, t: float
+) -> None:
+    a, b = (torch.randn(6, 5, 7).transpose(0, 2).to(dtype) for _ in range(2))
+    expected = interpolate(a, b, t).to(into)
+    for at_once in (1, 40, 1000):  # elements, rows, all at once
+        monkeypatch.setattr("hf_moe_lmc.interpolation.AT_ONCE", at_once)
+        out = torch.full(a.shape, torch.nan, dtype=into)
+        interpolate_into(out, a, b.contiguous(), t)
+        assert tiny.same_bytes(out, expected.contiguous())
+    numbers = torch.arange(6)
+    interpolate_into(numbers, torch.ones(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), t)
+    assert numbers.tolist() == [1] * 6
+    with pytest.raises(MismatchError, match="integers that differ"):
+        interpolate_into(numbers, numbers, numbers + 1, t)
 
 
 @pytest.mark.parametrize(("family", "layout"), tiny.TABLE)

@@ -27,7 +27,9 @@ def measure(
         a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "per-expert", 1)
         output = tmp_path_factory.mktemp("measured") / "out"
         options = {"text": text_file, "points": 5, "context": 32, "max_tokens": 200} | options
-        report = barrier(a, b, output, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BarrierReport, "plot", lambda *_: None)  # tests of the report and of the path draw
+            report = barrier(a, b, output, **options)
         found = json.loads((output / "report.json").read_text())
         assert found.get("routing") == report.routing
         assert found.get("layerwise") == json.loads(report.to_json()).get("layerwise")
@@ -69,6 +71,32 @@ def test_each_moe_layer_alone_starts_at_a_and_costs_no_more_reading(
         assert entry["barrier"] == BarrierCurve(tuple(entry["t"]), tuple(entry["nll"])).barrier
 
 
+def test_ranges_of_layers_go_together(plain: BarrierReport, measure: Callable[..., BarrierReport]) -> None:
+    report = measure(layers="1, 0-2,1-2,each", layerwise=1)
+    assert report.aligned.nll == plain.aligned.nll and report.evaluation["passes"] == plain.evaluation["passes"]
+    entries = report.to_dict()["layerwise"]
+    assert [entry.get("layer", entry.get("layers")) for entry in entries] == [1, 2, [0, 2], [1, 2]]
+    assert all(("layer" in entry) != ("layers" in entry) for entry in entries)
+    single, _ = report.of_layers(2)
+    both, _ = report.of_layers(1, 2)
+    assert single.t == both.t == (0, 0.5, 1) and single.nll[0] == both.nll[0] != both.nll[1] != single.nll[1]
+    alone = measure(layers="0", routing=False, naive=False)
+    assert list(alone.layerwise or {}) == [(0, 0)] and len(alone.of_layers(0)[0].t) == 7
+
+
+def test_layers_that_do_not_exist_are_refused(measure: Callable[..., BarrierReport]) -> None:
+    for layers, message in (
+        ("3", "has decoder layers 0 to 2"),
+        ("0-3", "has decoder layers 0 to 2"),
+        ("2-1", "a range goes from the lower to the higher"),
+        ("0:2", "expected numbers, ranges and `each`"),
+        ("-1", "expected numbers"),
+        ("", "expected numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure(layers=layers)
+
+
 def test_points_are_added_beside_the_maximum_on_both_paths(
     plain: BarrierReport, measure: Callable[..., BarrierReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +109,13 @@ def test_points_are_added_beside_the_maximum_on_both_paths(
     for refined, before in ((report.aligned, plain.aligned), (report.naive, plain.naive)):
         at = dict(zip(refined.t, refined.nll, strict=True))
         assert tuple(at[t] for t in before.t) == before.nll
-    assert report.routing == plain.routing  # of the grid
+    assert report.routing is not None and plain.routing is not None
+    assert [row for row in report.routing if row["t"] in before.t] == plain.routing
+    assert {(row["path"], row["t"]) for row in report.routing} == {(path, t) for path in report.losses for t in report.t}
+    one_grid = measure(points=11, naive=False).routing
+    assert one_grid is not None
+    of_added = [row for row in report.routing if row["path"] == "aligned" and row["t"] in (0.1, 0.3, 0.6)]
+    assert of_added == [row for row in one_grid if row["t"] in (0.1, 0.3, 0.6)]
 
 
 def test_the_intervals_beside_the_maximum_are_halved() -> None:
@@ -122,6 +156,7 @@ def test_the_options_of_the_command_line_have_their_defaults(capsys: pytest.Capt
     command = ["barrier", "a", "b", "-o", "c", "--text", "x"]
     options = _parser().parse_args(command)
     assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (0, 0, True, None)
+    assert options.layers is None and _parser().parse_args([*command, "--layers", "0-3,8"]).layers == "0-3,8"
     options = _parser().parse_args([*command, "--layerwise", "--refine", "--no-routing", "--activation-memory", "1GiB"])
     assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (5, 3, False, 2**30)
     options = _parser().parse_args([*command, "--layerwise", "2", "--refine", "1"])

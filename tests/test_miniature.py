@@ -9,7 +9,8 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moe_lmc.errors import FamilyError
-from hf_moe_lmc.miniature import EXPERTS, WIDTH, build, outputs, shrink
+from hf_moe_lmc.miniature import build, outputs
+from hf_moe_lmc.small_config import EXPERTS, WIDTH, shrink
 from tests.zoo import CASES, GEMMA, original
 
 GROUPED = """

@@ -10,8 +10,9 @@ import torch
 
 from hf_moe_lmc.alignment import apply
 from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.endpoints import Point
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
-from hf_moe_lmc.evaluation import Point, evaluate
+from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
 from hf_moe_lmc.measurement import barrier
 from hf_moe_lmc.merging import merge
 from hf_moe_lmc.miniature import build, shrink
@@ -251,7 +252,8 @@ def test_a_composite_model_is_evaluated_through_its_text(tmp_path: Path, case: s
     windows = Windows(tuple(rows), (0, 0, 0), context=17, bos=False, tokens_read=51)
     points = [Point("naive", t) for t in (0.0, 0.5, 1.0)]
     model_class = language_model_class(a)
-    losses, _ = evaluate(a, b, {"naive": b.identity()}, points, windows, model_class=model_class, batch_size=2)
+    options = EvaluationOptions(model_class=model_class, batch_size=2)
+    losses, _ = evaluate(a, b, {"naive": b.identity()}, points, windows, options)
     for i, folder in enumerate(folders):
         model = model_class.from_pretrained(folder, dtype=torch.float32)
         logits = model(input_ids=rows).logits[:, :-1]

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe_lmc.errors import InputError
-from hf_moe_lmc.perplexity import DatasetText, TextFiles, Windows, cut_windows, window_losses
+from hf_moe_lmc.perplexity import Windows, cut_windows, window_losses
+from hf_moe_lmc.text import DatasetText, TextFiles
 from tests import tiny
 
 

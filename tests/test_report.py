@@ -118,7 +118,8 @@ def test_a_peak_between_points_of_the_grid_is_warned_of() -> None:
 
 def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path) -> None:
     t = (0.0, 0.5, 1.0)
-    of_layer = {layer: LayerLosses(t, on_documents().losses["aligned"][[0, 4, 8]] * (1 + layer)) for layer in (1, 0)}
+    spans = [(0, 0), (1, 1), (0, 1)]
+    of_layer = {span: LayerLosses(t, on_documents().losses["aligned"][[0, 4, 8]] * (1 + sum(span))) for span in spans}
     routing = [
         {"path": "aligned", "t": at, "layer": layer, "load": [0.25, 0.75], "agreement_a": 1 - at / 2, "agreement_b": at,
          "entropy": 0.5}
@@ -127,11 +128,12 @@ def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path
     ]  # fmt: skip
     full = on_documents(layerwise=of_layer, routing=routing)
     found = json.loads(full.to_json())
-    assert [layer["layer"] for layer in found["layerwise"]] == [0, 1] and found["routing"] == routing
+    assert [entry.get("layer", entry.get("layers")) for entry in found["layerwise"]] == [0, 1, [0, 1]]
+    assert found["routing"] == routing
     low, high = found["layerwise"][1]["barrier_interval"]
     assert low < found["layerwise"][1]["barrier"] < high and found["layerwise"][1]["t"] == list(t)
     text = full.to_markdown()
-    assert "## Layer by layer" in text and "## Routing along the path" in text
+    assert "## Layer by layer" in text and "| 0-1 | " in text and "## Routing along the path" in text
     full.plot(tmp_path / "barrier.png")
     names = {"barrier", "layerwise", "routing-aligned", "load-aligned"}
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_moe_lmc.alignment import apply
-from hf_moe_lmc.evaluation import Point, evaluate
+from hf_moe_lmc.endpoints import Point
+from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.path import language_model_class
 from hf_moe_lmc.perplexity import Windows
@@ -30,8 +31,8 @@ def routed(
     a: MoEModel, b: MoEModel, symmetries: Any, points: list[Point] = POINTS, windows: Windows = WINDOWS, **options: Any
 ) -> RoutingObserver:
     observer = RoutingObserver(a, points)
-    options = {"batch_size": 2, "resident": False} | options
-    evaluate(a, b, symmetries, points, windows, model_class=language_model_class(a), observers=[observer], **options)
+    options = {"model_class": language_model_class(a), "batch_size": 2, "resident": False} | options
+    evaluate(a, b, symmetries, points, windows, EvaluationOptions(**options), observers=[observer])
     return observer
 
 
