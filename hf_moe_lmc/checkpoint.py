@@ -20,15 +20,20 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.errors import CheckpointError, listing
+from hf_moe_lmc.configuration import check_counts
+from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
 from hf_moe_lmc.hub import Folder, Repository, resolve
 from hf_moe_lmc.quantisation import Quantisation, read_quantisation
+from hf_moe_lmc.untrusted import JSON_LIMIT, kind_of, open_regular, parse_json, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
+DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
+DIMENSIONS = 64
+LARGEST = 2**62  # elements, bytes
+NAME_LIMIT = 4096  # characters of a tensor's name
 PROBE, PROBES = 512, 8  # the fingerprint sees so many bytes in so many places of each tensor
 
 DTYPES = {
@@ -63,6 +68,9 @@ FOREIGN_FILES = {
     "train_results.json",
     "eval_results.json",
 }
+
+
+_parsing = Lock()  # one header at a time: a large one of junk takes memory
 
 
 @dataclass(frozen=True)
@@ -119,29 +127,41 @@ class Checkpoint:
         For a Hub id, nothing but these is downloaded; `download` brings the weights.
 
         Raises:
-            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; the file and key are named.
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
+                key, unless it only follows from another.
         """
         source = resolve(model)
         files = set(source.files())
-        _refuse_other_kinds(source.name, files)
-        config = _read_json(source, "config.json")
-        quantisation = read_quantisation(source.name, config)
-        weight_map = _read_weight_map(source, files)
-        names = list(dict.fromkeys(weight_map.values())) if weight_map else [SINGLE]
+        faults = Faults()
+        _refuse_other_kinds(source, files, faults)
+        config: dict[str, Any] = {}
+        quantisation = None
+        with faults.gather():
+            if "config.json" in files:
+                config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
+                check_counts(f"{source.name}/config.json", config)
+                quantisation = read_quantisation(source.name, config)
+        weight_map = _read_weight_map(source, files, faults)
+        listed = list(dict.fromkeys(file for file in weight_map.values() if file))
+        names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
         shards: dict[str, Shard] = {}
         tensors: dict[str, TensorInfo] = {}
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
-            read = list(pool.map(lambda name: _read_shard(source, name), names))
-        for name, (shard, infos) in zip(names, read, strict=True):
-            shards[name] = shard
+            read = list(pool.map(lambda name: _attempt(source, name), names))
+        for name, found in zip(names, read, strict=True):
+            if isinstance(found, InputError):
+                faults.add(found)
+                continue
+            shards[name], infos = found
             for info in infos:
                 if info.name in tensors:
-                    raise CheckpointError(
-                        f"{source.name}: tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
-                    )
+                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
+                    faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
         if weight_map:
-            _check_weight_map(source.name, weight_map, tensors)
+            with faults.gather():
+                _check_weight_map(source.name, weight_map, shards, tensors)
+        faults.check()
         return cls(source=source, config=config, shards=shards, tensors=tensors, quantisation=quantisation)
 
     @property
@@ -232,12 +252,23 @@ class Checkpoint:
     def _fill(self, buffer: Tensor, info: TensorInfo, offset: int) -> None:
         """Reads bytes of the tensor from `offset` until `buffer` (uint8) is full."""
         with self._opening:
-            if info.shard not in self._descriptors:
-                self._descriptors[info.shard] = os.open(self.source.path(info.shard), os.O_RDONLY)
+            descriptor = self._descriptors.get(info.shard)
+            if descriptor is None:
+                with open_regular(self.source.path(info.shard), f"{self.name}/{info.shard}") as file:
+                    descriptor = os.dup(file.fileno())
+                if len(self._descriptors) < DESCRIPTORS:
+                    self._descriptors[info.shard] = descriptor
+        try:
+            self._fill_from(descriptor, buffer, info, offset)
+        finally:
+            if self._descriptors.get(info.shard) != descriptor:
+                os.close(descriptor)
+
+    def _fill_from(self, descriptor: int, buffer: Tensor, info: TensorInfo, offset: int) -> None:
         view = memoryview(buffer.numpy().data)
         position = info.start + offset
         while len(view):
-            got = os.preadv(self._descriptors[info.shard], [view], position)
+            got = os.preadv(descriptor, [view], position)
             if got == 0:
                 raise CheckpointError(f"{self.name}/{info.shard}: ends inside tensor {info.name}; fetch the file again")
             view = view[got:]
@@ -252,120 +283,213 @@ def _is_side_file(file: str) -> bool:
     return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
 
 
-def _refuse_other_kinds(name: str, files: set[str]) -> None:
-    top = {file for file in files if "/" not in file}
-    if "adapter_config.json" in top and not any(file.startswith("model") and file.endswith(".safetensors") for file in top):
-        raise CheckpointError(
-            f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
-        )
-    if INDEX not in top and SINGLE not in top:
-        pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        if pickles:
-            raise CheckpointError(
-                f"{name}: weights only as pickles ({pickles[0]}), which can run code when opened; "
-                "load the model with transformers and save_pretrained it as safetensors first"
+def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
+    """Adds a fault for what is no folder with safetensors weights and a configuration."""
+    name, top = source.name, {file for file in files if "/" not in file}
+    adapter = "adapter_config.json" in top and not any(
+        file.startswith("model") and file.endswith(".safetensors") for file in top
+    )
+    if adapter:
+        faults.add(
+            CheckpointError(
+                f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first "
+                "(peft: merge_and_unload)"
             )
-        shards = sorted(file for file in top if file.endswith(".safetensors"))
-        if shards:
-            raise CheckpointError(f"{name}: {len(shards)} safetensors files ({shards[0]}, ...) but no {INDEX} that lists them")
-        raise CheckpointError(f"{name}: expected {SINGLE} or {INDEX}, found neither; is this a model folder?")
-    if "config.json" not in top:
-        raise CheckpointError(f"{name}: config.json is missing; copy it from the model this checkpoint comes from")
+        )
+    elif INDEX not in top and SINGLE not in top:
+        faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
+    if "config.json" not in top and not adapter:
+        found = _instead(source, "config.json")
+        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
+        faults.add(CheckpointError(f"{name}: config.json {state}"))
 
 
-def _read_json(source: Folder | Repository, file: str) -> dict[str, Any]:
-    try:
-        value = json.loads(source.path(file).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source.name}/{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source.name}/{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
+    """What is there where neither an index nor a single file of weights is."""
+    for file in (INDEX, SINGLE):
+        if found := _instead(source, file):
+            return f"{file}: expected a file, found {found}"
+    pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        return (
+            f"weights only as pickles ({shown(pickles[0])}), which can run code when opened; "
+            "load the model with transformers and save_pretrained it as safetensors first"
+        )
+    shards = sorted(file for file in top if file.endswith(".safetensors"))
+    if shards:
+        return f"{len(shards)} safetensors files ({shown(shards[0])}, ...) but no {INDEX} that lists them"
+    return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
 
 
-def _read_weight_map(source: Folder | Repository, files: set[str]) -> dict[str, str]:
+def _instead(source: Folder | Repository, file: str) -> str | None:
+    """What stands in the place of a file that is none, in words."""
+    return kind_of(source.path(file)) if isinstance(source, Folder) else None
+
+
+def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
+    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
     if INDEX not in files:
         return {}
-    weight_map = _read_json(source, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{source.name}/{INDEX}: weight_map is missing or empty")
+    where = f"{source.name}/{INDEX}"
+    weight_map: Any = None
+    with faults.gather():
+        weight_map = read_json_object(source.path(INDEX), where).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{where}: weight_map is missing or empty; fetch the index again")
+    if not isinstance(weight_map, dict):
+        return {}
+    usable: dict[str, str | None] = dict.fromkeys(weight_map)
+    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
     for key, file in weight_map.items():
+        named = f"{where}: {shown(key)} is mapped to {shown(repr(file))}"
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, not to a .safetensors file")
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
-            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, a path that leaves the folder")
-        if file not in files:
-            raise CheckpointError(f"{source.name}: shard {file}, listed in {INDEX}, is missing")
-    return weight_map
+            faults.add(CheckpointError(f"{named}, not to a .safetensors file", kind="entries that lead to no safetensors file"))
+        elif _leaves(file):
+            faults.add(CheckpointError(f"{named}, a path that leaves the folder", kind="paths that leave the folder"))
+        elif file not in files:
+            listed.setdefault(file, []).append(key)
+        else:
+            usable[key] = file
+    for file, keys in listed.items():
+        found = _instead(source, file)
+        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
+        message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
+        message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
+        faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
+    return usable
 
 
-def _check_weight_map(name: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    problems = [f"{key}: listed in {file}, not there" for key, file in weight_map.items() if key not in tensors]
-    problems += [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map]
-    problems += [
-        f"{key}: listed in {weight_map[key]}, found in {info.shard}"
-        for key, info in tensors.items()
-        if key in weight_map and weight_map[key] != info.shard
-    ]
-    if problems:
-        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{listing(problems)}")
+def _leaves(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
+
+
+def _check_weight_map(
+    name: str, weight_map: Mapping[str, str | None], shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Compares the index with the headers that could be read."""
+    problems = (
+        [
+            f"{shown(key)}: listed in {file}, not there"
+            for key, file in weight_map.items()
+            if file in shards and key not in tensors
+        ],
+        [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map],
+        [
+            f"{key}: listed in {file}, found in {tensors[key].shard}"
+            for key, file in weight_map.items()
+            if file is not None and key in tensors and file != tensors[key].shard
+        ],
+    )
+    if any(problems):
+        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
+        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")
+
+
+def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
+    try:
+        return _read_shard(source, name)
+    except InputError as error:
+        return error
 
 
 def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
     where = f"{source.name}/{name}"
     if isinstance(source, Repository) and not source.cached:
-        header, raw, size = source.header(name), b"", None
-        data = 0
+        infos = _parse_header(source.header(name), name, 0, where)
+        raw, size = b"", None
     else:
-        with source.path(name).open("rb") as file:
+        with open_regular(source.path(name), where) as file:
             size = os.fstat(file.fileno()).st_size
-            raw, header = _read_header(file, size, where)
-        data = len(raw)
-    infos = _parse_header(header, name, data, where)
-    end = max((info.start + info.nbytes for info in infos), default=data)
+            raw = _read_header(file, size, where)
+        with _parsing:
+            infos = _parse_header(_header_object(raw[8:], where), name, len(raw), where)
+    end = max((info.start + info.nbytes for info in infos), default=len(raw))
     if size is not None and end != size:
         state = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{where}: {state}: the header describes {end} bytes, the file has {size}; fetch it again")
+        raise CheckpointError(
+            f"{where}: {state}: the header describes {end} bytes, the file has {size}; fetch it again",
+            kind=f"shards that are {state}",
+        )
     return Shard(name, raw, end, tuple(info.name for info in infos)), infos
 
 
-def _read_header(file: BinaryIO, size: int, where: str) -> tuple[bytes, dict[str, Any]]:
+def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
+    """The header with the eight bytes that tell its length."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
-        raise CheckpointError(f"{where}: not a whole safetensors file ({size} bytes, header of {length}); fetch it again")
-    body = file.read(length)
+    if len(prefix) < 8 or length > min(JSON_LIMIT, size - 8):
+        raise CheckpointError(
+            f"{where}: not a whole safetensors file ({size} bytes, header of {length}, at most {JSON_LIMIT}); fetch it again",
+            kind="files that are not whole",
+        )
+    return prefix + file.read(length)
+
+
+def _header_object(body: bytes, where: str) -> dict[str, Any]:
     try:
-        header = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: the header is not a JSON object")
-    return prefix + body, header
+        header = parse_json(body)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: the header is not valid JSON ({error}); fetch it again", kind="headers that are not valid JSON"
+        ) from error
+    if not isinstance(header, dict) or not body.startswith(b"{"):  # the library does not take leading spaces
+        raise CheckpointError(f"{where}: the header is not a JSON object; fetch it again", kind="headers that are no object")
+    return header
 
 
 def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) -> list[TensorInfo]:
+    """The tensors of a shard in file order, those without bytes first where several begin at one.
+
+    Raises:
+        CheckpointError: one fault for each bad entry; holes and overlaps are looked for where all entries are good.
+    """
+    faults = Faults()
     infos = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype = DTYPES[entry["dtype"]]
-            shape = tuple(int(size) for size in entry["shape"])
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-        except KeyError as error:
-            raise CheckpointError(f"{where}: tensor {name}: dtype or field {error} is not one that is read here") from error
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}") from error
-        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{where}: tensor {name}: {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
-        infos.append(TensorInfo(name, shard, dtype, shape, data + begin, end - begin))
+        with faults.gather():
+            if name != "__metadata__":
+                infos.append(_parse_entry(name, entry, shard, data, where))
+            elif not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                raise CheckpointError(f"{where}: __metadata__: expected names with strings", kind="bad metadata")
+    faults.check()
     infos.sort(key=lambda info: (info.start, info.nbytes))
     expected = data
+    problems = []
     for info in infos:
         if info.start != expected:
-            raise CheckpointError(
-                f"{where}: tensor {info.name} starts at byte {info.start}, expected {expected} (hole or overlap)"
-            )
-        expected += info.nbytes
+            what = "a hole" if info.start > expected else "an overlap"
+            problems.append(f"tensor {info.name} starts at byte {info.start}, expected {expected}: {what}")
+        expected = info.start + info.nbytes
+    if problems:
+        raise CheckpointError(
+            f"{where}: the tensors do not lie one after the other (hole or overlap); fetch it again:\n{listing(problems)}",
+            kind="headers with holes or overlaps",
+        )
     return infos
+
+
+def _parse_entry(name: str, entry: Any, shard: str, data: int, where: str) -> TensorInfo:
+    if not name or not name.isprintable() or len(name) > NAME_LIMIT:
+        raise CheckpointError(
+            f"{where}: tensor {shown(repr(name))}: expected a name of 1 to {NAME_LIMIT} characters that print", kind="bad names"
+        )
+    at = f"{where}: tensor {shown(name)}"
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{at}: dtype or field {shown(error)} is not one that is read here", kind="bad header entries"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{at}: malformed header entry {shown(repr(entry))}", kind="bad header entries") from error
+    numbers = (*shape, begin, end)
+    if len(shape) > DIMENSIONS or any(type(number) is not int for number in numbers):
+        raise CheckpointError(f"{at}: malformed header entry {shown(repr(entry))}", kind="bad header entries")
+    fits = all(abs(number) <= LARGEST for number in numbers) and math.prod(max(1, size) for size in shape) <= LARGEST
+    if not fits or begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{at}: {shown(list(shape))} of {dtype} does not fill bytes {shown(begin)} to {shown(end)}",
+            kind="bad header entries",
+        )
+    return TensorInfo(name, shard, dtype, shape, data + begin, end - begin)

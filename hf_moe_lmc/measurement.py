@@ -18,13 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_moe_lmc.alignment import align_models, begin, download, load_symmetry, open_models, writing
 from hf_moe_lmc.curve import BarrierCurve
 from hf_moe_lmc.distribution import team, together
-from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
+from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.evaluation import Cost, Point, evaluate
 from hf_moe_lmc.hub import looks_local
 from hf_moe_lmc.interpolation import refuse_quantised
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
-from hf_moe_lmc.output import check_output
 from hf_moe_lmc.path import implementations, language_model_class
 from hf_moe_lmc.perplexity import TOKENS_PER_BATCH, DatasetText, Text, TextFiles, Windows, cut_windows
 from hf_moe_lmc.report import BarrierReport, LayerLosses
@@ -32,6 +31,7 @@ from hf_moe_lmc.resume import Progress
 from hf_moe_lmc.routing import RoutingObserver
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
+from hf_moe_lmc.vocabulary import compare_tokenizers, different, read_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
@@ -111,12 +111,10 @@ def barrier(
     source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         progress = begin(output, stack, resume=resume)
-        model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
+        model_a, model_b = open_models(a, b, stack, output=output, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
         language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-        if team().is_main:
-            check_output(output, [model_a.checkpoint, model_b.checkpoint])
         tokenizer = _common_tokenizer(model_a, model_b)
         length = _context(model_a, context)
         windows = cut_windows(source.documents(), tokenizer, context=length, max_tokens=max_tokens, stride=stride)
@@ -329,7 +327,7 @@ def _context(model: MoEModel, context: int | None) -> int:
 
 
 def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
-    """A's tokenizer, B's being the same.
+    """A's tokenizer, B's being the same: what their files could not tell (see `open_models`) is compared once they are loaded.
 
     Raises:
         CheckpointError: A has none that transformers can load.
@@ -338,17 +336,16 @@ def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
     of_a = _tokenizer(a)
     if of_a is None:
         raise CheckpointError(f"{a.checkpoint.name}: no tokenizer here; copy its files from the model it was made from")
+    if compare_tokenizers(a.checkpoint, b.checkpoint).complete:
+        return of_a
     of_b = _tokenizer(b)
     if of_b is not None and (of_a.get_vocab(), of_a.all_special_ids) != (of_b.get_vocab(), of_b.all_special_ids):
-        raise MismatchError(
-            f"A ({a.checkpoint.name}) and B ({b.checkpoint.name}) have different tokenizers: their losses cannot be compared"
-        )
+        raise different(a.checkpoint, b.checkpoint, "  vocabulary or special ids, as transformers loads them")
     return of_a
 
 
 def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not set(names) & set(model.checkpoint.source.files()):
+    if read_vocabulary(model.checkpoint) is None:
         return None
     model.checkpoint.source.fetch(model.checkpoint.side_files())
     folder = model.checkpoint.source.path("config.json").parent
