@@ -103,7 +103,7 @@ class Checkpoint:
                 continue
             shards[name], infos = found
             for info in infos:
-                if info.name in tensors:
+                if info.name in tensors and not faults.enough("tensors in two shards"):
                     message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
                     faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
@@ -290,16 +290,21 @@ def _read_weight_map(source: Folder | Repository, files: set[str], faults: Fault
     usable: dict[str, str | None] = dict.fromkeys(weight_map)
     listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
     for key, file in weight_map.items():
-        named = f"{where}: {shown(key)} is mapped to {shown(repr(file))}"
+        wrong = None
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            faults.add(CheckpointError(f"{named}, not to a .safetensors file", kind="entries that lead to no safetensors file"))
+            wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
         elif _leaves(file):
-            faults.add(CheckpointError(f"{named}, a path that leaves the folder", kind="paths that leave the folder"))
-        elif file not in files:
+            wrong = ("a path that leaves the folder", "paths that leave the folder")
+        if wrong and not faults.enough(wrong[1]):
+            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}"
+            faults.add(CheckpointError(message, kind=wrong[1]))
+        elif not wrong and file not in files:
             listed.setdefault(file, []).append(key)
-        else:
+        elif not wrong:
             usable[key] = file
     for file, keys in listed.items():
+        if faults.enough("missing shards"):
+            continue
         found = _instead(source, file)
         state = f"expected a file, found {found}" if found else "is missing; fetch it again"
         message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"

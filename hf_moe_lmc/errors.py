@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+SHOWN = 8  # of faults of one kind, the rest is counted
 
 
 class MoELMCError(Exception):
@@ -26,6 +28,7 @@ class InputError(MoELMCError):
     Attributes:
         kind: of many faults of one kind, a list shows some and counts the rest; a fault without a kind is always shown.
         faults: the errors that this one stands for, where it stands for several.
+        more: how many others of a kind there are, which were only counted.
     """
 
     exit_code = 2
@@ -34,6 +37,7 @@ class InputError(MoELMCError):
         super().__init__(message)
         self.kind = kind
         self.faults: tuple[InputError, ...] = ()
+        self.more: dict[str, int] = {}
 
 
 class CheckpointError(InputError):
@@ -61,17 +65,26 @@ class Faults:
 
     def __init__(self) -> None:
         self.found: list[InputError] = []
+        self.more: dict[str, int] = {}
+        self._kinds: dict[str, int] = {}
         self._said: set[str] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self.found)
 
     def add(self, error: InputError) -> None:
         """Adds what an error stands for; what is there already, in the same words, only once."""
         for fault in error.faults or (error,):
-            if str(fault) not in self._said:
+            if str(fault) not in self._said and not self.enough(fault.kind):
                 self._said.add(str(fault))
+                self._kinds[fault.kind] = self._kinds.get(fault.kind, 0) + 1
                 self.found.append(fault)
+        for kind, count in error.more.items():
+            self.more[kind] = self.more.get(kind, 0) + count
+
+    def enough(self, kind: str) -> bool:
+        """Whether there are as many faults of this kind as a list shows; if so, one more is counted."""
+        if not kind or self._kinds.get(kind, 0) < SHOWN:
+            return False
+        self.more[kind] = self.more.get(kind, 0) + 1
+        return True
 
     @contextmanager
     def gather(self) -> Iterator[None]:
@@ -89,25 +102,15 @@ class Faults:
             classes = [type(error) for error in self.found]
             common = next(one for one in classes[0].__mro__ if all(issubclass(each, one) for each in classes))
             assert issubclass(common, InputError)
-            combined = common(f"{len(self.found)} faults; nothing has been done:\n{_numbered(self.found)}")
-            combined.faults = tuple(self.found)
+            lines = [f"  {i}. " + str(fault).replace("\n", "\n     ") for i, fault in enumerate(self.found, 1)]
+            lines += [f"  ... and {count} more: {kind}" for kind, count in self.more.items()]
+            count = len(self.found) + sum(self.more.values())
+            combined = common("\n".join([f"{count} faults; nothing has been done:", *lines]))
+            combined.faults, combined.more = tuple(self.found), self.more
             raise combined
 
 
-def _numbered(faults: Sequence[InputError], limit: int = 8) -> str:
-    """One below the other; of each kind at most `limit`, the rest counted where the last one shown stands."""
-    counts: dict[str, int] = {}
-    lines: list[str] = []
-    for number, fault in enumerate(faults, 1):
-        counts[fault.kind] = counts.get(fault.kind, 0) + 1
-        if fault.kind and counts[fault.kind] > limit:
-            continue
-        lines.append(f"  {number}. " + str(fault).replace("\n", "\n     "))
-    hidden = {kind: count - limit for kind, count in counts.items() if kind and count > limit}
-    return "\n".join([*lines, *(f"  ... and {count} more: {kind}" for kind, count in hidden.items())])
-
-
-def listing(lines: list[str], limit: int = 8) -> str:
+def listing(lines: list[str], limit: int = SHOWN) -> str:
     """`lines` indented below each other, the rest counted."""
     shown = [f"  {line}" for line in lines[:limit]]
     if len(lines) > limit:
@@ -120,6 +123,8 @@ def shown(text: object, limit: int = 160) -> str:
     plain = str(text)
     if len(plain) > limit:
         plain = f"{plain[: limit // 2]}...{plain[-limit // 2 :]}"
+    if plain.isprintable():
+        return plain
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in plain)
 
 

@@ -134,11 +134,15 @@ def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) 
     faults = Faults()
     infos = []
     for name, entry in header.items():
-        with faults.gather():
-            if name != "__metadata__":
-                infos.append(_parse_entry(name, entry, shard, data, where))
-            elif not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-                raise CheckpointError(f"{where}: __metadata__: expected names with strings", kind="bad metadata")
+        if name == "__metadata__":
+            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+                faults.add(CheckpointError(f"{where}: __metadata__: expected names with strings; fetch it again"))
+            continue
+        found = _parse_entry(name, entry, shard, data)
+        if isinstance(found, TensorInfo):
+            infos.append(found)
+        elif not faults.enough("bad header entries"):
+            faults.add(CheckpointError(f"{where}: tensor {found}", kind="bad header entries"))
     faults.check()
     infos.sort(key=lambda info: (info.start, info.nbytes))
     expected = data
@@ -156,27 +160,20 @@ def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) 
     return infos
 
 
-def _parse_entry(name: str, entry: Any, shard: str, data: int, where: str) -> TensorInfo:
+def _parse_entry(name: str, entry: Any, shard: str, data: int) -> TensorInfo | str:
+    """One tensor, or what is wrong with it."""
     if not name or not name.isprintable() or len(name) > NAME_LIMIT:
-        raise CheckpointError(
-            f"{where}: tensor {shown(repr(name))}: expected a name of 1 to {NAME_LIMIT} characters that print", kind="bad names"
-        )
-    at = f"{where}: tensor {shown(name)}"
+        return f"{shown(repr(name))}: expected a name of 1 to {NAME_LIMIT} characters that print"
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except KeyError as error:
-        raise CheckpointError(
-            f"{at}: dtype or field {shown(error)} is not one that is read here", kind="bad header entries"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{at}: malformed header entry {shown(repr(entry))}", kind="bad header entries") from error
+        return f"{shown(name)}: dtype or field {shown(error)} is not one that is read here"
+    except (TypeError, ValueError):
+        return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
     numbers = (*shape, begin, end)
     if len(shape) > DIMENSIONS or any(type(number) is not int for number in numbers):
-        raise CheckpointError(f"{at}: malformed header entry {shown(repr(entry))}", kind="bad header entries")
+        return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
     fits = all(abs(number) <= LARGEST for number in numbers) and math.prod(max(1, size) for size in shape) <= LARGEST
     if not fits or begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(
-            f"{at}: {shown(list(shape))} of {dtype} does not fill bytes {shown(begin)} to {shown(end)}",
-            kind="bad header entries",
-        )
+        return f"{shown(name)}: {shown(list(shape))} of {dtype} does not fill bytes {shown(begin)} to {shown(end)}"
     return TensorInfo(name, shard, dtype, shape, data + begin, end - begin)

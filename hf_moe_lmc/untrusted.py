@@ -49,7 +49,7 @@ def kind_of(path: Path) -> str | None:
 def parse_json(raw: bytes, *, constants: bool = False) -> Any:
     """A JSON document in UTF-8 in which every object has each key once.
 
-    Memory: at most about 26 times the size of the document, whatever it holds (measured: many short keys; a header of tensors: 11).
+    Memory: at most about 26 times the size of the document, as measured (many short keys; a header of tensors: 11 times).
 
     Args:
         constants: take NaN and Infinity, which Python writes although JSON has none.
@@ -83,7 +83,7 @@ def read_json_object(path: Path, where: str, *, constants: bool = False) -> dict
         size = os.fstat(file.fileno()).st_size
         if size > JSON_LIMIT:
             raise CheckpointError(f"{where}: {size} bytes, expected at most {JSON_LIMIT}")
-        raw = file.read(JSON_LIMIT)
+        raw = file.read(size)
     try:
         value = parse_json(raw, constants=constants)
     except ValueError as error:

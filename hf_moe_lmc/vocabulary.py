@@ -8,6 +8,7 @@ keys, templates and padding do not count.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,7 @@ def _text(token: Any) -> str:
 
 def _bytes(checkpoint: Checkpoint, file: str) -> bytes:
     with open_regular(checkpoint.source.path(file), f"{checkpoint.name}/{file}") as opened:
-        return opened.read(JSON_LIMIT)
+        return opened.read(min(JSON_LIMIT, os.fstat(opened.fileno()).st_size))
 
 
 def _digest(checkpoint: Checkpoint, file: str) -> str:
