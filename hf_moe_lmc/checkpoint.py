@@ -104,7 +104,7 @@ class Checkpoint:
             shards[name], infos = found
             for info in infos:
                 if info.name in tensors and not faults.enough("tensors in two shards"):
-                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
+                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
                     faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
         if weight_map:
@@ -296,7 +296,7 @@ def _read_weight_map(source: Folder | Repository, files: set[str], faults: Fault
         elif _leaves(file):
             wrong = ("a path that leaves the folder", "paths that leave the folder")
         if wrong and not faults.enough(wrong[1]):
-            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}"
+            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
             faults.add(CheckpointError(message, kind=wrong[1]))
         elif not wrong and file not in files:
             listed.setdefault(file, []).append(key)

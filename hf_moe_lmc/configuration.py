@@ -47,7 +47,9 @@ def check_counts(where: str, config: Mapping[str, Any]) -> None:
         if type(value) is int and abs(value) > COUNT_LIMIT and _COUNTS.fullmatch(key.rpartition(".")[2]):
             found = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
             faults.add(
-                CheckpointError(f"{where}: {shown(key)} is {found}, expected at most {COUNT_LIMIT}", kind="absurd counts")
+                CheckpointError(
+                    f"{where}: {shown(key)} is {found}, expected at most {COUNT_LIMIT}; correct it", kind="absurd counts"
+                )
             )
     faults.check()
 

@@ -142,7 +142,7 @@ def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) 
         if isinstance(found, TensorInfo):
             infos.append(found)
         elif not faults.enough("bad header entries"):
-            faults.add(CheckpointError(f"{where}: tensor {found}", kind="bad header entries"))
+            faults.add(CheckpointError(f"{where}: tensor {found}; fetch it again", kind="bad header entries"))
     faults.check()
     infos.sort(key=lambda info: (info.start, info.nbytes))
     expected = data

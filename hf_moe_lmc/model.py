@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.claim import Block, check_scales, claim_block
@@ -253,10 +253,13 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.get_text_config()
     except Exception as error:  # the one place where any class may come: configuration classes compute with foreign values
-        foreign = "; it asks for code of its own, which is never run" if "auto_map" in checkpoint.config else ""
-        raise CheckpointError(
-            f"{checkpoint.name}/config.json: transformers cannot read it ({type(error).__name__}: {shown(error, 400)}){foreign}"
-        ) from error
+        foreign = checkpoint.config.get("auto_map")
+        if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+            reason = f"it asks for code of its own (auto_map: {shown(foreign)}), which is never run; take a release of"
+            reason += f" transformers that knows model type {shown(repr(checkpoint.config.get('model_type')))}"
+        else:
+            reason = f"{type(error).__name__}: {shown(error, 400)}"
+        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({reason})") from error
     return config
 
 

@@ -87,7 +87,7 @@ def read_json_object(path: Path, where: str, *, constants: bool = False) -> dict
     try:
         value = parse_json(raw, constants=constants)
     except ValueError as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{where}: not valid JSON ({error}); fetch it again, or correct it") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
