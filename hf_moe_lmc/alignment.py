@@ -158,12 +158,13 @@ def open_models(
     stack: ExitStack,
     *,
     output: str | os.PathLike[str] | None = None,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     ignore_extra_layers: bool = False,
 ) -> tuple[MoEModel, MoEModel]:
-    """Opens, recognises and compares two checkpoints from headers alone, and looks at the output.
+    """Opens, recognises and compares two checkpoints from headers alone, and looks at the output and at a saved symmetry.
 
     Raises:
-        InputError: whatever is wrong with either, with the output, or between the two; all of it in one list.
+        InputError: whatever is wrong with either, with the other two, or between A and B; all of it in one list.
     """
     faults = Faults()
     found: list[str] = []
@@ -172,6 +173,8 @@ def open_models(
     if output is not None and team().is_main:
         with faults.gather():
             check_output(output, checkpoints)
+    if symmetry is not None:
+        _given(symmetry, faults)
     models = [_recognised(checkpoint, faults) for checkpoint in checkpoints]
     if len(checkpoints) == 2:
         with faults.gather():

@@ -23,8 +23,9 @@ FOREIGN_SWITCHES = {
     "_experts_implementation_internal", "use_kernels",
 }  # fmt: skip
 
-COUNT_LIMIT = 100_000  # layers, experts and the like; transformers makes lists as long as it is told
-_COUNTS = re.compile(r".*(layers?|experts?|labels?|blocks?|groups?|heads?|stages?|codebooks?)")
+# Layers, experts and the like, and classes: transformers makes lists as long as it is told.
+COUNT_LIMIT, LABEL_LIMIT = 10_000, 100_000
+_COUNTS = re.compile(r".*(layers?|experts?|blocks?|groups?|heads?|stages?|codebooks?|(labels?))")
 
 
 def without_foreign_switches(value: Any) -> Any:
@@ -44,13 +45,11 @@ def check_counts(where: str, config: Mapping[str, Any]) -> None:
     """
     faults = Faults()
     for key, value in _entries(config):
-        if type(value) is int and abs(value) > COUNT_LIMIT and _COUNTS.fullmatch(key.rpartition(".")[2]):
+        match = _COUNTS.fullmatch(key.rpartition(".")[2])
+        limit = LABEL_LIMIT if match and match[2] else COUNT_LIMIT
+        if match and type(value) is int and abs(value) > limit:
             found = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
-            faults.add(
-                CheckpointError(
-                    f"{where}: {shown(key)} is {found}, expected at most {COUNT_LIMIT}; correct it", kind="absurd counts"
-                )
-            )
+            faults.add(CheckpointError(f"{where}: {shown(key)} is {found}, expected at most {limit}; correct it"))
     faults.check()
 
 

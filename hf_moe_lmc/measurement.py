@@ -111,7 +111,7 @@ def barrier(
     source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         progress = begin(output, stack, resume=resume)
-        model_a, model_b = open_models(a, b, stack, output=output, ignore_extra_layers=True)
+        model_a, model_b = open_models(a, b, stack, output=output, symmetry=symmetry, ignore_extra_layers=True)
         refuse_quantised(model_a, model_b)
         language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None

@@ -219,11 +219,11 @@ def without_a_layer(held: dict[str, torch.Tensor]) -> None:
         del held[name]
 
 
-def linked_output(target: str) -> Damage:
+def linked_output(target: str, link: str = "OUT") -> Damage:
     def damage(bench: Path) -> None:
         place = Path(HF_HUB_CACHE) if target == "cache" else bench / target
         place.mkdir(parents=True, exist_ok=True)
-        (bench / "OUT").symlink_to(place)
+        (bench / link).symlink_to(place)
 
     return damage
 
@@ -327,6 +327,9 @@ OUTPUTS = (
     Row("an output inside an input", "align A B -o B/new", nothing),
     Row("an output that is a link into an input", MERGE, linked_output("A")),
     Row("an output that is a link into the Hub's cache", MERGE, linked_output("cache")),
+    Row("an output below a link into the Hub's cache", "align A B -o LINK/new", linked_output("cache", "LINK")),
+    Row("an output below a link into an input", NO_ALIGN.replace("OUT", "LINK/new"), linked_output("A", "LINK")),
+    Row("an output that is a named pipe", MERGE, lambda bench: os.mkfifo(bench / "OUT")),
     Row("faults in A, in B and in the output at once", MERGE, several),
 )
 WRITING: tuple[Row, ...] = ()  # what goes wrong while the output is written
