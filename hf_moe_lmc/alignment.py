@@ -20,17 +20,19 @@ from torch import Tensor
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint, bring
 from hf_moe_lmc.distribution import team, together
-from hf_moe_lmc.errors import CheckpointError, InputError
+from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
 from hf_moe_lmc.model import MoEModel, check_pair
 from hf_moe_lmc.output import begin, writing
+from hf_moe_lmc.pairing import same_place
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import digest, matchings, write_matching
 from hf_moe_lmc.streams import rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
-from hf_moe_lmc.workplace import Workplace
+from hf_moe_lmc.vocabulary import check_tokenizers
+from hf_moe_lmc.workplace import Workplace, check_output
 
 ALIGNMENT_VERSION = 1
 UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
@@ -152,17 +154,62 @@ def layer_report(index: int, matching: Matching) -> dict[str, Any]:
 
 
 def open_models(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, *, ignore_extra_layers: bool = False
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    stack: ExitStack,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    ignore_extra_layers: bool = False,
+    overwrite: bool = False,
 ) -> tuple[MoEModel, MoEModel]:
-    """Opens, recognises and compares two checkpoints from headers alone.
+    """Opens, recognises and compares two checkpoints from headers alone, and looks at the output and at a saved symmetry.
 
     Raises:
-        InputError: whatever is wrong with either, or between them.
+        InputError: whatever is wrong with either, with the other two, or between A and B; all of it in one list.
     """
-    model_a, model_b = (recognise(stack.enter_context(Checkpoint.open(model))) for model in (a, b))
-    for warning in check_pair(model_a, model_b, ignore_extra_layers=ignore_extra_layers):
+    faults = Faults()
+    found: list[str] = []
+    opened = [_opened(model, stack, faults) for model in (a, b)]
+    checkpoints = [checkpoint for checkpoint in opened if checkpoint]
+    if output is not None and team().is_main:
+        with faults.gather():
+            check_output(output, [checkpoint.folder for checkpoint in checkpoints], overwrite=overwrite)
+    if symmetry is not None:
+        _given(symmetry, faults)
+    models = [_recognised(checkpoint, faults) for checkpoint in checkpoints]
+    if len(checkpoints) == 2:
+        with faults.gather():
+            found += check_tokenizers(*checkpoints)
+    recognised = [model for model in models if model]
+    if len(recognised) == 2:
+        with faults.gather():
+            found += check_pair(*recognised, ignore_extra_layers=ignore_extra_layers)
+    faults.check()
+    if same_place(*checkpoints):
+        found.insert(0, f"A and B hold the same weights: both are {checkpoints[0].name}")
+    for warning in found:
         warnings.warn(warning, stacklevel=3)
+    model_a, model_b = recognised
     return model_a, model_b
+
+
+def _opened(model: str | os.PathLike[str], stack: ExitStack, faults: Faults) -> Checkpoint | None:
+    with faults.gather():
+        return stack.enter_context(Checkpoint.open(model))
+    return None
+
+
+def _given(symmetry: str | os.PathLike[str] | ModelSymmetry, faults: Faults) -> ModelSymmetry | None:
+    with faults.gather():
+        return symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
+    return None
+
+
+def _recognised(checkpoint: Checkpoint, faults: Faults) -> MoEModel | None:
+    with faults.gather():
+        return recognise(checkpoint)
+    return None
 
 
 def align_models(
@@ -364,8 +411,8 @@ def align(
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
     mates = team()
     with ExitStack() as stack:
+        model_a, model_b = open_models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
-        model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         download(model_a, model_b)
         alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
         facts = _facts(model_b, alignment.symmetry)
@@ -409,10 +456,18 @@ def apply(
         InputError: whatever else does not fit, before anything is written.
         WriteError: the system refuses to write.
     """
+    faults = Faults()
     with ExitStack() as stack:
+        opened = _opened(b, stack, faults)
+        if team().is_main:
+            with faults.gather():
+                check_output(output, [opened.folder] if opened else [], overwrite=overwrite)
+        read = _recognised(opened, faults) if opened else None
+        given = _given(symmetry, faults)
+        faults.check()
+        assert read is not None and given is not None
+        model, value = read, load_symmetry(given, read, inverse=inverse)
         workplace = begin(output, b, stack=stack, resume=resume, overwrite=overwrite)
-        model = recognise(stack.enter_context(Checkpoint.open(b)))
-        value = load_symmetry(symmetry, model, inverse=inverse)
         download(model, given=value)
         facts = _facts(model, value)
         with writing(workplace, facts, inputs=[model.checkpoint], allow_nonfinite=allow_nonfinite) as writer:

@@ -8,48 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from hf_moe_lmc.configuration import check_counts
 from hf_moe_lmc.distribution import team
-from hf_moe_lmc.errors import CheckpointError, listing
+from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
+from hf_moe_lmc.header import Shard, TensorInfo, read_shard, remote_shard
 from hf_moe_lmc.hub import Folder, Repository, resolve
 from hf_moe_lmc.quantisation import Quantisation, read_quantisation
+from hf_moe_lmc.untrusted import kind_of, open_regular, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
 # What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
 FOREIGN_SUFFIXES = {
@@ -64,32 +48,6 @@ FOREIGN_FILES = {
     "train_results.json",
     "eval_results.json",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes at `start` in the file of `shard`."""
-
-    name: str
-    shard: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its raw header (with the eight length bytes), its size, its tensors in file order."""
-
-    name: str
-    header: bytes
-    size: int
-    tensors: tuple[str, ...]
 
 
 @dataclass
@@ -120,29 +78,41 @@ class Checkpoint:
         For a Hub id, nothing but these is downloaded; `download` brings the weights.
 
         Raises:
-            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; the file and key are named.
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
+                key, unless it only follows from another.
         """
         source = resolve(model)
         files = set(source.files())
-        _refuse_other_kinds(source.name, files)
-        config = _read_json(source, "config.json")
-        quantisation = read_quantisation(source.name, config)
-        weight_map = _read_weight_map(source, files)
-        names = list(dict.fromkeys(weight_map.values())) if weight_map else [SINGLE]
+        faults = Faults()
+        _refuse_other_kinds(source, files, faults)
+        config: dict[str, Any] = {}
+        quantisation = None
+        with faults.gather():
+            if "config.json" in files:
+                config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
+                check_counts(f"{source.name}/config.json", config)
+                quantisation = read_quantisation(source.name, config)
+        weight_map = _read_weight_map(source, files, faults)
+        listed = list(dict.fromkeys(file for file in weight_map.values() if file))
+        names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
         shards: dict[str, Shard] = {}
         tensors: dict[str, TensorInfo] = {}
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
-            read = list(pool.map(lambda name: _read_shard(source, name), names))
-        for name, (shard, infos) in zip(names, read, strict=True):
-            shards[name] = shard
+            read = list(pool.map(lambda name: _attempt(source, name), names))
+        for name, found in zip(names, read, strict=True):
+            if isinstance(found, InputError):
+                faults.add(found)
+                continue
+            shards[name], infos = found
             for info in infos:
-                if info.name in tensors:
-                    raise CheckpointError(
-                        f"{source.name}: tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}"
-                    )
+                if info.name in tensors and not faults.enough("tensors in two shards"):
+                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
+                    faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
         if weight_map:
-            _check_weight_map(source.name, weight_map, tensors)
+            with faults.gather():
+                _check_weight_map(source.name, weight_map, shards, tensors)
+        faults.check()
         return cls(source=source, config=config, shards=shards, tensors=tensors, quantisation=quantisation)
 
     @property
@@ -160,13 +130,18 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def folder(self) -> Path:
+        """Where its configuration lies on this machine, in the Hub's cache or elsewhere."""
+        return self.source.path("config.json").parent
+
+    @property
     def is_here(self) -> bool:
         """Whether its weights can be read without a download."""
         return isinstance(self.source, Folder) or self.source.cached
 
     def download(self) -> None:
         """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
-        if isinstance(self.source, Folder) or self.source.cached:
+        if self.is_here:
             return
         self.source.fetch([*self.shards, *self.side_files()])
         here = Folder(self.source.path("config.json").parent)
@@ -211,16 +186,17 @@ class Checkpoint:
         """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places
         that are spread evenly from its first to its last byte, two and one more for each PROBE_EVERY bytes, at most PROBES.
         """
-        shard, descriptor = self.shards[name], self._descriptor(name)
+        shard = self.shards[name]
         digest = hashlib.sha256(f"{name} {shard.size} ".encode() + shard.header)
-        for tensor in shard.tensors:
-            info = self.tensors[tensor]
-            if info.nbytes <= PROBES * PROBE:
-                digest.update(os.pread(descriptor, info.nbytes, info.start))
-                continue
-            places = min(PROBES, 2 + info.nbytes // PROBE_EVERY)
-            for i in range(places):
-                digest.update(os.pread(descriptor, PROBE, info.start + i * (info.nbytes - PROBE) // (places - 1)))
+        with self._descriptor(name) as descriptor:
+            for tensor in shard.tensors:
+                info = self.tensors[tensor]
+                if info.nbytes <= PROBES * PROBE:
+                    digest.update(os.pread(descriptor, info.nbytes, info.start))
+                    continue
+                places = min(PROBES, 2 + info.nbytes // PROBE_EVERY)
+                for i in range(places):
+                    digest.update(os.pread(descriptor, PROBE, info.start + i * (info.nbytes - PROBE) // (places - 1)))
         return digest.digest()
 
     def origin(self) -> dict[str, str]:
@@ -241,16 +217,29 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, shard: str) -> int:
+    @contextmanager
+    def _descriptor(self, shard: str) -> Iterator[int]:
+        """An open file of a shard, for as long as the block runs."""
         with self._opening:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self.source.path(shard), os.O_RDONLY)
-            return self._descriptors[shard]
+            descriptor = self._descriptors.get(shard)
+            if descriptor is None:
+                with open_regular(self.source.path(shard), f"{self.name}/{shard}") as file:
+                    descriptor = os.dup(file.fileno())
+                if len(self._descriptors) < DESCRIPTORS:
+                    self._descriptors[shard] = descriptor
+        try:
+            yield descriptor
+        finally:
+            if self._descriptors.get(shard) != descriptor:
+                os.close(descriptor)
 
     def fill(self, values: Tensor, shard: str, position: int) -> None:
         """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`."""
-        descriptor = self._descriptor(shard)
         view = values.view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
+        with self._descriptor(shard) as descriptor:
+            self._fill_from(descriptor, view, shard, position)
+
+    def _fill_from(self, descriptor: int, view: memoryview, shard: str, position: int) -> None:
         while len(view):
             got = os.preadv(descriptor, [view], position)
             if got == 0:
@@ -277,120 +266,123 @@ def _is_side_file(file: str) -> bool:
     return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
 
 
-def _refuse_other_kinds(name: str, files: set[str]) -> None:
-    top = {file for file in files if "/" not in file}
-    if "adapter_config.json" in top and not any(file.startswith("model") and file.endswith(".safetensors") for file in top):
-        raise CheckpointError(
-            f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
-        )
-    if INDEX not in top and SINGLE not in top:
-        pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        if pickles:
-            raise CheckpointError(
-                f"{name}: weights only as pickles ({pickles[0]}), which can run code when opened; "
-                "load the model with transformers and save_pretrained it as safetensors first"
+def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
+    """Adds a fault for what is no folder with safetensors weights and a configuration."""
+    name, top = source.name, {file for file in files if "/" not in file}
+    adapter = "adapter_config.json" in top and not any(
+        file.startswith("model") and file.endswith(".safetensors") for file in top
+    )
+    if adapter:
+        faults.add(
+            CheckpointError(
+                f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first "
+                "(peft: merge_and_unload)"
             )
-        shards = sorted(file for file in top if file.endswith(".safetensors"))
-        if shards:
-            raise CheckpointError(f"{name}: {len(shards)} safetensors files ({shards[0]}, ...) but no {INDEX} that lists them")
-        raise CheckpointError(f"{name}: expected {SINGLE} or {INDEX}, found neither; is this a model folder?")
-    if "config.json" not in top:
-        raise CheckpointError(f"{name}: config.json is missing; copy it from the model this checkpoint comes from")
+        )
+    elif INDEX not in top and SINGLE not in top:
+        faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
+    if "config.json" not in top and not adapter:
+        found = _instead(source, "config.json")
+        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
+        faults.add(CheckpointError(f"{name}: config.json {state}"))
 
 
-def _read_json(source: Folder | Repository, file: str) -> dict[str, Any]:
-    try:
-        value = json.loads(source.path(file).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source.name}/{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source.name}/{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
+    """What is there where neither an index nor a single file of weights is."""
+    for file in (INDEX, SINGLE):
+        if found := _instead(source, file):
+            return f"{file}: expected a file, found {found}"
+    pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        return (
+            f"weights only as pickles ({shown(pickles[0])}), which can run code when opened; "
+            "load the model with transformers and save_pretrained it as safetensors first"
+        )
+    shards = sorted(file for file in top if file.endswith(".safetensors"))
+    if shards:
+        return f"{len(shards)} safetensors files ({shown(shards[0])}, ...) but no {INDEX} that lists them"
+    return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
 
 
-def _read_weight_map(source: Folder | Repository, files: set[str]) -> dict[str, str]:
+def _instead(source: Folder | Repository, file: str) -> str | None:
+    """What stands in the place of a file that is none, in words."""
+    return kind_of(source.path(file)) if isinstance(source, Folder) else None
+
+
+def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
+    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
     if INDEX not in files:
         return {}
-    weight_map = _read_json(source, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{source.name}/{INDEX}: weight_map is missing or empty")
+    where = f"{source.name}/{INDEX}"
+    weight_map: Any = None
+    with faults.gather():
+        weight_map = read_json_object(source.path(INDEX), where).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{where}: weight_map is missing or empty; fetch the index again")
+    if not isinstance(weight_map, dict):
+        return {}
+    usable: dict[str, str | None] = dict.fromkeys(weight_map)
+    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
     for key, file in weight_map.items():
+        wrong = None
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, not to a .safetensors file")
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file or ":" in file:
-            raise CheckpointError(f"{source.name}/{INDEX}: {key} is mapped to {file!r}, a path that leaves the folder")
-        if file not in files:
-            raise CheckpointError(f"{source.name}: shard {file}, listed in {INDEX}, is missing")
-    return weight_map
+            wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
+        elif _leaves(file):
+            wrong = ("a path that leaves the folder", "paths that leave the folder")
+        if wrong and not faults.enough(wrong[1]):
+            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
+            faults.add(CheckpointError(message, kind=wrong[1]))
+        elif not wrong and file not in files:
+            listed.setdefault(file, []).append(key)
+        elif not wrong:
+            usable[key] = file
+    for file, keys in listed.items():
+        if faults.enough("missing shards"):
+            continue
+        found = _instead(source, file)
+        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
+        message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
+        message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
+        faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
+    return usable
 
 
-def _check_weight_map(name: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    problems = [f"{key}: listed in {file}, not there" for key, file in weight_map.items() if key not in tensors]
-    problems += [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map]
-    problems += [
-        f"{key}: listed in {weight_map[key]}, found in {info.shard}"
-        for key, info in tensors.items()
-        if key in weight_map and weight_map[key] != info.shard
-    ]
-    if problems:
-        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{listing(problems)}")
+def _leaves(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
+
+
+def _check_weight_map(
+    name: str, weight_map: Mapping[str, str | None], shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Compares the index with the headers that could be read."""
+    problems = (
+        [
+            f"{shown(key)}: listed in {file}, not there"
+            for key, file in weight_map.items()
+            if file in shards and key not in tensors
+        ],
+        [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map],
+        [
+            f"{key}: listed in {file}, found in {tensors[key].shard}"
+            for key, file in weight_map.items()
+            if file is not None and key in tensors and file != tensors[key].shard
+        ],
+    )
+    if any(problems):
+        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
+        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")
+
+
+def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
+    try:
+        return _read_shard(source, name)
+    except InputError as error:
+        return error
 
 
 def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
     where = f"{source.name}/{name}"
     if isinstance(source, Repository) and not source.cached:
-        header, raw, size = source.header(name), b"", None
-        data = 0
-    else:
-        with source.path(name).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            raw, header = _read_header(file, size, where)
-        data = len(raw)
-    infos = _parse_header(header, name, data, where)
-    end = max((info.start + info.nbytes for info in infos), default=data)
-    if size is not None and end != size:
-        state = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{where}: {state}: the header describes {end} bytes, the file has {size}; fetch it again")
-    return Shard(name, raw, end, tuple(info.name for info in infos)), infos
-
-
-def _read_header(file: BinaryIO, size: int, where: str) -> tuple[bytes, dict[str, Any]]:
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
-        raise CheckpointError(f"{where}: not a whole safetensors file ({size} bytes, header of {length}); fetch it again")
-    body = file.read(length)
-    try:
-        header = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: the header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: the header is not a JSON object")
-    return prefix + body, header
-
-
-def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) -> list[TensorInfo]:
-    infos = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype = DTYPES[entry["dtype"]]
-            shape = tuple(int(size) for size in entry["shape"])
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-        except KeyError as error:
-            raise CheckpointError(f"{where}: tensor {name}: dtype or field {error} is not one that is read here") from error
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}") from error
-        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{where}: tensor {name}: {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
-        infos.append(TensorInfo(name, shard, dtype, shape, data + begin, end - begin))
-    infos.sort(key=lambda info: (info.start, info.nbytes))
-    expected = data
-    for info in infos:
-        if info.start != expected:
-            raise CheckpointError(
-                f"{where}: tensor {info.name} starts at byte {info.start}, expected {expected} (hole or overlap)"
-            )
-        expected += info.nbytes
-    return infos
+        return remote_shard(source.header(name), name, where)
+    return read_shard(source.path(name), name, where)

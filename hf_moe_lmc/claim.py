@@ -139,7 +139,10 @@ def claim_block(block: Block) -> dict[str, Claim]:
         problems += _tensor_problems(block, claim)
     problems += _uneven(block, claims) + _fixed_problems(block, claims)
     if problems:
-        raise FamilyError(f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}")
+        raise FamilyError(
+            f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}",
+            kind="layers that are not whole MoE blocks",
+        )
     return {name: claim for name, claim in claims.items() if not claim.spec.is_fixed}
 
 

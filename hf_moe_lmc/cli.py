@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
 from hf_moe_lmc import distribution
-from hf_moe_lmc.errors import InputError, MoELMCError
+from hf_moe_lmc.errors import InputError, MoELMCError, escaped
 
 if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def complain(line: str) -> None:
         if mates.is_main:
-            print(line, file=sys.stderr)
+            print(escaped(line), file=sys.stderr)
 
     warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
     verb: Callable[[argparse.Namespace], int | None] = options.verb

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SHOWN = 8  # of faults of one kind, the rest is counted
+
 
 class MoELMCError(Exception):
     """Base of every error that the package raises on purpose; the command line exits with `exit_code`."""
@@ -22,9 +27,21 @@ class WriteError(MoELMCError):
 
 
 class InputError(MoELMCError):
-    """What the user gave cannot be used. Raised before any work; nothing has been written."""
+    """What the user gave cannot be used. Raised before any work; nothing has been written.
+
+    Attributes:
+        kind: of many faults of one kind, a list shows some and counts the rest; a fault without a kind is always shown.
+        faults: the errors that this one stands for, where it stands for several.
+        more: how many others of a kind there are, which were only counted.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.faults: tuple[InputError, ...] = ()
+        self.more: dict[str, int] = {}
 
 
 class CheckpointError(InputError):
@@ -47,9 +64,74 @@ class OutputError(InputError):
     """The output folder cannot be used."""
 
 
-def listing(lines: list[str], limit: int = 8) -> str:
+class Faults:
+    """What is wrong with some input, gathered while the check goes on, so that everything is reported at once."""
+
+    def __init__(self) -> None:
+        self.found: list[InputError] = []
+        self.more: dict[str, int] = {}
+        self._kinds: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def add(self, error: InputError) -> None:
+        """Adds what an error stands for; what is there already, in the same words, only once."""
+        for fault in error.faults or (error,):
+            if str(fault) not in self._said and not self.enough(fault.kind):
+                self._said.add(str(fault))
+                self._kinds[fault.kind] = self._kinds.get(fault.kind, 0) + 1
+                self.found.append(fault)
+        for kind, count in error.more.items():
+            self.more[kind] = self.more.get(kind, 0) + count
+
+    def enough(self, kind: str) -> bool:
+        """Whether there are as many faults of this kind as a list shows; if so, one more is counted."""
+        if not kind or self._kinds.get(kind, 0) < SHOWN:
+            return False
+        self.more[kind] = self.more.get(kind, 0) + 1
+        return True
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Keeps an InputError of the block for the list, and goes on."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error)
+
+    def check(self) -> None:
+        """Raises the one fault as it is; several as one list, an error of the most specific class that all of them have."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            classes = [type(error) for error in self.found]
+            common = next(one for one in classes[0].__mro__ if all(issubclass(each, one) for each in classes))
+            assert issubclass(common, InputError)
+            lines = [f"  {i}. " + str(fault).replace("\n", "\n     ") for i, fault in enumerate(self.found, 1)]
+            lines += [f"  ... and {count} more: {kind}" for kind, count in self.more.items()]
+            count = len(self.found) + sum(self.more.values())
+            combined = common("\n".join([f"{count} faults; nothing has been done:", *lines]))
+            combined.faults, combined.more = tuple(self.found), self.more
+            raise combined
+
+
+def listing(lines: list[str], limit: int = SHOWN) -> str:
     """`lines` indented below each other, the rest counted."""
     shown = [f"  {line}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)
+
+
+def shown(text: object, limit: int = 160) -> str:
+    """Something from a file as a message may show it: on one line, what does not print escaped, the middle cut out."""
+    plain = str(text)
+    if len(plain) > limit:
+        plain = f"{plain[: limit // 2]}...{plain[-limit // 2 :]}"
+    if plain.isprintable():
+        return plain
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in plain)
+
+
+def escaped(text: str) -> str:
+    """Several lines for a terminal: no control characters but the ends of lines."""
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)

@@ -46,7 +46,7 @@ from pkgutil import iter_modules
 from types import CodeType
 from typing import Any
 
-from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.errors import FamilyError, shown
 
 AXIS_WORDS = ("expert", "unit", "shared", "model", "latent", "rank", "token", "choice", "half", "1")
 EXPERT_ROLES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -358,7 +358,7 @@ class MoEFamily:
 
     def at(self, config: Any, layer: int) -> LayerFacts:
         """What a configuration says of one MoE layer."""
-        sizes = {word: int(self.evaluate(expression, config, layer=layer) or 0) for word, expression in self.sizes.items()}
+        sizes = {word: self.number(expression, config, layer=layer) for word, expression in self.sizes.items()}
         kinds = {"": self.units, "shared": self.units, **self.bank_units}
         return LayerFacts(
             sizes=sizes,
@@ -385,8 +385,22 @@ class MoEFamily:
             values = {name: known[name] if name in known else getattr(config, name) for name in names - helpers.keys()}
             # the expression is ours; the configuration supplies values only
             return eval(code, {"__builtins__": {}}, {**values, **helpers})
-        except (AttributeError, TypeError, IndexError, KeyError, RuntimeError) as error:
-            raise FamilyError(f"{self.name}: cannot evaluate {expression!r} on config.json: {error}") from error
+        except (AttributeError, TypeError, ValueError, ArithmeticError, IndexError, KeyError, RuntimeError) as error:
+            raise FamilyError(f"{self.name}: cannot evaluate {expression!r} on config.json: {shown(error)}") from error
+
+    def number(self, expression: str, config: Any, **known: int) -> int:
+        """Value of an expression that counts something; nothing, such as None, is 0.
+
+        Raises:
+            FamilyError: see `evaluate`; or the value is no number.
+        """
+        value = self.evaluate(expression, config, **known) or 0
+        try:
+            return int(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FamilyError(
+                f"{self.name}: {expression!r} gives {shown(repr(value))} on config.json, expected a number"
+            ) from error
 
     def kind(self, expression: str, config: Any, known_kinds: tuple[str, ...], **known: int) -> str:
         """A kind given by name or by an expression that yields a name.
@@ -395,9 +409,10 @@ class MoEFamily:
             FamilyError: another name, which this package has no symmetry for.
         """
         value = expression if expression in known_kinds else self.evaluate(expression, config, **known)
-        if value not in known_kinds:
+        if not isinstance(value, str) or value not in known_kinds:
             raise FamilyError(
-                f"{self.name}: {expression!r} gives {value!r} on config.json, expected one of {', '.join(known_kinds)}"
+                f"{self.name}: {expression!r} gives {shown(repr(value))} on config.json, "
+                f"expected one of {', '.join(known_kinds)}"
             )
         return str(value)
 

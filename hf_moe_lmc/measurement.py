@@ -19,7 +19,7 @@ from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_mod
 from hf_moe_lmc.curve import BarrierCurve
 from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.endpoints import Point
-from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
+from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.evaluation import Cost, EvaluationOptions, evaluate
 from hf_moe_lmc.matching import OrderMethod, check_methods
 from hf_moe_lmc.model import MoEModel
@@ -32,6 +32,7 @@ from hf_moe_lmc.streams import refuse_quantised
 from hf_moe_lmc.symmetry import ModelSymmetry
 from hf_moe_lmc.text import Text, text_source
 from hf_moe_lmc.units import UnitMethod
+from hf_moe_lmc.vocabulary import compare_tokenizers, different, read_vocabulary
 from hf_moe_lmc.workplace import Workplace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,8 +128,10 @@ def barrier(
     files = [text] if isinstance(text, str | os.PathLike) else text
     source = text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
+        model_a, model_b = open_models(
+            a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite, ignore_extra_layers=True
+        )
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
-        model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         return _barrier(model_a, model_b, source, symmetry, options, workplace)
 
 
@@ -427,7 +430,7 @@ def _context(model: MoEModel, context: int | None) -> int:
 
 
 def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
-    """A's tokenizer, B's being the same.
+    """A's tokenizer, B's being the same: what their files could not tell (see `open_models`) is compared once they are loaded.
 
     Raises:
         CheckpointError: A has none that transformers can load.
@@ -436,17 +439,16 @@ def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
     of_a = _tokenizer(a)
     if of_a is None:
         raise CheckpointError(f"{a.checkpoint.name}: no tokenizer here; copy its files from the model it was made from")
+    if compare_tokenizers(a.checkpoint, b.checkpoint).complete:
+        return of_a
     of_b = _tokenizer(b)
     if of_b is not None and (of_a.get_vocab(), of_a.all_special_ids) != (of_b.get_vocab(), of_b.all_special_ids):
-        raise MismatchError(
-            f"A ({a.checkpoint.name}) and B ({b.checkpoint.name}) have different tokenizers: their losses cannot be compared"
-        )
+        raise different(a.checkpoint, b.checkpoint, "  vocabulary or special ids, as transformers loads them")
     return of_a
 
 
 def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not set(names) & set(model.checkpoint.source.files()):
+    if read_vocabulary(model.checkpoint) is None:
         return None
     model.checkpoint.source.fetch(model.checkpoint.side_files())
     folder = model.checkpoint.source.path("config.json").parent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint, bring
 from hf_moe_lmc.distribution import team, together
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import Faults, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.interpolation import check_t
 from hf_moe_lmc.output import TensorStream, begin, writing
 from hf_moe_lmc.pairing import check_plain_pair
 from hf_moe_lmc.spans import PlainStream
-from hf_moe_lmc.workplace import Workplace
+from hf_moe_lmc.workplace import Workplace, check_output
 
 if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment
     from hf_moe_lmc.matching import OrderMethod
+    from hf_moe_lmc.model import MoEModel
     from hf_moe_lmc.symmetry import ModelSymmetry
     from hf_moe_lmc.units import UnitMethod
 
@@ -73,12 +75,14 @@ def merge(
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     with ExitStack() as stack:
+        opened = open_plain(a, b, stack, output=output, overwrite=overwrite) if not align else None
+        models = None if opened else _open_models(a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite)
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
-        found = None
-        if not align:
-            found = _plain(a, b, t, stack)
-        if found is None:
-            found = _modelled(a, b, t, align, symmetry, order, units, workplace, stack)
+        if opened:
+            found = _plain(*opened, t)
+        else:
+            assert models is not None
+            found = _modelled(*models, t, align, symmetry, {"order": order, "units": units}, workplace)
         facts = {"what": "merge", "t": t, **found.facts}
         with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
             if writer:
@@ -111,53 +115,75 @@ class _Merge:
     alignment: Alignment | None = None
 
 
-def _plain(a: str | os.PathLike[str], b: str | os.PathLike[str], t: float, stack: ExitStack) -> _Merge | None:
-    """Two checkpoints with the same tensors as they are; None if only their layouts as models can tell what belongs where."""
-    opened = open_plain(a, b, stack)
-    if opened is None:
-        return None
-    of_a, of_b = opened
-    bring(of_a, of_b)
-    return _Merge(of_a, of_b, PlainStream(of_a, of_b, t), {"a": of_a.fingerprint(), "b": of_b.fingerprint()})
+def _plain(a: Checkpoint, b: Checkpoint, t: float) -> _Merge:
+    """Two checkpoints with the same tensors as they are."""
+    bring(a, b)
+    return _Merge(a, b, PlainStream(a, b, t), {"a": a.fingerprint(), "b": b.fingerprint()})
 
 
-def open_plain(a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack) -> tuple[Checkpoint, Checkpoint] | None:
+def open_plain(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    stack: ExitStack,
+    *,
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+) -> tuple[Checkpoint, Checkpoint] | None:
     """Two checkpoints with the same tensors, checked from their headers; None if they hold other ones, or quantised ones.
 
     Raises:
-        InputError: whatever is wrong with either, or between them.
+        InputError: whatever is wrong with either, between them, or with the output; all of it in one list.
     """
-    of_a, of_b = (stack.enter_context(Checkpoint.open(model)) for model in (a, b))
-    if of_a.quantisation or of_b.quantisation or of_a.tensors.keys() != of_b.tensors.keys():
+    faults, opened = Faults(), list[Checkpoint]()
+    for model in (a, b):
+        with faults.gather():
+            opened.append(stack.enter_context(Checkpoint.open(model)))
+    pair = (opened[0], opened[1]) if len(opened) == 2 else None
+    if pair and (pair[0].tensors.keys() != pair[1].tensors.keys() or any(one.quantisation for one in pair)):
         return None
-    for warning in check_plain_pair(of_a, of_b):
+    if team().is_main:
+        with faults.gather():
+            check_output(output, [one.folder for one in opened], overwrite=overwrite)
+    found = []
+    if pair:
+        with faults.gather():
+            found = check_plain_pair(*pair)
+    faults.check()
+    for warning in found:
         warnings.warn(warning, stacklevel=4)
-    return of_a, of_b
+    return pair
+
+
+def _open_models(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, **options: Any
+) -> tuple[MoEModel, MoEModel]:
+    from hf_moe_lmc.alignment import open_models
+    from hf_moe_lmc.streams import refuse_quantised
+
+    models = open_models(a, b, stack, **options)
+    refuse_quantised(*models)
+    return models
 
 
 def _modelled(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    model_a: MoEModel,
+    model_b: MoEModel,
     t: float,
     align: bool,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None,
-    order: OrderMethod,
-    units: UnitMethod,
+    matching: Mapping[str, Any],
     workplace: Workplace | None,
-    stack: ExitStack,
 ) -> _Merge:
-    """Two models, the second one aligned, or in another layout."""
-    from hf_moe_lmc.alignment import align_models, download, load_symmetry, open_models
+    """Two models, the second one aligned with the options `matching`, or in another layout."""
+    from hf_moe_lmc.alignment import align_models, download, load_symmetry
     from hf_moe_lmc.resume import digest
-    from hf_moe_lmc.streams import interpolated, refuse_quantised
+    from hf_moe_lmc.streams import interpolated
 
-    model_a, model_b = open_models(a, b, stack)
-    refuse_quantised(model_a, model_b)
     given = load_symmetry(symmetry, model_b) if symmetry is not None else None
     download(model_a, model_b, given=given)
     alignment = None
     if align and given is None:
-        alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
+        alignment = align_models(model_a, model_b, **matching, progress=workplace)
     used = alignment.symmetry if alignment else given or model_b.identity()
     of_a, of_b = model_a.checkpoint, model_b.checkpoint
     facts = {"a": of_a.fingerprint(), "b": of_b.fingerprint(), "symmetry": digest(used)}

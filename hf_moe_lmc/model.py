@@ -6,15 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.claim import Block, check_scales, claim_block
-from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError, listing
+from hf_moe_lmc.configuration import differing
+from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, SymmetryError, listing, shown
 from hf_moe_lmc.family import (
     SHARED_ROLES,
     MoEFamily,
@@ -26,17 +25,9 @@ from hf_moe_lmc.family import (
     split_role,
 )
 from hf_moe_lmc.layer import ActedLayer, LayerSource, MoELayer
+from hf_moe_lmc.pairing import not_one_architecture, shapes_of, tensor_problems
 from hf_moe_lmc.quantisation import WAY_OUT, Quantisation
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
-
-# Differences in these say nothing about the function that the weights compute.
-COSMETIC_CONFIG = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "name_or_path", "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "router_aux_loss_coef", "torch_dtype",
-    "transformers_version", "use_cache", "_attn_implementation", "_experts_implementation", "attention_dropout",
-    "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size",
-}  # fmt: skip
-
 
 _EXPERTS_ANYWHERE = re.compile(r"(?P<prefix>.*?[^.]+)\.\d+\.(?:[^.]+\.)*experts\.(?:\d+\.)?[^.]*(?:w[123]|fc[123]|_proj)")
 
@@ -165,30 +156,33 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     family = family or get_family(model_type(config), checkpoint.name)
     text = config.get_text_config()
     layers: dict[int, MoELayer] = {}
+    faults = Faults()
     towers, start = [], 0
     for stack in family.stacks:
         tower = _find_tower(checkpoint, family, stack, config)
         towers.append(tower)
-        count = int(family.evaluate(stack.layers, text))
+        count = family.number(stack.layers, text)
         for index, names in _blocks(checkpoint, family, stack, tower, text, count).items():
-            block = Block(
-                checkpoint=checkpoint,
-                family=family,
-                index=start + index,
-                prefix=tower + stack.stem.format(layer=index),
-                names=names,
-                facts=family.at(text, min(index, count - 1)),
-                quantisation=checkpoint.quantisation,
-            )
-            layers[block.index] = MoELayer(
-                checkpoint, family, block.index, block.facts, claim_block(block), checkpoint.quantisation
-            )
+            with faults.gather():
+                block = Block(
+                    checkpoint=checkpoint,
+                    family=family,
+                    index=start + index,
+                    prefix=tower + stack.stem.format(layer=index),
+                    names=names,
+                    facts=family.at(text, min(index, count - 1)),
+                    quantisation=checkpoint.quantisation,
+                )
+                layers[block.index] = MoELayer(
+                    checkpoint, family, block.index, block.facts, claim_block(block), checkpoint.quantisation
+                )
         start += count
+    faults.check()
     if not layers:
         raise FamilyError(
             f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
         )
-    groups, top_k = int(family.evaluate(family.groups, text)), int(family.evaluate(family.top_k, text))
+    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
     _check_routing(checkpoint.name, text, layers, groups, top_k)
     model = MoEModel(
         checkpoint=checkpoint,
@@ -218,9 +212,17 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
     folder = checkpoint.source.path("config.json").parent
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({error})") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.get_text_config()
+    except Exception as error:  # the one place where any class may come: configuration classes compute with foreign values
+        foreign = checkpoint.config.get("auto_map")
+        if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+            reason = f"it asks for code of its own (auto_map: {shown(foreign)}), which is never run; take a release of"
+            reason += f" transformers that knows model type {shown(repr(checkpoint.config.get('model_type')))}"
+        else:
+            reason = f"{type(error).__name__}: {shown(error, 400)}"
+        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({reason})") from error
+    return config
 
 
 def _check_routing(name: str, text: PreTrainedConfig, layers: Mapping[int, MoELayer], groups: int, top_k: int) -> None:
@@ -295,7 +297,7 @@ def _blocks(
         if match := pattern.fullmatch(name):
             layers.setdefault(int(match["layer"]), {})[match["rest"]] = name
     moe = [index for index in range(count) if family.evaluate(stack.moe_layers, config, layer=index)]
-    extra = int(family.evaluate(family.extra_layers, config) or 0) if len(family.stacks) == 1 else 0
+    extra = family.number(family.extra_layers, config) if len(family.stacks) == 1 else 0
     # a stack with a suffix after its number (an encoder's `layer.1`) shows only some of the tensors of a layer
     expected = range(count) if stack.stem.endswith("{layer}.") else moe
     problems = [f"layer {index} is missing" for index in expected if index not in layers]
@@ -339,61 +341,44 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
     Raises:
         MismatchError: listing every difference with both values.
     """
-    problems = []
-    for what, of_a, of_b in (
-        ("family", a.family.name, b.family.name),
-        ("layers", a.num_layers, b.num_layers),
-        ("MoE layers", _regular(a), _regular(b)),
-        ("experts per token", a.top_k, b.top_k),
-        ("binding expert groups", a.groups, b.groups),
-        ("quantisation", a.quantisation, b.quantisation),
-        *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
-    ):
-        if of_a != of_b:
-            problems.append(f"{what}: A has {of_a}, B has {of_b}")
-    if a.family is b.family:
-        for i in [i for i in _regular(a) if i in b.layers]:
-            layer_a, layer_b = a.layers[i], b.layers[i]
-            for word in [word for word in a.sizes if a.sizes[word] == b.sizes.get(word)]:
-                if layer_a.sizes[word] != layer_b.sizes[word]:
-                    problems.append(f"layer {i}: size of axis {word}: A has {layer_a.sizes[word]}, B has {layer_b.sizes[word]}")
-            if not a.quantisation and set(layer_a.roles) != set(layer_b.roles):
-                problems.append(f"layer {i}: in one of the two only: {', '.join(set(layer_a.roles) ^ set(layer_b.roles))}")
-        problems += _outside_problems(a, b, ignore_extra_layers)
-    if problems:
-        raise MismatchError(
-            f"A ({a.checkpoint.name}) and B ({b.checkpoint.name}) are not of one architecture:\n{listing(problems)}"
+    facts = [
+        f"{what}: A has {of_a}, B has {of_b}"
+        for what, of_a, of_b in (
+            ("family", a.family.name, b.family.name),
+            ("layers", a.num_layers, b.num_layers),
+            ("MoE layers", _regular(a), _regular(b)),
+            ("experts per token", a.top_k, b.top_k),
+            ("binding expert groups", a.groups, b.groups),
+            ("quantisation", a.quantisation, b.quantisation),
+            *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
         )
-    of_a, of_b = _settings(a.config.to_dict()), _settings(b.config.to_dict())
-    return [
-        f"config.json: {key} is {of_a.get(key)!r} in A and {of_b.get(key)!r} in B; the path and a merge take A's"
-        for key in sorted(of_a.keys() | of_b.keys())
-        if of_a.get(key) != of_b.get(key)
+        if of_a != of_b
     ]
-
-
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What may change what the weights compute, nested ones by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in COSMETIC_CONFIG:
-            continue
-        if isinstance(value, dict):
-            found |= _settings(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+    problems = [facts]
+    if a.family is b.family:
+        problems += [_layer_problems(a, b), *_outside_problems(a, b, ignore_extra_layers)]
+    if any(problems):
+        raise not_one_architecture(a.checkpoint, b.checkpoint, problems)
+    return differing(a.config.to_dict(), b.config.to_dict())
 
 
 def _regular(model: MoEModel) -> list[int]:
     return [index for index in model.layers if index < model.num_layers]
 
 
-def _shapes(model: MoEModel, names: set[str]) -> list[tuple[int, ...]]:
-    return [model.checkpoint.tensors[name].shape for name in names]
+def _layer_problems(a: MoEModel, b: MoEModel) -> list[str]:
+    problems = []
+    for i in [i for i in _regular(a) if i in b.layers]:
+        layer_a, layer_b = a.layers[i], b.layers[i]
+        for word in [word for word in a.sizes if a.sizes[word] == b.sizes.get(word)]:
+            if layer_a.sizes[word] != layer_b.sizes[word]:
+                problems.append(f"layer {i}: size of axis {word}: A has {layer_a.sizes[word]}, B has {layer_b.sizes[word]}")
+        if not a.quantisation and set(layer_a.roles) != set(layer_b.roles):
+            problems.append(f"layer {i}: in one of the two only: {', '.join(set(layer_a.roles) ^ set(layer_b.roles))}")
+    return problems
 
 
-def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[str]:
+def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[list[str]]:
     problems = []
     if a.extra_layers != b.extra_layers and not ignore_extra_layers:
         problems.append(
@@ -402,20 +387,11 @@ def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> li
         )
     skip_extra = ignore_extra_layers or bool(problems)
     names_a, names_b = ({name for name in m.outside if not (skip_extra and m.is_extra(name))} for m in (a, b))
-    if names_a != names_b and sorted(_shapes(a, names_a)) == sorted(_shapes(b, names_b)):
-        return [
-            *problems,
+    if names_a != names_b and shapes_of(a.checkpoint, names_a) == shapes_of(b.checkpoint, names_b):
+        other_names = (
             "outside the MoE blocks they hold the same tensors under other names: one is in the Hub's layout, the other in "
             f"that of transformers' memory ({sorted(names_a - names_b)[0]}, {sorted(names_b - names_a)[0]}); load one of "
-            "them with transformers and save it with save_original_format=True (the Hub's) or False",
-        ]
-    for name in sorted(names_a ^ names_b):
-        holder, other = ("A", "B") if name in names_a else ("B", "A")
-        problems.append(f"{name}: in {holder}, not in {other}")
-    for name in sorted(names_a & names_b):
-        of_a, of_b = a.checkpoint.tensors[name], b.checkpoint.tensors[name]
-        if of_a.shape != of_b.shape:
-            problems.append(f"{name}: A has shape {list(of_a.shape)}, B has {list(of_b.shape)}")
-        elif of_a.dtype.is_floating_point != of_b.dtype.is_floating_point:
-            problems.append(f"{name}: A has dtype {of_a.dtype}, B has {of_b.dtype}")
-    return problems
+            "them with transformers and save it with save_original_format=True (the Hub's) or False"
+        )
+        return [problems, [other_names]]
+    return [problems, *tensor_problems(a.checkpoint, b.checkpoint, names_a, names_b)]

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.configuration import without_foreign_switches
 from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.progress import bar
 from hf_moe_lmc.spans import Scratch, Span
+from hf_moe_lmc.untrusted import read_json_object
 from hf_moe_lmc.workplace import UNFINISHED, Kept, Workplace, at_work
 
-FOREIGN_SWITCHES = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "_experts_implementation")
 WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of what belongs to one expert
 FLUSH_SECONDS = 0.25  # how often what has been written is sent on to the disk, which then need not be waited for at the end
 SPARE = 64 << 20  # bytes to be left on the disk
@@ -156,14 +157,15 @@ class FolderWriter:
             )
 
     def write_checkpoint_files(self, template: Checkpoint) -> None:
-        """Configuration (without switches to foreign code), side files and an index, all as the template has them."""
-        config = {key: value for key, value in template.config.items() if key not in FOREIGN_SWITCHES}
-        if config == template.config:
-            self.copy(template.source.path("config.json"), "config.json")
-        else:
-            self.write_text("config.json", json.dumps(config, indent=2) + "\n")
-        for file in template.side_files():
-            self.copy(template.source.path(file), file)
+        """Configurations (without switches to foreign code), side files and an index, all as the template has them."""
+        for file in ("config.json", *template.side_files()):
+            path = template.source.path(file)
+            held = read_json_object(path, f"{template.name}/{file}", constants=True) if file.endswith("config.json") else None
+            plain = without_foreign_switches(held)
+            if plain == held:
+                self.copy(path, file)
+            else:
+                self.write_text(file, json.dumps(plain, indent=2) + "\n")
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
         self.write_text(INDEX, json.dumps(index, indent=2) + "\n")

@@ -93,11 +93,11 @@ def plan_merge(
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     with ExitStack() as stack:
-        plain = open_plain(a, b, stack) if not align else None
+        plain = open_plain(a, b, stack, output=output, overwrite=overwrite) if not align else None
         if plain:
             _check(output, plain, overwrite)
             return _plan("merge", output, plain, template=plain[0])
-        models = _models(a, b, stack)
+        models = _models(a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite)
         from hf_moe_lmc.alignment import load_symmetry
         from hf_moe_lmc.streams import refuse_quantised
 
@@ -125,7 +125,7 @@ def plan_align(
         InputError: as `align` would.
     """
     with ExitStack() as stack:
-        models = _models(a, b, stack, ignore_extra_layers=True)
+        models = _models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
         inputs = [model.checkpoint for model in models]
         _check(output, inputs, overwrite)
         template = None if symmetry_only else inputs[1]
@@ -157,17 +157,14 @@ def plan_apply(
         return _plan("apply", output, inputs, template=inputs[0], models=[model])
 
 
-def _models(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, *, ignore_extra_layers: bool = False
-) -> Sequence[MoEModel]:
+def _models(a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, **options: Any) -> Sequence[MoEModel]:
     from hf_moe_lmc.alignment import open_models
 
-    return open_models(a, b, stack, ignore_extra_layers=ignore_extra_layers)
+    return open_models(a, b, stack, **options)
 
 
 def _check(output: str | os.PathLike[str], inputs: Sequence[Checkpoint], overwrite: bool) -> None:
-    held = [checkpoint.source.path("config.json").parent for checkpoint in inputs]
-    check_output(output, held, overwrite=overwrite)
+    check_output(output, [checkpoint.folder for checkpoint in inputs], overwrite=overwrite)
     nearest = _nearest(output)
     if not os.access(nearest, os.W_OK):
         raise OutputError(f"{output}: cannot be written (no permission in {nearest}); choose another output")

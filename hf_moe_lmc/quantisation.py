@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.errors import CheckpointError
+from hf_moe_lmc.errors import CheckpointError, shown
 
 WAY_OUT = (
     "Take the model in bfloat16, or dequantise it with transformers: from_pretrained(..., dtype='bfloat16', "
@@ -91,7 +91,8 @@ def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | No
     """
     if config.get("compression_config"):
         raise _refused(name, "compression_config")
-    declared = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = config.get("text_config")
+    declared = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, Mapping) else None)
     if "quantization_config" not in config and "transformers_version" not in config:
         declared = declared or _IMPLIED.get(str(config.get("model_type")))
     if not declared:
@@ -100,13 +101,13 @@ def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | No
     if method == "mxfp4":
         return Quantisation("mxfp4", (1, FP4_BLOCK))
     if method != "fp8" or not isinstance(declared, dict):
-        raise _refused(name, f"quantization_config: quant_method {method!r}")
+        raise _refused(name, f"quantization_config: quant_method {shown(repr(method))}")
     block = declared.get("weight_block_size", [128, 128])  # as transformers has it
     if block is None:
         return Quantisation("fp8", None)
-    if isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and 0 < size < 2**31 for size in block):
         return Quantisation("fp8", (block[0], block[1]))
-    raise _refused(name, f"quantization_config: fp8 with weight_block_size {block!r}")
+    raise _refused(name, f"quantization_config: fp8 with weight_block_size {shown(repr(block))}")
 
 
 def _refused(name: str, what: str) -> CheckpointError:

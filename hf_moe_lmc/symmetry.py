@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +26,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_moe_lmc.errors import SymmetryError, listing
+from hf_moe_lmc.errors import CheckpointError, SymmetryError, listing, shown
+from hf_moe_lmc.header import read_shard
 
 FORMAT_VERSION = "1"
 FIELDS = ("expert_order", "unit_order", "unit_scale", "shared_order", "shared_scale")
+_KEY = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +163,7 @@ class LayerSymmetry:
         experts, units = self.unit_order.shape
         if self.unit_scale.shape != (experts, units) or self.expert_order.shape != (experts,):
             raise SymmetryError(f"{where}: orders and scales disagree about {experts} experts of {units} units")
-        if self.shared_scale.shape != self.shared_order.shape:
+        if self.shared_scale.shape != self.shared_order.shape or self.shared_order.ndim != 1:
             raise SymmetryError(f"{where}: order and scale of the shared expert's units differ in length")
         for name in ("expert_order", "unit_order", "shared_order"):
             order = getattr(self, name)
@@ -269,21 +272,38 @@ class ModelSymmetry:
         """
         file = _locate(Path(path))
         try:
+            _, infos = read_shard(file, file.name, str(file))  # stricter than the library
             with safe_open(file, "pt") as opened:
                 metadata = dict(opened.metadata() or {})
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
+                _check_metadata(metadata, file)
+                _check_tensors({info.name: info.dtype for info in infos}, str(file))
+                tensors = {info.name: opened.get_tensor(info.name) for info in infos}
+        except (SafetensorError, CheckpointError) as error:
             raise SymmetryError(f"{file}: not a readable safetensors file ({error})") from error
-        if metadata.get("hf_moe_lmc") != "symmetry":
-            raise SymmetryError(f"{file}: a safetensors file, but no symmetry saved by hf_moe_lmc")
-        found = metadata.get("format_version")
-        if found != FORMAT_VERSION:
-            raise SymmetryError(f"{file}: format version {found}, this release reads {FORMAT_VERSION}; update hf_moe_lmc")
-        if "family" not in metadata or not metadata.get("groups", "").isdecimal():
-            raise SymmetryError(f"{file}: its metadata lack the family or the number of expert groups")
         symmetry = cls(metadata["family"], int(metadata["groups"]), _layers(tensors, str(file)), metadata)
         symmetry.validate(str(file))
         return symmetry
+
+
+def _check_metadata(metadata: Mapping[str, str], file: Path) -> None:
+    if metadata.get("hf_moe_lmc") != "symmetry":
+        raise SymmetryError(f"{file}: a safetensors file, but no symmetry saved by hf_moe_lmc")
+    found = metadata.get("format_version")
+    if found != FORMAT_VERSION:
+        raise SymmetryError(f"{file}: format version {shown(found)}, this release reads {FORMAT_VERSION}; update hf_moe_lmc")
+    if "family" not in metadata or not re.fullmatch("[1-9][0-9]{0,5}", metadata.get("groups", "")):
+        raise SymmetryError(f"{file}: its metadata lack the family or the number of expert groups")
+
+
+def _check_tensors(dtypes: Mapping[str, torch.dtype], where: str) -> None:
+    """Raises SymmetryError, before values are read, unless these are the fields of layers."""
+    for key, dtype in dtypes.items():
+        name = key.rpartition(".")[2]
+        if not _KEY.fullmatch(key) or name not in FIELDS:
+            raise SymmetryError(f"{where}: unexpected tensor {shown(key)}")
+        expected = (torch.int32, torch.int64) if name.endswith("order") else (torch.float32,)
+        if dtype not in expected:
+            raise SymmetryError(f"{where}: {shown(key)}: dtype {dtype}, expected {expected[0]}")
 
 
 def _in_order(file: bytes) -> bytes:
@@ -307,11 +327,8 @@ def _locate(path: Path) -> Path:
 def _layers(tensors: Mapping[str, Tensor], where: str) -> dict[int, LayerSymmetry]:
     found: dict[int, dict[str, dict[str, Tensor]]] = {}  # layer, bank, field
     for key, tensor in tensors.items():
-        prefix, _, rest = key.partition(".")
-        index, _, rest = rest.partition(".")
+        index, _, rest = key.removeprefix("layers.").partition(".")
         bank, _, name = rest.rpartition(".")
-        if prefix != "layers" or not index.isdecimal() or name not in FIELDS:
-            raise SymmetryError(f"{where}: unexpected tensor {key}")
         values = tensor.to(torch.int64 if name.endswith("order") else torch.float32)
         found.setdefault(int(index), {"": {}}).setdefault(bank, {})[name] = values
     for number, banks in found.items():

@@ -1,0 +1,94 @@
+"""Two checkpoints side by side, from headers and files alone: whether their tensors and tokenizers belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from hf_moe_lmc.checkpoint import Checkpoint
+from hf_moe_lmc.configuration import differing
+from hf_moe_lmc.errors import Faults, MismatchError, listing, shown
+from hf_moe_lmc.hub import Folder, Repository
+from hf_moe_lmc.vocabulary import check_tokenizers
+
+
+def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """Checks, without knowing their family, that two checkpoints can be averaged tensor by tensor under equal names.
+
+    Returns:
+        Warnings: settings that differ, tokenizers that could not be compared, the same checkpoint twice.
+
+    Raises:
+        CheckpointError: a tokenizer file cannot be read.
+        MismatchError: listing every difference with what A and B have.
+    """
+    facts = [
+        f"{what}: A has {shown(repr(of_a))}, B has {shown(repr(of_b))}"
+        for what, of_a, of_b in (
+            ("model type", a.config.get("model_type"), b.config.get("model_type")),
+            ("quantisation", a.quantisation, b.quantisation),
+        )
+        if of_a != of_b
+    ]
+    problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors)]
+    faults, warnings = Faults(), []
+    if any(problems):
+        faults.add(not_one_architecture(a, b, problems))
+    with faults.gather():
+        warnings += check_tokenizers(a, b)
+    faults.check()
+    if same_weights(a, b):
+        warnings.append(f"A and B hold the same weights: {same(a, b)}")
+    return warnings + differing(a.config, b.config, only_common=True)
+
+
+def tensor_problems(a: Checkpoint, b: Checkpoint, of_a: Collection[str], of_b: Collection[str]) -> list[list[str]]:
+    """How the tensors `of_a` and `of_b` differ in names, shapes and kinds of numbers: for each kind of difference, lines."""
+    in_a, in_b = set(of_a), set(of_b)
+    shapes, dtypes = [], []
+    for name in sorted(in_a & in_b):
+        one, other = a.tensors[name], b.tensors[name]
+        if one.shape != other.shape:
+            shapes.append(f"{name}: A has shape {list(one.shape)}, B has {list(other.shape)}")
+        elif one.dtype.is_floating_point != other.dtype.is_floating_point:
+            dtypes.append(f"{name}: A has dtype {one.dtype}, B has {other.dtype}")
+    return [
+        [f"{name}: in A, not in B" for name in sorted(in_a - in_b)],
+        [f"{name}: in B, not in A" for name in sorted(in_b - in_a)],
+        shapes,
+        dtypes,
+    ]
+
+
+def shapes_of(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[int, ...]]:
+    return sorted(checkpoint.tensors[name].shape for name in names)
+
+
+def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
+    """The error that lists problems, of each kind some."""
+    lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
+    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}")
+
+
+def same_place(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both are one folder, or one commit of one repository."""
+    one, other = a.source, b.source
+    if isinstance(one, Folder) and isinstance(other, Folder):
+        return one.root.resolve() == other.root.resolve()
+    if isinstance(one, Repository) and isinstance(other, Repository):
+        return (one.repo_id, one.commit) == (other.repo_id, other.commit)
+    return False
+
+
+def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both are the same as far as their fingerprints see; of what is still on the Hub, only the place is compared."""
+    if same_place(a, b):
+        return True
+    here = all(isinstance(one.source, Folder) or one.source.cached for one in (a, b))
+    alike = here and [(shard.header, shard.size) for shard in a.shards.values()] == [
+        (shard.header, shard.size) for shard in b.shards.values()
+    ]
+    return alike and a.fingerprint() == b.fingerprint()
+
+
+def same(a: Checkpoint, b: Checkpoint) -> str:
+    return f"both are {a.name}" if same_place(a, b) else f"{a.name} and {b.name} are copies of one checkpoint"
