@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.configuration import differing
-from hf_moe_lmc.errors import Faults, MismatchError, listing, shown
+from hf_moe_lmc.errors import FamilyError, Faults, MismatchError, listing, shown
 from hf_moe_lmc.hub import Folder, Repository
 from hf_moe_lmc.vocabulary import check_tokenizers
+
+# Sizes that the weights have: where two checkpoints with the same tensors disagree about one, a configuration is wrong.
+STRUCTURE = (
+    "num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "hidden_size",
+    "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+_LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
 
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -29,8 +38,17 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
         )
         if of_a != of_b
     ]
-    problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors)]
+    sizes = [
+        f"config.json: {key} is {shown(repr(of_a))} in A and {shown(repr(of_b))} in B, though they hold the same tensors"
+        for key in STRUCTURE
+        for of_a, of_b in [(_text(a).get(key), _text(b).get(key))]
+        if of_a is not None and of_b is not None and of_a != of_b
+    ]
+    problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
     faults, warnings = Faults(), []
+    for checkpoint in (a, b):
+        with faults.gather():
+            check_layers(checkpoint)
     if any(problems):
         faults.add(not_one_architecture(a, b, problems))
     with faults.gather():
@@ -39,6 +57,40 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
     if same_weights(a, b):
         warnings.append(f"A and B hold the same weights: {same(a, b)}")
     return warnings + differing(a.config, b.config, only_common=True)
+
+
+def check_layers(checkpoint: Checkpoint) -> None:
+    """Compares the number of layers in config.json with the layers that hold experts, or, without experts, with all.
+
+    Raises:
+        FamilyError: there are more in the shards, which transformers would leave out without a word, or fewer.
+    """
+    text = _text(checkpoint)
+    count, extra = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
+    found: dict[str, set[int]] = {}
+    holding: dict[str, int] = {}
+    for name in checkpoint.tensors:
+        if match := _LAYER.match(name):
+            found.setdefault(match[1], set()).add(int(match[2]))
+            holding[match[1]] = holding.get(match[1], 0) + ("expert" in name)
+    if not found or type(count) is not int:
+        return
+    prefix = max(found, key=lambda stem: (holding[stem], len(found[stem])))
+    layers = found[prefix]
+    allowed = count + (extra if type(extra) is int else 0)
+    problems = [f"layer {index} is missing" for index in range(count) if index not in layers]
+    problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= allowed]
+    if problems:
+        raise FamilyError(
+            f"{checkpoint.name}: config.json says {count} layers; in the shards ({prefix}N.):\n{listing(problems)}\n"
+            "Fetch the checkpoint again, whole, with the config.json that these weights came with"
+        )
+
+
+def _text(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The settings of the language model, which a composite model keeps in a configuration of their own."""
+    inner = checkpoint.config.get("text_config")
+    return inner if isinstance(inner, Mapping) else checkpoint.config
 
 
 def tensor_problems(a: Checkpoint, b: Checkpoint, of_a: Collection[str], of_b: Collection[str]) -> list[list[str]]:

@@ -254,7 +254,8 @@ def test_a_full_disk(
 ) -> None:
     monkeypatch.setattr(output, "SPARE", 0)
     big = {f"w.{i}": torch.ones(1 << 16) for i in range(8)}  # 256 KiB each
-    a, b = (checkpoint(tmp_path / name, big, 4) for name in "ab")
+    a = checkpoint(tmp_path / "a", big, 4)
+    b = checkpoint(tmp_path / "b", {name: -value for name, value in big.items()}, 4)
     disk = mounted("size=1536k")
     arguments = ["merge", str(a), str(b), "--no-align", "-o", str(disk / "out")]
     assert main(arguments) == 2  # seen before anything is written
