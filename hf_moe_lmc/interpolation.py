@@ -146,8 +146,7 @@ def merge(
     mates = team()
     with ExitStack() as stack:
         progress = begin(output, stack, resume=resume)
-        model_a, model_b = open_models(a, b, stack, output=output, symmetry=symmetry)
-        refuse_quantised(model_a, model_b)
+        model_a, model_b = open_models(a, b, stack, output=output, symmetry=symmetry, each=refuse_quantised)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         with writing(output, model_a, model_b) as writer:
             download(model_a, model_b, given=given)

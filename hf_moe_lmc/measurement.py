@@ -111,8 +111,9 @@ def barrier(
     source = _text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         progress = begin(output, stack, resume=resume)
-        model_a, model_b = open_models(a, b, stack, output=output, symmetry=symmetry, ignore_extra_layers=True)
-        refuse_quantised(model_a, model_b)
+        model_a, model_b = open_models(
+            a, b, stack, output=output, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True
+        )
         language_model_class(model_a)
         given = load_symmetry(symmetry, model_b) if symmetry is not None else None
         tokenizer = _common_tokenizer(model_a, model_b)

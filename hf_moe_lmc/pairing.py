@@ -10,6 +10,8 @@ from hf_moe_lmc.errors import Faults, MismatchError, listing, shown
 from hf_moe_lmc.hub import Folder, Repository
 from hf_moe_lmc.vocabulary import check_tokenizers
 
+WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
+
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
     """Checks, without knowing their family, that two checkpoints can be averaged tensor by tensor under equal names.
@@ -66,7 +68,7 @@ def shapes_of(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[int,
 def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
     """The error that lists problems, of each kind some."""
     lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}")
+    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{WANTED}")
 
 
 def same_place(a: Checkpoint, b: Checkpoint) -> bool:
