@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -398,10 +398,10 @@ def _fits_layout(template: Template, claims: Mapping[str, Claim]) -> bool:
     return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
 
 
-def check_declared(checkpoint: Checkpoint) -> None:
-    """Raises FamilyError where weights are quantised that the configuration does not declare."""
-    found = [name for name, info in checkpoint.tensors.items() if is_quantised(name, info.dtype)]
-    if found and checkpoint.quantisation is None:
+def check_declared(checkpoint: Checkpoint, quantisation: Quantisation | None, names: Iterable[str]) -> None:
+    """Raises FamilyError where weights are quantised and no quantisation is declared."""
+    found = [name for name in names if is_quantised(name, checkpoint.tensors[name].dtype)]
+    if found and quantisation is None:
         raise FamilyError(
             f"{checkpoint.name}: config.json declares no quantisation, but these are quantised:\n{listing(found)}\n"
             "Restore quantization_config from the config.json that these weights came with, or dequantise them"
@@ -409,8 +409,9 @@ def check_declared(checkpoint: Checkpoint) -> None:
 
 
 def check_scales(checkpoint: Checkpoint, quantisation: Quantisation | None, outside: Sequence[str]) -> None:
-    """Raises FamilyError where tensors outside the MoE blocks lack scales, or nothing is quantised that is declared so."""
+    """Raises FamilyError where tensors outside the MoE blocks lack scales, or a declaration and the tensors do not agree."""
     if quantisation is None:
+        check_declared(checkpoint, quantisation, outside)
         return
     quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
     if not any(is_quantised(name, info.dtype) for name, info in checkpoint.tensors.items()):

@@ -192,7 +192,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     """
     config = read_config(checkpoint)
     family = family or get_family(model_type(config), checkpoint.name)
-    check_declared(checkpoint)
+    check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
     text = config.get_text_config()
     layers: dict[int, MoELayer] = {}
     faults = Faults()
