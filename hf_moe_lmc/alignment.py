@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -160,10 +161,15 @@ def open_models(
     *,
     output: str | os.PathLike[str] | None = None,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    each: Callable[[MoEModel], object] | None = None,
     ignore_extra_layers: bool = False,
     overwrite: bool = False,
 ) -> tuple[MoEModel, MoEModel]:
     """Opens, recognises and compares two checkpoints from headers alone, and looks at the output and at a saved symmetry.
+
+    Args:
+        each: a further check of either model.
+        ignore_extra_layers: see `check_pair`.
 
     Raises:
         InputError: whatever is wrong with either, with the other two, or between A and B; all of it in one list.
@@ -182,6 +188,10 @@ def open_models(
         with faults.gather():
             found += check_tokenizers(*checkpoints)
     recognised = [model for model in models if model]
+    for model in recognised:
+        with faults.gather():
+            if each:
+                each(model)
     if len(recognised) == 2:
         with faults.gather():
             found += check_pair(*recognised, ignore_extra_layers=ignore_extra_layers)

@@ -83,6 +83,8 @@ class Checkpoint:
         """
         source = resolve(model)
         files = set(source.files())
+        for file in files & {"config.json", INDEX}:
+            source.path(file)  # whoever may not have these need not ask for the rest
         faults = Faults()
         _refuse_other_kinds(source, files, faults)
         config: dict[str, Any] = {}
@@ -269,19 +271,14 @@ def _is_side_file(file: str) -> bool:
 def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
     """Adds a fault for what is no folder with safetensors weights and a configuration."""
     name, top = source.name, {file for file in files if "/" not in file}
-    adapter = "adapter_config.json" in top and not any(
-        file.startswith("model") and file.endswith(".safetensors") for file in top
-    )
-    if adapter:
-        faults.add(
-            CheckpointError(
-                f"{name}: holds an adapter only (adapter_config.json); merge it into its base model first "
-                "(peft: merge_and_unload)"
-            )
-        )
-    elif INDEX not in top and SINGLE not in top:
+    weights = any(file.startswith("model") and file.endswith(".safetensors") for file in top)
+    if "adapter_config.json" in top and not weights:
+        adapter = "holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
+        faults.add(CheckpointError(f"{name}: {adapter}"))
+        return
+    if INDEX not in top and SINGLE not in top:
         faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
-    if "config.json" not in top and not adapter:
+    if "config.json" not in top and weights:
         found = _instead(source, "config.json")
         state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
         faults.add(CheckpointError(f"{name}: config.json {state}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -123,9 +123,6 @@ def claim_block(block: Block) -> dict[str, Claim]:
     Raises:
         FamilyError: a tensor that no template claims, a role that is missing or filled twice, another shape or dtype.
     """
-    undeclared = [name for name in block.names.values() if is_quantised(name, block.info(name).dtype)]
-    if undeclared and block.quantisation is None:
-        raise FamilyError(_undeclared(block.checkpoint, undeclared))
     claims: dict[str, Claim] = {}
     problems = []
     for key, name in block.names.items():
@@ -140,7 +137,8 @@ def claim_block(block: Block) -> dict[str, Claim]:
     problems += _uneven(block, claims) + _fixed_problems(block, claims)
     if problems:
         raise FamilyError(
-            f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}",
+            f"{block.checkpoint.name}: layer {block.index} is not a whole MoE block:\n{listing(problems)}\n"
+            "Fetch the checkpoint again, whole, with the config.json that these weights came with",
             kind="layers that are not whole MoE blocks",
         )
     return {name: claim for name, claim in claims.items() if not claim.spec.is_fixed}
@@ -400,13 +398,22 @@ def _fits_layout(template: Template, claims: Mapping[str, Claim]) -> bool:
     return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
 
 
+def check_declared(checkpoint: Checkpoint, quantisation: Quantisation | None, names: Iterable[str]) -> None:
+    """Raises FamilyError where weights are quantised and no quantisation is declared."""
+    found = [name for name in names if is_quantised(name, checkpoint.tensors[name].dtype)]
+    if found and quantisation is None:
+        raise FamilyError(
+            f"{checkpoint.name}: config.json declares no quantisation, but these are quantised:\n{listing(found)}\n"
+            "Restore quantization_config from the config.json that these weights came with, or dequantise them"
+        )
+
+
 def check_scales(checkpoint: Checkpoint, quantisation: Quantisation | None, outside: Sequence[str]) -> None:
     """Raises FamilyError where tensors outside the MoE blocks lack scales, or a declaration and the tensors do not agree."""
-    quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
     if quantisation is None:
-        if quantised:
-            raise FamilyError(_undeclared(checkpoint, quantised))
+        check_declared(checkpoint, quantisation, outside)
         return
+    quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
     if not any(is_quantised(name, info.dtype) for name, info in checkpoint.tensors.items()):
         raise FamilyError(
             f"{checkpoint.name}: config.json declares quantised weights ({quantisation.method}), but none is, and none has "
@@ -428,10 +435,3 @@ def is_quantised(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor holds codes that need scales."""
     packed = (torch.int8, ".weight"), (torch.uint8, "_blocks")
     return dtype in FLOAT8 or any(dtype == of and name.endswith(ending) for of, ending in packed)
-
-
-def _undeclared(checkpoint: Checkpoint, names: list[str]) -> str:
-    return (
-        f"{checkpoint.name}: config.json declares no quantisation, but these are quantised:\n{listing(names)}\n"
-        "Restore quantization_config from the config.json that these weights came with, or dequantise them"
-    )

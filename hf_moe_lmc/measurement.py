@@ -129,7 +129,14 @@ def barrier(
     source = text_source(files, dataset, dataset_config, split, column, dataset_revision)
     with ExitStack() as stack:
         model_a, model_b = open_models(
-            a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite, ignore_extra_layers=True
+            a,
+            b,
+            stack,
+            output=output,
+            symmetry=symmetry,
+            each=refuse_quantised,
+            overwrite=overwrite,
+            ignore_extra_layers=True,
         )
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         return _barrier(model_a, model_b, source, symmetry, options, workplace)
@@ -144,7 +151,6 @@ def _barrier(
     progress: Workplace | None,
 ) -> BarrierReport:
     """Checks, downloads, aligns unless a symmetry is given, evaluates, writes."""
-    refuse_quantised(a, b)
     language_model_class(a)
     given = load_symmetry(symmetry, b) if symmetry is not None else None
     spans = _spans(options.layers, a) if options.steps else []

@@ -160,9 +160,7 @@ def _open_models(
     from hf_moe_lmc.alignment import open_models
     from hf_moe_lmc.streams import refuse_quantised
 
-    models = open_models(a, b, stack, **options)
-    refuse_quantised(*models)
-    return models
+    return open_models(a, b, stack, each=refuse_quantised, **options)
 
 
 def _modelled(

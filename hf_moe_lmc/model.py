@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.claim import Block, check_scales, claim_block
+from hf_moe_lmc.claim import Block, check_declared, check_scales, claim_block
 from hf_moe_lmc.configuration import differing
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, SymmetryError, listing, shown
 from hf_moe_lmc.family import (
@@ -154,6 +154,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     """
     config = read_config(checkpoint)
     family = family or get_family(model_type(config), checkpoint.name)
+    check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
     text = config.get_text_config()
     layers: dict[int, MoELayer] = {}
     faults = Faults()
@@ -306,7 +307,8 @@ def _blocks(
         raise FamilyError(
             f"{checkpoint.name}: config.json says {count} layers"
             + (f" and up to {extra} for multi-token prediction" if extra else "")
-            + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}"
+            + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}\n"
+            "Fetch the checkpoint again, whole, with the config.json that these weights came with"
         )
     # what only an MoE layer has; a shared expert may be what a dense layer has as well
     telling = [

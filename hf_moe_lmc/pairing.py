@@ -18,6 +18,7 @@ STRUCTURE = (
     "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
+WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
 
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -118,7 +119,7 @@ def shapes_of(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[int,
 def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
     """The error that lists problems, of each kind some."""
     lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}")
+    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{WANTED}")
 
 
 def same_place(a: Checkpoint, b: Checkpoint) -> bool:

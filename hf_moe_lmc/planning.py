@@ -97,11 +97,12 @@ def plan_merge(
         if plain:
             _check(output, plain, overwrite)
             return _plan("merge", output, plain, template=plain[0])
-        models = _models(a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite)
-        from hf_moe_lmc.alignment import load_symmetry
         from hf_moe_lmc.streams import refuse_quantised
 
-        refuse_quantised(*models)
+        how: dict[str, Any] = {"output": output, "overwrite": overwrite, "symmetry": symmetry}
+        models = _models(a, b, stack, each=refuse_quantised, **how)
+        from hf_moe_lmc.alignment import load_symmetry
+
         if symmetry is not None:
             load_symmetry(symmetry, models[1])
         inputs = [model.checkpoint for model in models]
