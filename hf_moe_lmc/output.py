@@ -25,7 +25,7 @@ from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard, TensorInfo
 from hf_moe_lmc.configuration import without_foreign_switches
 from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
-from hf_moe_lmc.progress import bar
+from hf_moe_lmc.progress import bar, size_of
 from hf_moe_lmc.spans import Scratch, Span
 from hf_moe_lmc.untrusted import read_json_object
 from hf_moe_lmc.workplace import UNFINISHED, Kept, Workplace, at_work
@@ -152,7 +152,7 @@ class FolderWriter:
         free = shutil.disk_usage(self.folder).free
         if needed + SPARE > free and needed:
             raise OutputError(
-                f"{self._workplace.root}: {needed / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free there; "
+                f"{self._workplace.root}: {size_of(needed)} are to be written, {size_of(free)} are free there; "
                 "free some space, or choose another disk"
             )
 

@@ -18,6 +18,7 @@ from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.merging import open_plain
 from hf_moe_lmc.output import SPARE, worker_count
+from hf_moe_lmc.progress import size_of
 from hf_moe_lmc.spans import SPAN
 from hf_moe_lmc.workplace import check_output
 
@@ -63,10 +64,13 @@ class Plan:
     def table(self) -> str:
         rows = [
             ("tensors", f"{self.tensors:,} in {self.shards} shards"),
-            *([("to download", _bytes(self.bytes_to_download))] if self.bytes_to_download else []),
-            ("to read", _bytes(self.bytes_to_read) + (f", at {_bytes(self.read_rate)}/s here" if self.read_rate else "")),
-            ("to write", f"{_bytes(self.bytes_to_write)}, at {_bytes(self.write_rate)}/s here; {_bytes(self.bytes_free)} free"),
-            ("peak memory", f"{_bytes(self.peak_memory)} besides Python and its libraries"),
+            *([("to download", size_of(self.bytes_to_download))] if self.bytes_to_download else []),
+            ("to read", size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else "")),
+            (
+                "to write",
+                f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; {size_of(self.bytes_free)} free",
+            ),
+            ("peak memory", f"{size_of(self.peak_memory)} besides Python and its libraries"),
             ("reading and writing", f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download"),
         ]
         if self.layers_to_match:
@@ -193,7 +197,9 @@ def _plan(
     away = [one for one in inputs if not one.is_here]
     free = shutil.disk_usage(_nearest(output)).free
     if writing + SPARE > free:
-        raise OutputError(f"{output}: {_bytes(writing)} are to be written, {_bytes(free)} are free there; choose another disk")
+        raise OutputError(
+            f"{output}: {size_of(writing)} are to be written, {size_of(free)} are free there; choose another disk"
+        )
     layers = [model.layers for model in models]
     common = sorted(layers[0].keys() & layers[-1].keys()) if matched else []
     flops = sum(_flops(models[0], index) for index in common)
@@ -271,14 +277,6 @@ def _multiplying() -> float:
     started = time.perf_counter()
     a @ a
     return 2 * PRODUCT**3 / (time.perf_counter() - started)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _time(seconds: float) -> str:

@@ -25,6 +25,15 @@ def bar(*, total: int, desc: str, unit: str, initial: int = 0, quiet: bool = Fal
     )
 
 
+def size_of(count: float) -> str:
+    """A number of bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no load reports of transformers; what it finds is checked by the caller."""

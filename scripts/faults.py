@@ -9,10 +9,12 @@ Each row is data: what is wrong, the command, and the damage. A and B are two sm
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -202,6 +204,42 @@ def several(bench: Path) -> None:
     (bench / "OUT" / "precious").touch()
 
 
+def nonfinite(name: str) -> Damage:
+    """Makes one value of a tensor of B a NaN."""
+
+    def damage(bench: Path) -> None:
+        file = bench / "B" / json.loads((bench / "B" / INDEX).read_text())["weight_map"][name]
+        held = load_file(file)
+        held[name].view(-1)[5] = torch.nan
+        save_file(held, file, {"format": "pt"})
+
+    return damage
+
+
+def written(file: str) -> Damage:
+    def damage(bench: Path) -> None:
+        (bench / file).parent.mkdir()
+        (bench / file).write_text("{}")
+
+    return damage
+
+
+def locked(bench: Path) -> None:
+    """Holds the lock that a working process holds; it goes with this process."""
+    (bench / ".OUT.progress").mkdir()
+    fcntl.flock(os.open(bench / ".OUT.progress" / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
+
+
+def mounted(options: str) -> Damage:
+    """Mounts a small disk at DISK, which only root may; `attempt` takes it away again."""
+
+    def damage(bench: Path) -> None:
+        (bench / "DISK").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(bench / "DISK")], check=True)
+
+    return damage
+
+
 def symmetry(change: Callable[[dict[str, torch.Tensor]], object], family: str = "mixtral") -> Damage:
     def damage(bench: Path) -> None:
         file = bench / "S.safetensors"
@@ -332,7 +370,19 @@ OUTPUTS = (
     Row("an output that is a named pipe", MERGE, lambda bench: os.mkfifo(bench / "OUT")),
     Row("faults in A, in B and in the output at once", MERGE, several),
 )
-WRITING: tuple[Row, ...] = ()  # what goes wrong while the output is written
+WRITING = (  # what goes wrong when the output is written
+    Row("NaN in an expert of B", NO_ALIGN, nonfinite("model.layers.1.block_sparse_moe.experts.2.w3.weight")),
+    Row("NaN in an expert of B, aligned", MERGE, nonfinite("model.layers.1.block_sparse_moe.experts.2.w3.weight")),
+    Row("NaN in a norm of B", ALIGN, nonfinite(NORM)),
+    Row("NaN, allowed", f"{NO_ALIGN} --allow-nonfinite", nonfinite(NORM)),
+    Row("a foreign folder to overwrite", f"{NO_ALIGN} --overwrite", written("OUT/thesis.tex")),
+    Row("an old output to overwrite", f"{NO_ALIGN} --overwrite", written("OUT/config.json")),
+    Row("another process writes there", NO_ALIGN, locked),
+    Row("a link where the progress is kept", NO_ALIGN, lambda bench: (bench / ".OUT.progress").symlink_to(bench / "A")),
+    Row("a disk that is too small", NO_ALIGN.replace("OUT", "DISK/OUT"), mounted("size=64k")),
+    Row("a disk that is read-only", NO_ALIGN.replace("OUT", "DISK/OUT"), mounted("size=64k,ro")),
+    Row("only the plan is asked for", f"{NO_ALIGN} --dry-run", lambda bench: None),
+)
 
 SECTIONS = {
     "Shards and their headers": HEADERS,
@@ -362,9 +412,12 @@ def attempt(row: Row, prepared: Path) -> dict[str, Any]:
                 code = command_line(row.command.split())
         finally:
             os.chdir(working)
+            after = listed(bench)
+            if os.path.ismount(bench / "DISK"):
+                subprocess.run(["umount", str(bench / "DISK")], check=True)
         said = errors.getvalue().replace(f"{bench}/", "").replace(str(bench), ".")
         message = [line for line in said.splitlines() if line.startswith(("error:", "warning:", "  "))]
-        left = sorted(listed(bench) - before)
+        left = sorted(after - before)
     return {"fault": row.fault, "command": row.command, "code": code, "message": message, "left": left}
 
 

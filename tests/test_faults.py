@@ -22,6 +22,8 @@ AGAIN = (
     "B without tokenizer",
     "a symmetry with an expert twice",
     "faults in A, in B and in the output at once",
+    "NaN in an expert of B",
+    "another process writes there",
 )
 
 
@@ -48,6 +50,8 @@ def test_the_table_is_rendered_from_the_record(script: ModuleType) -> None:
 def test_what_is_refused_leaves_nothing() -> None:
     for row in [row for rows in RECORD["sections"].values() for row in rows]:
         assert row["code"] in (0, 1, 2) and not any("Traceback" in line for line in row["message"]), row
+        if "--dry-run" in row["command"] or "--overwrite" in row["command"] or "--allow" in row["command"]:
+            continue
         assert row["message"][0].startswith("error: ") and row["left"] == [] if row["code"] else row["left"], row
 
 

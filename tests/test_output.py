@@ -259,7 +259,7 @@ def test_a_full_disk(
     disk = mounted("size=1536k")
     arguments = ["merge", str(a), str(b), "--no-align", "-o", str(disk / "out")]
     assert main(arguments) == 2  # seen before anything is written
-    assert "0.00 GB are to be written, 0.00 GB are free" in capsys.readouterr().err and not any(disk.iterdir())
+    assert "2.1 MB are to be written, 1.57 MB are free" in capsys.readouterr().err and not any(disk.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(output.FolderWriter, "_check_space", lambda *_: None)  # somebody else fills the disk meanwhile
         assert main(arguments) == 1
