@@ -101,9 +101,9 @@ def _rows_of(bank: Bank, role: str, units: UnitMethod, device: torch.device) -> 
                 values = torch.cat([values, bias[:, None] + (bank.kind.offset if role == "up" else 0)], dim=1)
             return values
         whole = UnitRows.of(bank, expert, device)
-        values = getattr(whole, role)
+        values = getattr(whole, role).float()
         if balanced:
-            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
+            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None].to(device, torch.float32)
             values = values / ratio if role == "up" else values * ratio**bank.kind.power
         if role == "down" and whole.down_bias is not None:
             values = torch.cat([values, whole.down_bias[None]])
