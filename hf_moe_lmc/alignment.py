@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -145,6 +146,11 @@ def layer_report(index: int, matching: Matching) -> dict[str, Any]:
         "units_moved": moved["unit_order"] + moved["shared_order"],
         "signs": int((symmetry.unit_scale < 0).sum() + (symmetry.shared_scale < 0).sum()),
         "scales_kept": matching.scales_kept,
+        "way": matching.way,
+        "shared_way": matching.shared_way,
+        "ways": dict(Counter([*matching.way, *([matching.shared_way] if matching.shared_way else [])])),
+        "order_decided": matching.order_decided,
+        "order_margin": matching.order_margin,
         "seconds": matching.seconds,
         **({"banks": banks} if banks else {}),
     }
@@ -170,6 +176,7 @@ def align_models(
     *,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
@@ -190,7 +197,7 @@ def align_models(
     layers: dict[int, Matching] = {}
     wanted = sorted(a.layers.keys() & b.layers.keys())
     facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
-    facts |= {"family": b.family.name, "order": order, "units": units, "device": device.type}
+    facts |= {"family": b.family.name, "order": order, "units": units, "exact": exact, "device": device.type}
     kept = progress.kept("matching", facts) if progress else None
     before = dict(kept.matchings()) if kept else {}
     for index in mates.from_main(sorted(before)):
@@ -204,7 +211,9 @@ def align_models(
         for first in range(0, len(left), mates.count):  # a round: one layer for each process
             members = left[first : first + mates.count]
             mine = [
-                match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+                match_layer(
+                    a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, exact=exact, device=device
+                )
                 for index in mates.share(members)
             ]
             matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
@@ -339,6 +348,7 @@ def align(
     *,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
@@ -354,6 +364,7 @@ def align(
             symmetry.safetensors and alignment.json; with `symmetry_only` just these two.
         order: expert order by `gate`, `expert`, or the `best` of both.
         units: `plain` or `scaled` hidden units.
+        exact: match wide experts by all their costs in full too, and both orders; without, sketches with a proof come first.
         push_to_hub: OWNER/NAME to publish the result under.
         resume: continue from the layers that an earlier call with the same inputs and options had matched when it was
             stopped (see resume.py); they are kept beside the output until that is whole.
@@ -371,7 +382,7 @@ def align(
         model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
         with writing(output, model_a, model_b) as writer:
             download(model_a, model_b)
-            alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
+            alignment = align_models(model_a, model_b, order=order, units=units, exact=exact, progress=progress)
             if writer and not symmetry_only:
                 writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)

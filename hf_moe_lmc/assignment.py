@@ -93,7 +93,9 @@ def _blocks(values: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def _solve(row: Tensor, column: Tensor, weight: Tensor, count: int) -> Tensor:
-    graph = csr_array(((weight + 1).numpy(), (row.numpy(), column.numpy())), shape=(count, count))  # a weight 0 would be no edge
+    graph = csr_array(
+        ((weight + 1).numpy(), (row.numpy(), column.numpy())), shape=(count, count)
+    )  # a weight 0 would be no edge
     of_rows, of_columns = min_weight_full_bipartite_matching(graph)
     order = np.empty(count, dtype=np.int64)
     order[of_rows] = of_columns

@@ -119,6 +119,7 @@ def merge(
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
     resume: bool = True,
@@ -130,6 +131,7 @@ def merge(
         output: a new or empty folder.
         align: match B to A first; otherwise B is taken as it is.
         symmetry: a saved or given symmetry instead of matching.
+        order, units, exact: as in `align`.
         push_to_hub: OWNER/NAME to publish the result under.
         resume: continue from the layers that an earlier call had matched when it was stopped (see `align`).
 
@@ -153,7 +155,7 @@ def merge(
             download(model_a, model_b, given=given)
             alignment = None
             if align and given is None:
-                alignment = align_models(model_a, model_b, order=order, units=units, progress=progress)
+                alignment = align_models(model_a, model_b, order=order, units=units, exact=exact, progress=progress)
             used = alignment.symmetry if alignment else given or model_b.identity()
             if writer:
                 writer.write_tensors(interpolated(model_a, model_b, used, t))

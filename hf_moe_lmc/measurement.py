@@ -54,6 +54,7 @@ def barrier(
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -80,6 +81,7 @@ def barrier(
         points: grid points from t = 0 to t = 1, both included.
         naive: evaluate the path to B as it is, too.
         symmetry: a saved or given symmetry instead of matching.
+        order, units, exact: as in `align`.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
         stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
             ended; None: no overlap.
@@ -130,6 +132,7 @@ def barrier(
                 naive=naive,
                 order=order,
                 units=units,
+                exact=exact,
                 batch_size=batch_size or max(1, TOKENS_PER_BATCH // windows.context),
                 dtype=dtype,
                 device=device,
@@ -159,6 +162,7 @@ def _measure(
     naive: bool,
     order: OrderMethod,
     units: UnitMethod,
+    exact: bool,
     batch_size: int,
     dtype: str,
     device: str | None,
@@ -176,7 +180,7 @@ def _measure(
     download(a, b, given=given)
     mates.check_equal({"text": windows.describe()["tokens_sha256"]})
     if given is None:
-        alignment = align_models(a, b, order=order, units=units, progress=progress)
+        alignment = align_models(a, b, order=order, units=units, exact=exact, progress=progress)
         used, matching = alignment.symmetry, alignment.to_dict()
     else:
         used, matching = given, {"symmetry": symmetry and os.fspath(symmetry), **given.metadata}
