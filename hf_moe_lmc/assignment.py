@@ -28,7 +28,7 @@ def assign(cost: Tensor) -> Tensor:
     that is the optimum already (dual feasible with zero gap); so it is for related weights, and the solver is skipped.
     """
     values = cost.to("cpu", torch.float32 if len(cost) > SPARSE and cost.dtype == torch.float32 else torch.float64)
-    values -= values.min(dim=0, keepdim=True).values
+    values -= values.amin(dim=0, keepdim=True)
     order = values.argmin(dim=1)
     if len(order.unique()) == len(order):
         return order
@@ -61,7 +61,6 @@ def _assign_sparse(values: Tensor) -> Tensor:
     """
     count = len(values)
     tolerance = 1e-9 * float(values.max())
-    here = torch.zeros(count, CANDIDATES + 1, dtype=torch.int64)
     cells = [torch.arange(count) * (count + 1)]  # the diagonal makes every round feasible
     for first, block in _blocks(values):
         here = block.topk(CANDIDATES, dim=1, largest=False).indices + (torch.arange(len(block)) + first)[:, None] * count
@@ -76,11 +75,7 @@ def _assign_sparse(values: Tensor) -> Tensor:
         weight = values.view(-1)[known].double()
         order = _solve(row, column, weight, count)
         price, of_row = _sparse_prices(row, column, weight, order, values)
-        missing = [
-            _negative(block.double() - price - of_row[first : first + len(block), None], first, count, tolerance)
-            for first, block in _blocks(values)
-        ]
-        added = torch.cat(missing)
+        added = torch.cat([_missing(block, first, price, of_row, tolerance) for first, block in _blocks(values)])
         if not len(added):
             return order
         known = torch.cat([known, added]).unique()
@@ -114,11 +109,18 @@ def _sparse_prices(row: Tensor, column: Tensor, weight: Tensor, order: Tensor, v
     return price, own - price[order]
 
 
-def _negative(reduced: Tensor, first: int, count: int, tolerance: float) -> Tensor:
-    """The most negative entries of each row of a block, as places in the whole matrix."""
-    least = reduced.topk(min(CANDIDATES, count), dim=1, largest=False)
-    row = torch.arange(len(reduced))[:, None] + first
-    return (least.indices + row * count)[least.values < -tolerance]
+def _missing(block: Tensor, first: int, price: Tensor, of_row: Tensor, tolerance: float) -> Tensor:
+    """Places, in the whole matrix, of the entries of a block of rows that cost less than their prices.
+
+    A look in the entries' own precision leaves few to be looked at in float64.
+    """
+    reduced = (block - price.to(block.dtype)).sub_(of_row[first : first + len(block), None].to(block.dtype))
+    coarse = tolerance + 8 * torch.finfo(block.dtype).eps * float(block.max() + price.abs().max() + of_row.abs().max())
+    suspects = (reduced.amin(dim=1) < coarse).nonzero()[:, 0]
+    row, column = (reduced[suspects] < coarse).nonzero(as_tuple=True)
+    row = suspects[row]
+    exact = block[row, column].double() - price[column] - of_row[first + row]
+    return ((first + row) * len(price) + column)[exact < -tolerance]
 
 
 def assign_groups(cost: Tensor, groups: int) -> Tensor:

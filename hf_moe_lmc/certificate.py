@@ -19,7 +19,7 @@ Rounding is part of the bound. Each sketch Y has an error of norm at most e (`ro
     ||Y* - Y'*||^2 >= (1 - SLACK) ||Y - Y'||^2 - 2 (1 / SLACK - 1) (e^2 + e'^2)
 
 for the exact Y*, which falls apart into terms of either row and the inner product. The matrix product that gives all of these
-has an error of at most (terms + 8) EPSILON times the magnitudes that it sums, at most 2 (||Y||^2 + ||Y'||^2): subtracted as well.
+has an error of at most (terms + 8) EPSILON times the magnitudes that it sums, at most 2 (||Y||^2 + ||Y'||^2): subtracted, too.
 
 If every row's proposed partner costs less than the bound of all its other partners, each row's minimum is met and the columns
 are all different: the assignment is the one optimum. Where a few rows miss that, their costs are computed in full, they are
@@ -153,7 +153,7 @@ def certified_order(a: Sketched, b: Sketched, *, patient: bool = True) -> tuple[
     Args:
         patient: try the wider sketch, too.
     """
-    tries = [(("gate",), COLUMNS, FEW, "sketch")] if "gate" in a.roles else []
+    tries: list[tuple[tuple[str, ...], int, int, str]] = [(("gate",), COLUMNS, FEW, "sketch")] if "gate" in a.roles else []
     if patient:
         tries.append((a.roles, WIDER, SOME, "wider sketch"))
     for roles, columns, share, way in tries:
@@ -219,8 +219,10 @@ class _Costs:
         device = a.rows.up.device
         count = a.rows.count
         dead = b.balance.isnan()
-        left, right = [], []
-        signed_left, signed_right = [], []
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        signed_left: list[Tensor] = []
+        signed_right: list[Tensor] = []
         of_row, undone = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         of_column = torch.zeros(count, dtype=torch.float64)
         signed = a.rows.kind.sign and a.units == "scaled"

@@ -43,7 +43,7 @@ DECIDED = {  # how the order was chosen
     "distance": "the units were matched for both orders; the lower distance decided",
     "both": "both orders are the same",
     "margin": "both orders are the same, or one was asked for: its sketched Gram costs are less than half of all others",
-    "sketch": "the experts are unrelated: the order of the sketched Gram costs, which is not proved; units were matched for it alone",
+    "sketch": "the experts are unrelated: the order of the sketched Gram costs, unproved; units were matched for it alone",
 }
 
 
@@ -66,9 +66,11 @@ class Matching:
         expert_cost_form: form and, for a sketch, number of columns of the `expert` cost; None if not computed.
         norm: Frobenius norm of A's routed experts.
         scales_kept: number of experts (the shared one included) whose scales paid.
-        way: how the units of each expert of A were matched, one of `certificate.WAYS`; shared_way: of the shared expert, or None.
+        way: how the units of each expert of A were matched, one of `certificate.WAYS`.
+        shared_way: that of the shared expert, or None.
         order_decided: one of DECIDED.
-        order_margin: largest ratio of a kept pair's sketched squared Gram cost to those of its row and column; None: not sketched.
+        order_margin: largest ratio of a kept pair's sketched squared Gram cost to the others in its row and its column; None
+            where it was not sketched.
         others: the matchings of further banks of experts; the figures above are the first bank's.
     """
 
@@ -327,7 +329,7 @@ def _wide_orders(pairs: _Pairs, groups: int, order: OrderMethod) -> _Orders:
         return _Orders({"expert": chosen}, "margin", form, ratio) if ratio < MARGIN else _orders(pairs, groups, order)
     if same:
         return _Orders({"gate": gate, "expert": chosen}, "margin" if ratio < MARGIN else "both", form, ratio)
-    if all([pairs.proved(i, int(j)) for one in (gate, chosen) for i, j in enumerate(one)]):
+    if all(pairs.proved(i, int(j)) for one in (gate, chosen) for i, j in enumerate(one)):
         return _Orders({"gate": gate, "expert": chosen}, "distance", form, ratio)
     return _Orders({"expert": chosen}, "sketch", form, ratio)
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def in_strips(count: int, work: Callable[[slice], None], *, size: int, threads: 
     """
     parts = min(STRIPS, 1 + size // BLOCK)
     edges = [count * i // parts for i in range(parts + 1)]
-    strips = [slice(first, last) for first, last in zip(edges, edges[1:], strict=False) if first < last]
+    strips = [slice(first, last) for first, last in pairwise(edges) if first < last]
     if len(strips) <= 1 or not threads:
         for strip in strips:
             work(strip)

@@ -79,7 +79,7 @@ class UnitRows:
 
     @cached_property
     def norm_ratio(self) -> Tensor:
-        """(||u|| / ||d||)^(1 / (1 + power)) of each unit, float64 [unit], nan where either is 0: what balances the two norms."""
+        """What balances norms: (||u|| / ||d||)^(1 / (1 + power)) of each unit, nan where either is 0; float64 [unit]."""
         up, down = self.squares["up"].sqrt(), self.squares["down"].sqrt()
         return torch.where((up > 0) & (down > 0), up / down, torch.nan).pow(1 / (1 + self.kind.power))
 
