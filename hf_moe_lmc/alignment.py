@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from hf_moe_lmc.model import ModelStream, MoEModel, check_pair
 from hf_moe_lmc.output import FolderWriter, check_output
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import Progress, keeping
+from hf_moe_lmc.rows import BLOCK
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
 
@@ -294,9 +294,11 @@ def _moments(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, flo
     """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor."""
     sums = torch.zeros(4, dtype=torch.float64)
     for first, values in a.chunks(name):
-        x, y = values.float(), b.read(name, first, len(values)).float()
-        terms: tuple[Tensor, ...] = (torch.square(x - y), x.square(), y.square(), x * y)
-        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
+        for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
+            x, y = of_a.float(), of_b.float()
+            difference = x - y
+            pairs = ((difference, difference), (x, x), (y, y), (x, y))
+            sums += torch.stack([torch.dot(left, right) for left, right in pairs]).double()
     for checkpoint, total in ((a, sums[1]), (b, sums[2])):
         if not bool(total.isfinite()):
             raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite weights")

@@ -23,7 +23,7 @@ has an error of at most (terms + 8) EPSILON times the magnitudes that it sums, a
 
 If every row's proposed partner costs less than the bound of all its other partners, each row's minimum is met and the columns
 are all different: the assignment is the one optimum. Where a few rows miss that, their costs are computed in full, they are
-assigned among the columns that are left, and prices show that they want no others.
+assigned among the columns that are left, and prices show that this, too, is the optimum (`_rest`).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Sketched:
             power = {"gate": 0, "up": -1, "down": self.rows.kind.power}[role]
             factor = self.balance.pow(power).nan_to_num(nan=0.0)
             values = values.mul_((factor / columns**0.5)[:, None].to(values.device, torch.float32))
-            error = rows.projection_error(getattr(self.rows, role).shape[1]) + 8 * rows.EPSILON
+            error = rows.projection_error(getattr(self.rows, role)) + 8 * rows.EPSILON
             squared_error = error**2 * squares[role] * factor.square()
             loss = SLACK + 8 * (3 * columns + 8) * rows.EPSILON
             lowered = (1 - loss) * values.double().square().sum(dim=1).cpu() - 2 * (1 / SLACK - 1) * squared_error
@@ -165,11 +165,12 @@ def certified_order(a: Sketched, b: Sketched, *, patient: bool = True) -> tuple[
         order = _completed(partner, alone)
         pairs = Paired.of(a.rows, b.rows, a.units, order)
         cost, error = pairs.cost()
-        left = (~(alone & (cost + error < bound))).nonzero()[:, 0]
+        slack = bound - cost - error
+        left = (~(alone & (slack > 0))).nonzero()[:, 0]
         if not len(left):
             return pairs, way
         if len(left) * share <= len(partner):
-            found = _rest(a, b, order, left)
+            found = _rest(a, b, order, left, slack)
             if found is not None:
                 return (pairs if torch.equal(found, order) else Paired.of(a.rows, b.rows, a.units, found)), "partly exact"
     return None
@@ -184,10 +185,11 @@ def _completed(partner: Tensor, alone: Tensor) -> Tensor:
     return order
 
 
-def _rest(a: Sketched, b: Sketched, order: Tensor, left: Tensor) -> Tensor | None:
-    """`order` with the units `left` assigned among their columns by their costs in full; None if they want other columns.
+def _rest(a: Sketched, b: Sketched, order: Tensor, left: Tensor, slack: Tensor) -> Tensor | None:
+    """`order` with the units `left` assigned among their columns by their costs in full; None if that might not be optimal.
 
-    All others are at the minimum of their rows, and prices of at most 0 make those columns no better for them.
+    All other rows are at their minimum, by at least their slack. With prices of -slack for their columns and of at most 0 for
+    those that are left they stay there; it remains to be seen that at these prices no row that is left wants one of theirs.
     """
     kind = a.rows.kind
     cost = unit_cost(a.rows, b.rows, a.units, left).double()
@@ -200,6 +202,9 @@ def _rest(a: Sketched, b: Sketched, order: Tensor, left: Tensor) -> Tensor | Non
     chosen = assign(own.clone())
     price = prices(own, chosen)
     of_row = own.gather(1, chosen[:, None])[:, 0] - price[chosen]
+    price_of_all = torch.zeros(len(order), dtype=torch.float64)
+    price_of_all[order] = -slack
+    cost -= price_of_all
     cost[:, columns] = torch.inf
     if bool((cost.amin(dim=1) < of_row).any()):
         return None

@@ -37,7 +37,7 @@ def in_strips(count: int, work: Callable[[slice], None], *, size: int, threads: 
     Args:
         size: elements that all of the work looks at; it decides about the number of slices, STRIPS at most.
     """
-    parts = min(STRIPS, 1 + size // BLOCK)
+    parts = _parts(size)
     edges = [count * i // parts for i in range(parts + 1)]
     strips = [slice(first, last) for first, last in pairwise(edges) if first < last]
     if len(strips) <= 1 or not threads:
@@ -47,6 +47,12 @@ def in_strips(count: int, work: Callable[[slice], None], *, size: int, threads: 
     with _alone() as pool:
         for done in [pool.submit(work, strip) for strip in strips]:
             done.result()
+
+
+def all_of(*jobs: Callable[[], Tensor]) -> list[Tensor]:
+    """What some jobs return, in threads of their own."""
+    with _alone() as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
 
 
 @contextmanager
@@ -120,9 +126,20 @@ def project(x: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     return sum((parts[strip] for strip in sorted(parts)), signs.new_zeros(x.shape[0], columns)), norms
 
 
-def projection_error(width: int) -> float:
-    """Bound on the error of an entry of `project`, relative to the row's norm: that of its sums, times sqrt(width)."""
-    return 1.01 * (TERMS + width // min(TERMS, BLOCK // TERMS) + STRIPS + 4) * EPSILON * width**0.5
+def projection_error(x: Tensor) -> float:
+    """Bound on the error of an entry of `project`, relative to the row's norm: that of its sums, times sqrt(width).
+
+    The most additions that one term goes through count: those within a sum of TERMS and of such sums, or those within a strip
+    of columns and of the strips.
+    """
+    width, parts = x.shape[1], _parts(x.numel())
+    by_unit, by_columns = min(width, TERMS) + width // TERMS, -(-width // parts) + parts
+    return 1.01 * (max(by_unit, by_columns) + 4) * EPSILON * width**0.5
+
+
+def _parts(size: int) -> int:
+    """Into how many strips work on so many elements is cut."""
+    return min(STRIPS, 1 + size // BLOCK)
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,12 @@ class UnitRows:
                 return read(role)
             return torch.cat([read(role).float(), read(bias).float()[:, None] + offset], dim=1)
 
-        up = with_bias("up", kind.offset)
-        gate = with_bias("gate") if prefix + "gate" in bank.roles else up[:, :0]
+        gated = prefix + "gate" in bank.roles
+        jobs = [lambda: with_bias("up", kind.offset), lambda: read("down"), *([lambda: with_bias("gate")] if gated else [])]
+        up, down, *rest = rows.all_of(*jobs) if bank.expert_numel > rows.BLOCK else [job() for job in jobs]
+        gate = rest[0] if gated else up[:, :0]
         down_bias = read("down_bias").float() if prefix + "down_bias" in bank.roles else None
-        return cls(gate, up, read("down"), down_bias, kind)
+        return cls(gate, up, down, down_bias, kind)
 
     @property
     def count(self) -> int:
