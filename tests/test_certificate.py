@@ -135,7 +135,7 @@ def test_related_experts_are_certified(sigma: float) -> None:
 @pytest.mark.parametrize("sigma", [0.0, 0.05])
 @pytest.mark.parametrize("what", ["duplicates", "dead", "dead in a", "zero rows"])
 def test_duplicates_and_dead_units_cost_no_more_than_in_full(what: str, sigma: float) -> None:
-    a, b, _ = pair(sigma=sigma, width=600)  # where unrelated units are all equally far apart, as in wide models
+    a, b, _ = pair("clamped", sigma=sigma, width=600)  # where unrelated units are all equally far apart, as in wide models
     if what == "duplicates":
         for x in (a.gate, a.up, a.down, b.gate, b.up, b.down):
             x[10:14] = x[10]
