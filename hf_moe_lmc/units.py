@@ -21,7 +21,7 @@ from hf_moe_lmc.layer import Bank
 UnitMethod = Literal["plain", "scaled"]
 
 SCALE_GAIN = 0.01  # scales are kept where they lower an expert's remaining squared distance by more than this share
-BLOCK = 8 << 20  # bytes of one row block of a unit cost matrix
+BLOCK = 32 << 20  # bytes of one row block of a unit cost matrix
 SMALL = 1024  # experts of at most so many units are always matched by their full similarity
 PROBE = 128  # columns that a first guess of the signs looks at
 STORED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes in which weights are held; others in float32
