@@ -7,6 +7,7 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 
 from hf_moe_lmc.card import model_card
 from hf_moe_lmc.checkpoint import Checkpoint, bring
@@ -29,6 +29,7 @@ from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.pairing import same_place
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import digest, matchings, write_matching
+from hf_moe_lmc.rows import BLOCK
 from hf_moe_lmc.streams import rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -149,6 +150,11 @@ def layer_report(index: int, matching: Matching) -> dict[str, Any]:
         "units_moved": moved["unit_order"] + moved["shared_order"],
         "signs": int((symmetry.unit_scale < 0).sum() + (symmetry.shared_scale < 0).sum()),
         "scales_kept": matching.scales_kept,
+        "way": matching.way,
+        "shared_way": matching.shared_way,
+        "ways": dict(Counter([*matching.way, *([matching.shared_way] if matching.shared_way else [])])),
+        "order_decided": matching.order_decided,
+        "order_margin": matching.order_margin,
         "seconds": matching.seconds,
         **({"banks": banks} if banks else {}),
     }
@@ -228,6 +234,7 @@ def align_models(
     *,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     progress: Workplace | None = None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
@@ -248,7 +255,7 @@ def align_models(
     layers: dict[int, Matching] = {}
     wanted = sorted(a.layers.keys() & b.layers.keys())
     facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
-    facts |= {"family": b.family.name, "order": order, "units": units, "device": device.type}
+    facts |= {"family": b.family.name, "order": order, "units": units, "exact": exact, "device": device.type}
     kept = progress.kept("matching", facts) if progress else None
     before = dict(matchings(kept)) if kept else {}
     for index in mates.from_main(sorted(before)):
@@ -262,7 +269,9 @@ def align_models(
         for first in range(0, len(left), mates.count):  # a round: one layer for each process
             members = left[first : first + mates.count]
             mine = [
-                match_layer(a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, device=device)
+                match_layer(
+                    a.layers[index], b.layers[index], groups=a.groups, order=order, units=units, exact=exact, device=device
+                )
                 for index in mates.share(members)
             ]
             matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
@@ -343,9 +352,11 @@ def _moments(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, flo
     """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor."""
     sums = torch.zeros(4, dtype=torch.float64)
     for first, values in a.chunks(name):
-        x, y = values.float(), b.read(name, first, len(values)).float()
-        terms: tuple[Tensor, ...] = (torch.square(x - y), x.square(), y.square(), x * y)
-        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
+        for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
+            x, y = of_a.float(), of_b.float()
+            difference = x - y
+            pairs = ((difference, difference), (x, x), (y, y), (x, y))
+            sums += torch.stack([torch.dot(left, right) for left, right in pairs]).double()
     for checkpoint, total in ((a, sums[1]), (b, sums[2])):
         if not bool(total.isfinite()):
             raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite weights")
@@ -388,6 +399,7 @@ def align(
     *,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
@@ -405,6 +417,7 @@ def align(
             symmetry.safetensors and alignment.json; with `symmetry_only` just these two.
         order: expert order by `gate`, `expert`, or the `best` of both.
         units: `plain` or `scaled` hidden units.
+        exact: match wide experts by all their costs in full too, and both orders; without, sketches with a proof come first.
         push_to_hub: OWNER/NAME to publish the result under.
         resume: continue from the layers that an earlier call with the same inputs and options had matched, and the shards
             that it had written, when it was stopped (see workplace.py); they are kept beside the output until that is whole.
@@ -424,7 +437,7 @@ def align(
         model_a, model_b = open_models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         download(model_a, model_b)
-        alignment = align_models(model_a, model_b, order=order, units=units, progress=workplace)
+        alignment = align_models(model_a, model_b, order=order, units=units, exact=exact, progress=workplace)
         facts = _facts(model_b, alignment.symmetry)
         with writing(workplace, facts, inputs=[model_b.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
             if writer and not symmetry_only:

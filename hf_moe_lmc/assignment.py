@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
+
+SPARSE = 4096  # above so many rows, an assignment on the cheapest entries is proved for all of them by its prices
+CANDIDATES = 24  # cheapest entries of each row, and of each column, to begin with
+BLOCK = 32 << 20  # elements of a block of rows that is looked at
+ROUNDS = 12  # of added candidates, before the dense solver has to do
 
 
 def assign(cost: Tensor) -> Tensor:
@@ -19,12 +27,100 @@ def assign(cost: Tensor) -> Tensor:
     Where the cheapest entry of every row, after each column's minimum has been subtracted, falls on a different column,
     that is the optimum already (dual feasible with zero gap); so it is for related weights, and the solver is skipped.
     """
-    values = cost.to("cpu", torch.float64)
-    values -= values.min(dim=0, keepdim=True).values
+    values = cost.to("cpu", torch.float32 if len(cost) > SPARSE and cost.dtype == torch.float32 else torch.float64)
+    values -= values.amin(dim=0, keepdim=True)
     order = values.argmin(dim=1)
     if len(order.unique()) == len(order):
         return order
+    if len(values) > SPARSE:
+        return _assign_sparse(values)
     return torch.from_numpy(linear_sum_assignment(values.numpy())[1])
+
+
+def prices(cost: Tensor, order: Tensor) -> Tensor:
+    """Column prices v <= 0, float64 [n], with cost[i, j] - v[j] >= cost[i, order[i]] - v[order[i]]: that `order` is optimal.
+
+    Args:
+        cost: float64 [n, n]; order: an optimal assignment, so that the relaxation below ends (Bellman and Ford's, from 0).
+    """
+    own = cost.gather(1, order[:, None])[:, 0]
+    tolerance = 1e-12 * float(cost.abs().max()) if cost.numel() else 0.0
+    price = torch.zeros(len(cost), dtype=torch.float64)
+    for _ in range(len(cost)):
+        lower = (cost + (price[order] - own)[:, None]).amin(dim=0)
+        if bool((lower >= price - tolerance).all()):
+            break
+        price = torch.minimum(price, lower)
+    return price
+
+
+def _assign_sparse(values: Tensor) -> Tensor:
+    """The optimum over all entries, found on few of them: those that the prices of a round show to be missing are added.
+
+    Optimal up to n times the rounding of the prices, 1e-9 of the largest entry; ties are broken by the solver, always alike.
+    """
+    count = len(values)
+    tolerance = 1e-9 * float(values.max())
+    cells = [torch.arange(count) * (count + 1)]  # the diagonal makes every round feasible
+    for first, block in _blocks(values):
+        here = block.topk(CANDIDATES, dim=1, largest=False).indices + (torch.arange(len(block)) + first)[:, None] * count
+        cells.append(here.flatten())
+    for first in range(0, count, step := max(1, BLOCK // count)):
+        block = values[:, first : first + step].T.contiguous()
+        here = block.topk(CANDIDATES, dim=1, largest=False).indices * count
+        cells.append((here + (torch.arange(len(block)) + first)[:, None]).flatten())
+    known = torch.cat(cells).unique()
+    for _ in range(ROUNDS):
+        row, column = known // count, known % count
+        weight = values.view(-1)[known].double()
+        order = _solve(row, column, weight, count)
+        price, of_row = _sparse_prices(row, column, weight, order, values)
+        added = torch.cat([_missing(block, first, price, of_row, tolerance) for first, block in _blocks(values)])
+        if not len(added):
+            return order
+        known = torch.cat([known, added]).unique()
+    return torch.from_numpy(linear_sum_assignment(values.double().numpy())[1])
+
+
+def _blocks(values: Tensor) -> list[tuple[int, Tensor]]:
+    step = max(1, BLOCK // 8 // len(values))
+    return [(first, values[first : first + step]) for first in range(0, len(values), step)]
+
+
+def _solve(row: Tensor, column: Tensor, weight: Tensor, count: int) -> Tensor:
+    graph = csr_array(
+        ((weight + 1).numpy(), (row.numpy(), column.numpy())), shape=(count, count)
+    )  # a weight 0 would be no edge
+    of_rows, of_columns = min_weight_full_bipartite_matching(graph)
+    order = np.empty(count, dtype=np.int64)
+    order[of_rows] = of_columns
+    return torch.from_numpy(order)
+
+
+def _sparse_prices(row: Tensor, column: Tensor, weight: Tensor, order: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Prices of columns and rows that prove `order` on the known entries."""
+    own = values.gather(1, order[:, None])[:, 0].double()
+    price = torch.zeros(len(order), dtype=torch.float64)
+    for _ in range(len(order)):
+        lower = price.scatter_reduce(0, column, weight + (price[order] - own)[row], "amin")
+        if bool((lower >= price - 1e-12).all()):
+            break
+        price = lower
+    return price, own - price[order]
+
+
+def _missing(block: Tensor, first: int, price: Tensor, of_row: Tensor, tolerance: float) -> Tensor:
+    """Places, in the whole matrix, of the entries of a block of rows that cost less than their prices.
+
+    A look in the entries' own precision leaves few to be looked at in float64.
+    """
+    reduced = (block - price.to(block.dtype)).sub_(of_row[first : first + len(block), None].to(block.dtype))
+    coarse = tolerance + 8 * torch.finfo(block.dtype).eps * float(block.max() + price.abs().max() + of_row.abs().max())
+    suspects = (reduced.amin(dim=1) < coarse).nonzero()[:, 0]
+    row, column = (reduced[suspects] < coarse).nonzero(as_tuple=True)
+    row = suspects[row]
+    exact = block[row, column].double() - price[column] - of_row[first + row]
+    return ((first + row) * len(price) + column)[exact < -tolerance]
 
 
 def assign_groups(cost: Tensor, groups: int) -> Tensor:

@@ -125,6 +125,7 @@ def _align(options: argparse.Namespace) -> None:
         options.output,
         order=options.order or "best",
         units=options.units or "scaled",
+        exact=options.exact,
         symmetry_only=options.symmetry_only,
         push_to_hub=options.push_to_hub,
         private=options.private,
@@ -170,6 +171,7 @@ def _barrier(options: argparse.Namespace) -> None:
         symmetry=options.symmetry,
         order=options.order or "best",
         units=options.units or "scaled",
+        exact=options.exact,
         context=options.context,
         stride=options.stride,
         max_tokens=options.max_tokens,
@@ -202,6 +204,7 @@ def _merge(options: argparse.Namespace) -> None:
         symmetry=options.symmetry,
         order=options.order or "best",
         units=options.units or "scaled",
+        exact=options.exact,
         push_to_hub=options.push_to_hub,
         private=options.private,
         resume=options.resume,
@@ -424,6 +427,9 @@ def _matching(verb: argparse.ArgumentParser) -> None:
         "--units",
         choices=("plain", "scaled"),
         help="match hidden units as they are, or up to sign and scale (default: scaled)",
+    )
+    verb.add_argument(
+        "--exact", action="store_true", help="compute all costs in full for wide experts, too; without, sketches come first"
     )
 
 

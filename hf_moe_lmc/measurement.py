@@ -57,6 +57,7 @@ def barrier(
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -85,6 +86,7 @@ def barrier(
         points: grid points from t = 0 to t = 1, both included.
         naive: evaluate the path to B as it is, too.
         symmetry: a saved or given symmetry instead of matching.
+        order, units, exact: as in `align`.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
         stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
             ended; None: no overlap.
@@ -110,7 +112,7 @@ def barrier(
     """
     check_methods(order, units)
     options = _Options(
-        matching={"order": order, "units": units},
+        matching={"order": order, "units": units, "exact": exact},
         points=points,
         naive=naive,
         context=context,

@@ -43,6 +43,7 @@ def merge(
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
+    exact: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
     resume: bool = True,
@@ -57,6 +58,7 @@ def merge(
         align: match B to A first; otherwise B is taken as it is. Two checkpoints with the same tensors are then
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
+        order, units, exact: as in `align`.
         push_to_hub: OWNER/NAME to publish the result under.
         resume: continue from the layers that an earlier call had matched, and the shards that it had written, when it was
             stopped (see workplace.py).
@@ -82,7 +84,7 @@ def merge(
             found = _plain(*opened, t)
         else:
             assert models is not None
-            found = _modelled(*models, t, align, symmetry, {"order": order, "units": units}, workplace)
+            found = _modelled(*models, t, align, symmetry, {"order": order, "units": units, "exact": exact}, workplace)
         facts = {"what": "merge", "t": t, **found.facts}
         with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
             if writer:

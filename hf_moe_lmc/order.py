@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,29 @@ def expert_cost(a: Bank, b: Bank, units: UnitMethod, device: torch.device, works
     return ExpertCost(total.clamp_min_(0).sqrt_(), form, columns if estimated else None)
 
 
+def sketched_expert_cost(of_a: Sequence[Tensor], of_b: Sequence[Tensor]) -> Tensor:
+    """Unbiased estimates of the squares of `expert_cost`, float64 [expert, expert], from Gram matrices of sketches.
+
+    Args:
+        of_a, of_b: of each expert S^T K S / r for each role, [role, r, r], with r columns of signs S.
+
+    For a difference D of Gram matrices, s_p.D s_q has the mean square ||D||^2 if p and q are different columns. The spread
+    of the mean over all of them is about sqrt(4 / r^2) of it where D is spread over many directions.
+    """
+    columns = of_a[0].shape[-1]
+    apart = 1 - torch.eye(columns, dtype=torch.float64)
+    a, b = (torch.stack([gram * apart for gram in side]).flatten(1) for side in (of_a, of_b))
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square() * columns / max(1, columns - 1)
+
+
+def margin(cost: Tensor, order: Tensor) -> float:
+    """Largest ratio of the cost of a kept pair to the other costs in its row and its column; 0 where there are none."""
+    kept = cost.gather(1, order[:, None])
+    others = cost.scatter(1, order[:, None], torch.inf)
+    least = torch.minimum(others.amin(dim=1), others.amin(dim=0)[order])
+    return float((kept[:, 0] / least).nan_to_num(nan=1.0, posinf=1e300).max())
+
+
 def _workspace(expert: int) -> int:
     """Bytes for the Gram matrices of one role: eight experts in float32, at most WORKSPACE unless two are more than that."""
     return max(2 * expert, min(8 * expert, WORKSPACE))
@@ -101,9 +124,9 @@ def _rows_of(bank: Bank, role: str, units: UnitMethod, device: torch.device) -> 
                 values = torch.cat([values, bias[:, None] + (bank.kind.offset if role == "up" else 0)], dim=1)
             return values
         whole = UnitRows.of(bank, expert, device)
-        values = getattr(whole, role)
+        values = getattr(whole, role).float()
         if balanced:
-            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None]
+            ratio = whole.norm_ratio.nan_to_num(1.0)[:, None].to(device, torch.float32)
             values = values / ratio if role == "up" else values * ratio**bank.kind.power
         if role == "down" and whole.down_bias is not None:
             values = torch.cat([values, whole.down_bias[None]])

@@ -5,7 +5,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from hf_moe_lmc.assignment import assign, assign_groups
+from hf_moe_lmc import assignment
+from hf_moe_lmc.assignment import assign, assign_groups, prices
 
 
 def total(cost: torch.Tensor, order: torch.Tensor) -> float:
@@ -46,3 +47,39 @@ def test_one_group_is_no_restriction() -> None:
     cost = torch.rand(6, 6, generator=torch.Generator().manual_seed(9))
     assert torch.equal(assign_groups(cost, 1), assign(cost.clone()))
     assert total(cost, assign_groups(cost, 3)) > total(cost, assign_groups(cost, 1))
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "related", "ties", "rows alike"])
+@pytest.mark.parametrize("seed", range(2))
+def test_few_entries_with_prices_give_the_optimum_of_all(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(150, 8, generator=generator) for _ in range(2))
+    if kind == "related":
+        y = x[torch.randperm(150, generator=generator)] + 0.7 * y
+    if kind == "rows alike":
+        x[:] = x[:1]
+    cost = torch.randint(4, (150, 150), generator=generator).float() if kind == "ties" else -(x @ y.T).abs()
+    best = total(cost, assign(cost.clone()))
+    monkeypatch.setattr(assignment, "SPARSE", 10)
+    monkeypatch.setattr(assignment, "CANDIDATES", 3)  # so that entries are missing at first
+    found = assign(cost.clone())
+    assert torch.equal(found.sort().values, torch.arange(150))
+    assert total(cost, found) == pytest.approx(best, rel=1e-6)
+    assert torch.equal(found, assign(cost.clone()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prices_prove_an_optimum_and_nothing_else(seed: int) -> None:
+    cost = torch.rand(30, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def proved(order: torch.Tensor) -> bool:
+        price = prices(cost, order)
+        assert bool((price <= 0).all())
+        own = (cost - price).gather(1, order[:, None])
+        return bool((cost - price >= own - 1e-9).all())
+
+    order = assign(cost.clone())
+    assert proved(order)
+    worse = order.clone()
+    worse[:2] = order[:2].flip(0)
+    assert not proved(worse)

@@ -13,7 +13,7 @@ from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.layer import ActedLayer, Bank, MoELayer
 from hf_moe_lmc.matching import check_methods, match_layer
 from hf_moe_lmc.model import MoEModel, read_model
-from hf_moe_lmc.order import expert_cost, gate_cost
+from hf_moe_lmc.order import expert_cost, gate_cost, margin, sketched_expert_cost
 from hf_moe_lmc.symmetry import LayerSymmetry
 from hf_moe_lmc.units import SCALE_GAIN, UnitMethod, UnitRows, match_units, unit_cost
 from tests import tiny
@@ -239,3 +239,87 @@ def test_weights_that_are_not_finite_are_named(
     pair = [model(folder).layers[1] for folder in (saved("qwen2_moe"), bad)]
     with pytest.raises(CheckpointError, match=f"{re.escape(str(bad))}: layer 1: {named} holds NaN"):
         match_layer(*(pair[::-1] if swapped else pair), order=order)
+
+
+@pytest.fixture
+def every_expert_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_moe_lmc.matching.SMALL", 0)
+    monkeypatch.setattr("hf_moe_lmc.units.SMALL", 0)
+
+
+NUMBERS = ("norm", "distance_before", "distance_after_order", "distance_after_units", "router_distance_after")
+
+
+@pytest.mark.usefixtures("every_expert_is_wide")
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("order", ["gate", "expert", "best"])
+def test_sketches_find_what_the_full_costs_find(saved: Callable[..., Path], family: str, order: str) -> None:
+    a = model(saved(family))
+    generator = torch.Generator().manual_seed(3)
+    for layer in a.layers.values():
+        b = _Planted(layer, layer.random(generator, groups=a.groups, scale=3.0))
+        found = match_layer(layer, b, groups=a.groups, order=order)
+        exact = match_layer(layer, b, groups=a.groups, order=order, exact=True)
+        assert found.symmetry.isclose(exact.symmetry) and found.symmetry.isclose(exact.symmetry)
+        for name in NUMBERS:
+            assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5, abs=1e-5), name
+        assert set(exact.way) == {"exact"} and "exact" not in found.way
+        assert exact.order_margin is None and exact.order_decided == ("both" if order == "best" else "asked")
+        assert found.order_decided == {"gate": "asked", "expert": "margin", "best": "margin"}[order]
+        assert found.candidates.keys() == exact.candidates.keys()
+
+
+@pytest.mark.usefixtures("every_expert_is_wide")
+@pytest.mark.parametrize("order", ["gate", "expert"])
+def test_unrelated_experts_go_the_exact_way(saved: Callable[..., Path], order: str) -> None:
+    a, b = (model(saved("mixtral", "per-expert", seed)).layers[1] for seed in (0, 1))
+    found, exact = (match_layer(a, b, order=order, exact=exact) for exact in (False, True))
+    assert found.symmetry.isclose(exact.symmetry)
+    for name in NUMBERS:
+        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5), name
+    assert set(found.way) == {"exact"}
+    best = match_layer(a, b, order="best")  # unproved orders are said to be so
+    assert best.order_decided in ("sketch", "both") and best.order_margin is not None and best.order_margin > 0.5
+
+
+@pytest.mark.usefixtures("every_expert_is_wide")
+def test_each_related_expert_is_read_once_and_the_first_of_each_cycle_twice(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = model(saved("qwen3_moe")).layers[1]
+    read: list[int | None] = []
+    real = UnitRows.of.__func__
+
+    def counted(cls: type[UnitRows], bank: Bank, expert: int | None, device: torch.device) -> UnitRows:
+        read.append(expert)
+        return real(cls, bank, expert, device)
+
+    monkeypatch.setattr(UnitRows, "of", classmethod(counted))
+    match_layer(layer, layer)
+    assert len(read) == 2 * layer.experts
+    read.clear()
+    planted = layer.random(torch.Generator().manual_seed(0))
+    match_layer(layer, _Planted(layer, planted))
+    order, cycles, seen = planted.expert_order.tolist(), 0, set()
+    for start in range(layer.experts):
+        cycles += start not in seen and order[start] != start
+        while start not in seen:
+            seen.add(start)
+            start = order[start]
+    assert len(read) == 2 * layer.experts + cycles
+
+
+def test_the_sketched_gram_costs_are_unbiased_and_their_margin_is_that_of_the_kept_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 60, 40, generator=generator, dtype=torch.float64)
+    exact = float((x.T @ x - y.T @ y).square().sum())
+    estimates = []
+    for _ in range(300):
+        signs = torch.randint(2, (40, 12), generator=generator) * 2.0 - 1
+        grams = [((rows @ signs.double()).T @ (rows @ signs.double()) / 12)[None] for rows in (x, y)]
+        estimates.append(float(sketched_expert_cost(grams[:1], grams[1:])))
+    assert torch.tensor(estimates).mean() == pytest.approx(exact, rel=0.05)
+    cost = torch.tensor([[1.0, 9.0, 8.0], [9.0, 9.0, 2.0], [7.0, 3.0, 9.0]], dtype=torch.float64)
+    assert margin(cost, torch.tensor([0, 2, 1])) == pytest.approx(3 / 7)  # 2 / 8 and 1 / 7 are less
+    assert margin(cost, torch.tensor([0, 1, 2])) == pytest.approx(9 / 2)
+    assert margin(cost[:1, :1], torch.tensor([0])) == 0

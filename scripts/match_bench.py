@@ -1,0 +1,156 @@
+"""Cost of `align`, matching included, against the rewrite alone, at the layer shapes of Mixtral-8x7B.
+
+    python scripts/match_bench.py -o scripts/match_bench.json [--layers 2] [--experts 8] [--noise 0.03 0.5 inf] [--repeats 3]
+
+Two synthetic checkpoints (bfloat16, one tensor per expert, one shard for every two experts): B is A with its experts and hidden
+units shuffled, their signs flipped, and so much noise added, relative to the weights; `inf` is another draw. In each round
+`apply` of the symmetry that was found and `align` in full run side by side, each in a process of its own, from the page cache.
+Wall times are without imports, and mean something only as ratios within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+HIDDEN, FFN, STD = 4096, 14336, 0.02
+ROLES = ("w1", "w3", "w2")  # gate, up, down
+
+
+def make(folder: Path, layers: int, experts: int, noise: float) -> Path:
+    """A (noise 0), or a B so far from it."""
+    folder.mkdir()
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_local_experts=experts,
+        architectures=["MixtralForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    plan = torch.Generator().manual_seed(2)
+    weight_map: dict[str, str] = {}
+    outside = {"model.embed_tokens.weight": (1024, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (1024, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q_proj", HIDDEN), ("k_proj", HIDDEN // 4), ("v_proj", HIDDEN // 4), ("o_proj", HIDDEN)):
+            outside[f"{prefix}self_attn.{name}.weight"] = (rows, HIDDEN)
+        outside |= {f"{prefix}{name}.weight": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")}
+    tensors = {name: drawn(shape, 1, i, noise) for i, (name, shape) in enumerate(outside.items())}
+    for layer in range(layers):
+        block = f"model.layers.{layer}.block_sparse_moe."
+        order = torch.randperm(experts, generator=plan) if noise else torch.arange(experts)
+        tensors[f"{block}gate.weight"] = drawn((experts, HIDDEN), 3, layer, noise)[order]
+        for place, expert in enumerate(order.tolist()):
+            units = torch.randperm(FFN, generator=plan)
+            signs = (torch.randint(2, (FFN, 1), generator=plan) * 2 - 1).bfloat16()
+            for number, role in enumerate(ROLES):
+                values = drawn((FFN, HIDDEN), 10 + layer, 8 * expert + number, noise)
+                if noise:
+                    values = values[units] * (1 if role == "w1" else signs)
+                tensors[f"{block}experts.{place}.{role}.weight"] = (values.T if role == "w2" else values).contiguous()
+            if place % 2 or place == experts - 1:
+                file = f"model-{layer:02}-{place // 2:02}.safetensors"
+                save_file(tensors, folder / file, {"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+                tensors = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def drawn(shape: tuple[int, ...], kind: int, number: int, noise: float) -> torch.Tensor:
+    """A's weights of this name, with noise added."""
+
+    def draw(seed: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * STD
+
+    seed = 1000 * kind + number
+    values = draw(seed + 500_000) if math.isinf(noise) else draw(seed)
+    return (values.add_(draw(seed + 900_000), alpha=noise) if 0 < noise < math.inf else values).bfloat16()
+
+
+def run(verb: str, a: str, b: str, output: str) -> dict[str, Any]:
+    import hf_moe_lmc as lmc
+
+    started = time.perf_counter()
+    if verb == "apply":
+        lmc.apply(a, b, output)
+        return {"seconds": time.perf_counter() - started}
+    alignment = lmc.align(a, b, output)
+    seconds = time.perf_counter() - started
+    layers = alignment.to_dict()["layers"]
+    keys = ("ways", "order_method", "order_decided", "order_margin", "expert_order", "distance_after_units", "norm", "seconds")
+    return {"seconds": seconds, "layers": [{key: layer[key] for key in keys} for layer in layers]}
+
+
+def started(verb: str, a: Path, b: Path, output: Path, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", __file__, "--one", verb, str(a), str(b), str(output)]
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.03, 0.5, math.inf])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; of unrelated experts one")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
+    parser.add_argument("--one", nargs=4, metavar=("VERB", "A", "B", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run(*options.one)))
+        return
+    results = []
+    with tempfile.TemporaryDirectory(prefix="match-bench-", dir=options.folder) as d:
+        folder = Path(d)
+        a = make(folder / "a", options.layers, options.experts, 0.0)
+        for noise in options.noise:
+            b, found = make(folder / "b", options.layers, options.experts, noise), folder / "found"
+            rounds = []
+            for number in range(1 if math.isinf(noise) else options.repeats):
+                aligned = started("align", a, b, folder / "out", options.threads)
+                if not number:
+                    shutil.copytree(folder / "out" / "alignment", found)
+                shutil.rmtree(folder / "out")
+                applied = started("apply", found, b, folder / "out", options.threads)
+                shutil.rmtree(folder / "out")
+                rounds.append({"align": aligned["seconds"], "apply": applied["seconds"]})
+                print(noise, rounds[-1], file=sys.stderr, flush=True)
+            for path in (b, found):
+                shutil.rmtree(path)
+            results.append(
+                {
+                    "noise": str(noise),
+                    "ratio": statistics.median(one["align"] / one["apply"] for one in rounds),
+                    "rounds": rounds,
+                    "layers": aligned["layers"],
+                }
+            )
+            print(results[-1], file=sys.stderr, flush=True)
+    command = "python scripts/match_bench.py " + " ".join(sys.argv[1:])
+    report = {"command": command, "threads": options.threads, "results": results}
+    text = json.dumps(report, indent=2) + "\n"
+    if options.output:
+        options.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
