@@ -235,6 +235,7 @@ def align_models(
     order: OrderMethod = "best",
     units: UnitMethod = "scaled",
     exact: bool = False,
+    allow_nonfinite: bool = False,
     progress: Workplace | None = None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
@@ -299,7 +300,7 @@ def align_models(
             f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
-    outside = mates.from_main(outside_distance(a, b) if mates.is_main else None)
+    outside = mates.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if mates.is_main else None)
     assert outside is not None
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
         found.append("A and B hold the same weights; the alignment is the identity")
@@ -326,8 +327,12 @@ def align_models(
     )
 
 
-def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
-    """Compares the tensors outside the MoE blocks that both models have, streaming; quantised ones do not count."""
+def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False) -> OutsideDistance:
+    """Compares the tensors outside the MoE blocks that both models have, streaming; quantised ones do not count.
+
+    Raises:
+        CheckpointError: a weight that is NaN or infinite, unless allowed: then its tensor does not count.
+    """
     relative, cosines = {}, []
     total = total_norm = 0.0
     in_both = set(b.outside)
@@ -335,7 +340,10 @@ def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
         info = a.checkpoint.tensors[name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
             continue  # quantised values mean nothing without their scales
-        distance, norm_a, norm_b, inner = _moments(a.checkpoint, b.checkpoint, name)
+        found = _moments(a.checkpoint, b.checkpoint, name, allow_nonfinite=allow_nonfinite)
+        if found is None:
+            continue
+        distance, norm_a, norm_b, inner = found
         total, total_norm = total + distance, total_norm + norm_a
         relative[name] = math.sqrt(distance / (norm_a or norm_b or 1.0))
         if len(info.shape) > 1 and norm_a and norm_b:
@@ -348,18 +356,29 @@ def outside_distance(a: MoEModel, b: MoEModel) -> OutsideDistance:
     )
 
 
-def _moments(a: Checkpoint, b: Checkpoint, name: str) -> tuple[float, float, float, float]:
-    """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor."""
+def _moments(
+    a: Checkpoint, b: Checkpoint, name: str, *, allow_nonfinite: bool, dtype: torch.dtype = torch.float32
+) -> tuple[float, float, float, float] | None:
+    """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor; None where weights that are not finite are allowed and there."""
     sums = torch.zeros(4, dtype=torch.float64)
     for first, values in a.chunks(name):
         for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
-            x, y = of_a.float(), of_b.float()
+            x, y = of_a.to(dtype), of_b.to(dtype)
             difference = x - y
             pairs = ((difference, difference), (x, x), (y, y), (x, y))
             sums += torch.stack([torch.dot(left, right) for left, right in pairs]).double()
-    for checkpoint, total in ((a, sums[1]), (b, sums[2])):
-        if not bool(total.isfinite()):
-            raise CheckpointError(f"{checkpoint.name}: tensor {name} holds NaN or infinite weights")
+    if not bool(sums.isfinite().all()):
+        for checkpoint in (a, b):
+            at = checkpoint.first_not_finite(name)
+            if at and allow_nonfinite:
+                return None
+            if at:
+                raise CheckpointError(
+                    f"{checkpoint.name}/{checkpoint.tensors[name].shard}: tensor {name} holds NaN or infinite weights, the first "
+                    f"at {at}. Repair the checkpoint, or write it as it is with --allow-nonfinite"
+                )
+        if dtype != torch.float64:  # squares beyond the range of float32
+            return _moments(a, b, name, allow_nonfinite=allow_nonfinite, dtype=torch.float64)
     distance, norm_a, norm_b, inner = sums.tolist()
     return distance, norm_a, norm_b, inner
 
@@ -437,7 +456,9 @@ def align(
         model_a, model_b = open_models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         download(model_a, model_b)
-        alignment = align_models(model_a, model_b, order=order, units=units, exact=exact, progress=workplace)
+        alignment = align_models(
+            model_a, model_b, order=order, units=units, exact=exact, allow_nonfinite=allow_nonfinite, progress=workplace
+        )
         facts = _facts(model_b, alignment.symmetry)
         with writing(workplace, facts, inputs=[model_b.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
             if writer and not symmetry_only:

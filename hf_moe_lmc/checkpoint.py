@@ -170,6 +170,13 @@ class Checkpoint:
         for first in range(0, info.numel, step):
             yield first, self.read(name, first, min(step, info.numel - first))
 
+    def first_not_finite(self, name: str) -> str | None:
+        """The indices of the first value of a tensor that is NaN or infinite, in words; None if all are finite."""
+        for first, values in self.chunks(name):
+            if not is_finite(values):
+                return place(self.tensors[name].shape, first + first_not_finite(values))
+        return None
+
     def side_files(self) -> list[str]:
         """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
         return [file for file in self.source.files() if _is_side_file(file)]
@@ -248,6 +255,25 @@ class Checkpoint:
                 raise CheckpointError(f"{self.name}/{shard}: ends at byte {position}, before its last tensor; fetch it again")
             view = view[got:]
             position += got
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass over them."""
+    if not values.dtype.is_floating_point or not values.numel():
+        return True
+    low, high = (values.float() if values.dtype.itemsize == 1 else values).aminmax()  # NaN if there is one
+    return bool(low.isfinite() & high.isfinite())
+
+
+def first_not_finite(values: Tensor) -> int:
+    """Where in a row the first value stands that is NaN or infinite."""
+    finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
+    return int((~finite).nonzero()[0])
+
+
+def place(shape: tuple[int, ...], element: int) -> str:
+    """The indices of an element of a tensor, in words."""
+    return str([int(i) for i in torch.unravel_index(torch.tensor(element), shape)]) if shape else "[]"
 
 
 def bring(*checkpoints: Checkpoint) -> None:

@@ -371,7 +371,13 @@ def _check_finite(cost: Tensor, a: Bank, b: Bank) -> None:
 
 
 def _not_finite(bank: Bank, what: str) -> CheckpointError:
-    return CheckpointError(f"{bank.full_name}: {what} holds NaN or infinite weights")
+    """What to say of weights that cannot be matched: the tensor as well, which `what` is a part of."""
+    checkpoint = bank.layer.checkpoint
+    found = next(((name, at) for name in bank.layer.claims if (at := checkpoint.first_not_finite(name))), None)
+    where = f"; in {checkpoint.tensors[found[0]].shard}, tensor {found[0]}, the first at {found[1]}" if found else ""
+    return CheckpointError(
+        f"{bank.full_name}: {what} holds NaN or infinite weights{where}. Repair the checkpoint: such weights cannot be matched"
+    )
 
 
 def _match_shared(a: Bank, b: Bank, units: UnitMethod, exact: bool, device: torch.device) -> UnitMatch:

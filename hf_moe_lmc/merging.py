@@ -84,7 +84,14 @@ def merge(
             found = _plain(*opened, t)
         else:
             assert models is not None
-            found = _modelled(*models, t, align, symmetry, {"order": order, "units": units, "exact": exact}, workplace)
+            found = _modelled(
+                *models,
+                t,
+                align,
+                symmetry,
+                {"order": order, "units": units, "exact": exact, "allow_nonfinite": allow_nonfinite},
+                workplace,
+            )
         facts = {"what": "merge", "t": t, **found.facts}
         with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
             if writer:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.checkpoint import INDEX, Checkpoint, Shard, TensorInfo, first_not_finite, is_finite, place
 from hf_moe_lmc.configuration import without_foreign_switches
 from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
@@ -135,16 +135,16 @@ class FolderWriter:
 
     def _not_finite(self, file: _ShardFile, span: Span, values: Tensor) -> CheckpointError:
         """What to say of a range with a value that is not finite: the tensor, and the input that it comes from."""
-        first = _first_not_finite(values.view(-1))
+        first = first_not_finite(values.view(-1))
         at = span.start + first * span.dtype.itemsize
         info = file.tensor_at(at)
         found = [
             f"{one.name}/{one.tensors[info.name].shard}: tensor {info.name} holds NaN or infinite weights, the first at {where}"
             for one in self._inputs
-            if info.name in one.tensors and (where := _first_bad(one, info.name)) is not None
+            if info.name in one.tensors and (where := one.first_not_finite(info.name)) is not None
         ]
         if not found:
-            place = _place(info.shape, (at - info.start) // info.dtype.itemsize)
+            place = place(info.shape, (at - info.start) // info.dtype.itemsize)
             found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {place}"]
         return CheckpointError("; ".join(found) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
 
@@ -319,32 +319,6 @@ def _in_parallel(jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFi
 def worker_count() -> int:
     """Threads that compute and write."""
     return max(2, min(WORKERS, os.cpu_count() or 1))
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass over them."""
-    if not values.dtype.is_floating_point or not values.numel():
-        return True
-    low, high = (values.float() if values.dtype.itemsize == 1 else values).aminmax()  # NaN if there is one
-    return bool(low.isfinite() & high.isfinite())
-
-
-def _first_bad(checkpoint: Checkpoint, name: str) -> str | None:
-    """The place of the first value of a tensor that is not finite."""
-    for first, values in checkpoint.chunks(name):
-        if not is_finite(values):
-            return _place(checkpoint.tensors[name].shape, first + _first_not_finite(values))
-    return None
-
-
-def _first_not_finite(values: Tensor) -> int:
-    finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
-    return int((~finite).nonzero()[0])
-
-
-def _place(shape: tuple[int, ...], element: int) -> str:
-    index = [int(i) for i in torch.unravel_index(torch.tensor(element), shape)] if shape else []
-    return str(index)
 
 
 def _allocate(descriptor: int, size: int) -> None:
