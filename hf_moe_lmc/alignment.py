@@ -374,8 +374,8 @@ def _moments(
                 return None
             if at:
                 raise CheckpointError(
-                    f"{checkpoint.name}/{checkpoint.tensors[name].shard}: tensor {name} holds NaN or infinite weights, the first "
-                    f"at {at}. Repair the checkpoint, or write it as it is with --allow-nonfinite"
+                    f"{checkpoint.name}/{checkpoint.tensors[name].shard}: tensor {name} holds NaN or infinite weights, the "
+                    f"first at {at}. Repair the checkpoint, or write it as it is with --allow-nonfinite"
                 )
         if dtype != torch.float64:  # squares beyond the range of float32
             return _moments(a, b, name, allow_nonfinite=allow_nonfinite, dtype=torch.float64)

@@ -144,8 +144,8 @@ class FolderWriter:
             if info.name in one.tensors and (where := one.first_not_finite(info.name)) is not None
         ]
         if not found:
-            place = place(info.shape, (at - info.start) // info.dtype.itemsize)
-            found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {place}"]
+            spot = place(info.shape, (at - info.start) // info.dtype.itemsize)
+            found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
         return CheckpointError("; ".join(found) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
 
     def _check_space(self, needed: int) -> None:
