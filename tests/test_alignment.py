@@ -325,6 +325,7 @@ def test_deepseek_without_shared_experts(tmp_path: Path, layout: str, absent: bo
     assert align(a, tmp_path / "b", tmp_path / "out").symmetry.isclose(planted.inverse())
 
 
+@pytest.mark.filterwarnings("ignore:A and B hold the same weights")
 def test_weights_outside_the_blocks_that_are_not_finite_are_named(
     copy: Callable[..., Path], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
