@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, Self
@@ -370,6 +371,7 @@ def _read_weight_map(source: Folder | Repository, files: set[str], faults: Fault
     return usable
 
 
+@lru_cache(4096)  # thousands of tensors name the same few files
 def _leaves(file: str) -> bool:
     path = PurePosixPath(file)
     return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
