@@ -149,6 +149,13 @@ class _Place:
     by_unit: bool
     part: slice
     strip: int
+    buffers: dict[str, Tensor]
+
+    def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory in the shape of `like` for this strip's blocks, one after the other: new memory costs more than the sums."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
+        return self.buffers[name][: len(like)]
 
 
 def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor, ...]]) -> Tensor:
@@ -163,9 +170,11 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
 
     def work(strip: slice) -> None:
         own = torch.zeros(kinds, x.shape[0], dtype=torch.float64)
+        buffers: dict[str, Tensor] = {}
         for first in range(strip.start, strip.stop, step):
             part = slice(first, min(first + step, strip.stop))
-            found = terms(_Place(by_unit, part, strip.start), whole[part].to(torch.float32, copy=True))
+            place = _Place(by_unit, part, strip.start, buffers)
+            found = terms(place, place.buffer("x", whole[part], torch.float32).copy_(whole[part]))
             for kind, block in enumerate(found):
                 if by_unit:
                     result[kind, part] = (block @ ones[: block.shape[1]]).cpu().double()
@@ -183,11 +192,14 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
 
 def _partner(x: Tensor, y: Tensor, place: _Place, order: Tensor | None) -> Tensor:
     """The block of y, float32, that belongs to x's; its units in the given order."""
+    here = (y if place.by_unit else y.T)[place.part]
+    block = place.buffer("y", here, torch.float32)
+    if order is None:
+        return block.copy_(here)
     if place.by_unit:
-        rows = y[place.part] if order is None else y.index_select(0, order[place.part])
-        return rows.to(torch.float32, copy=order is None)
-    columns = y.T[place.part].to(torch.float32, copy=True)
-    return columns if order is None else columns.index_select(1, order)
+        chosen = order[place.part]
+        return block.copy_(torch.index_select(y, 0, chosen, out=place.buffer("stored", here, y.dtype)))
+    return torch.index_select(block.copy_(here), 1, order, out=place.buffer("ordered", here, torch.float32))
 
 
 def _by_unit(x: Tensor) -> bool:
