@@ -26,6 +26,7 @@ from hf_moe_lmc.distribution import team
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
 from hf_moe_lmc.header import Shard, TensorInfo, read_shard, remote_shard
 from hf_moe_lmc.hub import Folder, Repository, resolve
+from hf_moe_lmc.memory import reused
 from hf_moe_lmc.quantisation import Quantisation, read_quantisation
 from hf_moe_lmc.untrusted import kind_of, open_regular, read_json_object
 
@@ -160,7 +161,7 @@ class Checkpoint:
         """`count` elements of tensor `name` from element `first`, in its own dtype: a fresh tensor, [count]."""
         info = self.tensors[name]
         count = info.numel - first if count is None else count
-        values = torch.empty(count, dtype=info.dtype)
+        values = reused(count, info.dtype)
         self.fill(values, info.shard, info.start + first * info.dtype.itemsize)
         return values
 

@@ -173,6 +173,7 @@ class _Pairs:
                     self.before[j] = of_a.rows.squared_distance(of_b.rows)
                 elif (i, i) not in self.matches:
                     self.before[i] = of_a.rows.squared_distance(of_b.rows)
+                del of_b
                 i = j
         return grams
 

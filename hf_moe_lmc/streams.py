@@ -13,6 +13,7 @@ from hf_moe_lmc.checkpoint import Checkpoint, Shard
 from hf_moe_lmc.errors import CheckpointError, MismatchError
 from hf_moe_lmc.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.layer import LayerSource, MoELayer, Piece
+from hf_moe_lmc.memory import reused
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.spans import Copied, Interpolated, Scratch, Span, TensorSource
@@ -94,11 +95,18 @@ class InterpolatedLayer:
         try:
             if not (self.rounded and a.dtype == b.dtype):
                 return interpolate(a, b, self.t)
-            out = torch.empty_like(a)
+            out = _like(a)
             interpolate_into(out, a, b, self.t)
             return out
         except MismatchError as error:
             raise MismatchError(f"layer {self.index}: {role}: {error}") from error
+
+
+def _like(values: Tensor) -> Tensor:
+    """Memory for values of this shape, laid out as they are."""
+    if values.ndim == 2 and values.stride(0) < values.stride(1):
+        return reused(values.numel(), values.dtype).view(values.shape[1], values.shape[0]).t()
+    return reused(values.numel(), values.dtype).view(values.shape)
 
 
 def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float, *, rounded: bool = False) -> ModelStream:

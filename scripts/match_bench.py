@@ -96,7 +96,12 @@ def run(verb: str, a: str, b: str, output: str) -> dict[str, Any]:
 
 def started(verb: str, a: Path, b: Path, output: Path, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--one", verb, str(a), str(b), str(output)]
-    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": str(threads)}
+    environment = {
+        **os.environ,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -29,6 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,9 @@ def empty_cache(*folders: Path) -> None:
 def timed(command: list[str]) -> dict[str, float]:
     """Wall seconds of a process and a sync after it, and its own peak of resident memory."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"}
+    )
     assert process.stderr is not None
     complaints = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -191,6 +195,12 @@ def imports() -> dict[str, dict[str, float]]:
     return {name: timed([sys.executable, "-c", text]) for name, text in code.items()}
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, called in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def same_values(folder: Path, other: Path) -> float:
     """Largest difference between two results, relative to the largest value."""
     import torch
@@ -200,7 +210,7 @@ def same_values(folder: Path, other: Path) -> float:
         return {k: v for file in root.glob("*.safetensors") for k, v in load_file(file).items()}
 
     of_one, of_other = tensors(folder), tensors(other)
-    assert of_one.keys() == of_other.keys()
+    assert of_one.keys() == of_other.keys(), sorted(of_one.keys() ^ of_other.keys())[:5]
     return max(float((of_one[k].float() - of_other[k].float()).abs().max() / of_other[k].float().abs().max()) for k in of_one)
 
 
@@ -216,7 +226,7 @@ def race(name: str, a: Path, b: Path, work: Path, repeats: int, mergekit: str | 
             if number == 0 and way in ("torch", "mergekit", "ours"):
                 worst[way] = out.rename(work / f"kept-{way}")
             shutil.rmtree(out, ignore_errors=True)
-    differences = {way: same_values(folder, worst["torch"]) for way, folder in worst.items() if way != "torch"}
+    differences = {way: apart(same_values, folder, worst["torch"]) for way, folder in worst.items() if way != "torch"}
     for folder in worst.values():
         shutil.rmtree(folder)
     medians = {way: {key: statistics.median(run[key] for run in of_way) for key in of_way[0]} for way, of_way in runs.items()}
@@ -247,7 +257,9 @@ def main() -> None:
         for name in options.pairs:
             config, shapes = mixtral(6, 8, 1024, 6400, 8, 8000) if name == "large" else qwen3_like(64, 16)
             shards = 4 if name == "large" else 16
-            a, b = (make(Path(d) / f"{name}-{i}", shapes, shards, i, config) for i in range(2))
+            a, b = (Path(d) / f"{name}-{i}" for i in range(2))
+            for seed, path in enumerate((a, b)):  # elsewhere: what this process has held counts as its children's peak
+                apart(make, path, shapes, shards, seed, config)
             found = race(name, a, b, Path(d), options.repeats, options.mergekit)
             results.append({**found, "tensors": len(shapes), "shards": shards})
             shutil.rmtree(a)
