@@ -290,7 +290,7 @@ def test_python_dash_m_works_and_an_interrupt_leaves_nothing(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not list(tmp_path.glob(".out.progress")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)

@@ -75,7 +75,7 @@ def trained(family: str, text: Path, folder: Path) -> Path:
     return tiny.save(model, folder, "per-expert")
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])  # plain, shared expert, groups and bias
 def test_a_planted_symmetry_leaves_no_barrier_and_plain_units_do(tmp_path: Path, text_file: Path, family: str) -> None:
     a = trained(family, text_file, tmp_path / "a")
     apply(random_symmetry(read(a), seed=2), a, tmp_path / "b")
@@ -219,7 +219,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
     bare = copy("mixtral", name="bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer here"):
+    with pytest.raises(CheckpointError, match="no tokenizer here"), pytest.warns(match="A has no tokenizer files"):
         barrier(bare, b, output, text=[text_file])
     other = copy("mixtral", name="other")
     tokenizer = tiny.tokenizer()
