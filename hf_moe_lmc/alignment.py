@@ -27,6 +27,7 @@ from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_laye
 from hf_moe_lmc.model import MoEModel, check_pair
 from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.pairing import same_place
+from hf_moe_lmc.pipeline import Awaited, written_meanwhile
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import digest, matchings, write_matching
 from hf_moe_lmc.rows import BLOCK
@@ -237,32 +238,35 @@ def align_models(
     exact: bool = False,
     allow_nonfinite: bool = False,
     progress: Workplace | None = None,
+    tell: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
     Several processes take layers in turn, and each ends up with all of them. With `progress` (in process 0), layers that an
     earlier call has matched are taken from there.
 
+    Args:
+        tell: called with each layer of `b` and its element as soon as that is known.
+
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
     check_methods(order, units)
     mates = team()
     started = time.perf_counter()
-    device = PartialState().device
-    if device.type == "mps":
-        device = torch.device("cpu")  # distances are summed in float64, which MPS lacks
+    device = _device()
     origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
     found = []
     layers: dict[int, Matching] = {}
     wanted = sorted(a.layers.keys() & b.layers.keys())
-    facts = {"version": ALIGNMENT_VERSION, "a": origin_a["fingerprint"], "b": origin_b["fingerprint"]}
-    facts |= {"family": b.family.name, "order": order, "units": units, "exact": exact, "device": device.type}
-    kept = progress.kept("matching", facts) if progress else None
+    kept = progress.kept("matching", matching_facts(a, b, order=order, units=units, exact=exact)) if progress else None
     before = dict(matchings(kept)) if kept else {}
     for index in mates.from_main(sorted(before)):
         earlier = mates.from_main(before.get(index))
         assert earlier is not None
         layers[index] = earlier
+        tell(index, earlier.symmetry)
+    for index in b.layers.keys() - a.layers.keys():
+        tell(index, b.layers[index].identity())
     if before:
         warnings.warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call", stacklevel=2)
     left = [index for index in wanted if index not in layers]
@@ -280,6 +284,7 @@ def align_models(
                 layers[index] = matching
                 if kept:
                     write_matching(kept, index, matching)
+                tell(index, matching.symmetry)
             bar.update(len(members))
     layers = dict(sorted(layers.items()))
     if alone := sorted(b.layers.keys() - a.layers.keys()):
@@ -325,6 +330,25 @@ def align_models(
         warnings=tuple(found),
         seconds=mates.from_main(time.perf_counter() - started),
     )
+
+
+def matching_facts(a: MoEModel, b: MoEModel, *, order: OrderMethod, units: UnitMethod, exact: bool) -> dict[str, Any]:
+    """What the symmetry that `align_models` finds depends on."""
+    return {
+        "version": ALIGNMENT_VERSION,
+        "a": a.checkpoint.fingerprint(),
+        "b": b.checkpoint.fingerprint(),
+        "family": b.family.name,
+        "order": order,
+        "units": units,
+        "exact": exact,
+        "device": _device().type,
+    }
+
+
+def _device() -> torch.device:
+    device = PartialState().device
+    return torch.device("cpu") if device.type == "mps" else device  # distances are summed in float64, which MPS lacks
 
 
 def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False) -> OutsideDistance:
@@ -456,13 +480,17 @@ def align(
         model_a, model_b = open_models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
         workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
         download(model_a, model_b)
-        alignment = align_models(
-            model_a, model_b, order=order, units=units, exact=exact, allow_nonfinite=allow_nonfinite, progress=workplace
-        )
-        facts = _facts(model_b, alignment.symmetry)
+        method: dict[str, Any] = {"order": order, "units": units, "exact": exact}
+        facts = {"what": "align", "symmetry_only": symmetry_only, "allow_nonfinite": allow_nonfinite}
+        facts |= matching_facts(model_a, model_b, **method)
         with writing(workplace, facts, inputs=[model_b.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
+            elements = Awaited(model_b.layers)
+            stream = rewritten(model_b, elements)
+            with written_meanwhile(None if symmetry_only else writer, stream, elements) as tell:
+                alignment = align_models(
+                    model_a, model_b, **method, allow_nonfinite=allow_nonfinite, progress=workplace, tell=tell
+                )
             if writer and not symmetry_only:
-                writer.write_tensors(rewritten(model_b, alignment.symmetry))
                 writer.write_checkpoint_files(model_b.checkpoint)
             if not symmetry_only:
                 alignment = alignment.with_output(mates.from_main(writer.fingerprint() if writer else ""))
@@ -513,19 +541,15 @@ def apply(
         model, value = read, load_symmetry(given, read, inverse=inverse)
         workplace = begin(output, b, stack=stack, resume=resume, overwrite=overwrite)
         download(model, given=value)
-        facts = _facts(model, value)
+        facts: dict[str, Any] = {"what": "apply", "allow_nonfinite": allow_nonfinite}
+        facts |= {"b": model.checkpoint.fingerprint(), "symmetry": digest(value)}
         with writing(workplace, facts, inputs=[model.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
             if writer:
-                writer.write_tensors(rewritten(model, value))
+                writer.write_tensors(rewritten(model, value.layers))
                 writer.write_checkpoint_files(model.checkpoint)
                 value.save(writer.path("alignment/symmetry.safetensors"))
                 writer.write_text("README.md", apply_card(model, value, inverse=inverse))
     return Path(output)
-
-
-def _facts(model: MoEModel, symmetry: ModelSymmetry) -> dict[str, str]:
-    """What the shards of a rewritten checkpoint depend on."""
-    return {"what": "rewrite", "b": model.checkpoint.fingerprint(), "symmetry": digest(symmetry)}
 
 
 def align_card(a: MoEModel, b: MoEModel, alignment: Alignment) -> str:

@@ -65,7 +65,7 @@ class Endpoints:
 
     @cached_property
     def streams(self) -> dict[str, ModelStream]:
-        return {path: rewritten(self.b, symmetry) for path, symmetry in self.symmetries.items()}
+        return {path: rewritten(self.b, symmetry.layers) for path, symmetry in self.symmetries.items()}
 
     @cached_property
     def layers_path(self) -> str:

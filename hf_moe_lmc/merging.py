@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.card import model_card
@@ -21,8 +22,9 @@ from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.interpolation import check_t
 from hf_moe_lmc.output import TensorStream, begin, writing
 from hf_moe_lmc.pairing import check_plain_pair
+from hf_moe_lmc.pipeline import Awaited, written_meanwhile
 from hf_moe_lmc.spans import PlainStream
-from hf_moe_lmc.workplace import Workplace, check_output
+from hf_moe_lmc.workplace import check_output
 
 if TYPE_CHECKING:
     from hf_moe_lmc.alignment import Alignment
@@ -84,27 +86,27 @@ def merge(
             found = _plain(*opened, t)
         else:
             assert models is not None
-            found = _modelled(
-                *models,
-                t,
-                align,
-                symmetry,
-                {"order": order, "units": units, "exact": exact, "allow_nonfinite": allow_nonfinite},
-                workplace,
-            )
-        facts = {"what": "merge", "t": t, **found.facts}
+            found = _modelled(*models, t, align, symmetry, {"order": order, "units": units, "exact": exact})
+        facts = {"what": "merge", "t": t, "allow_nonfinite": allow_nonfinite, **found.facts}
         with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
-            if writer:
+            alignment = None
+            if found.search:
+                elements, search = found.search
+                with written_meanwhile(writer, found.stream, elements) as tell:
+                    alignment = search(allow_nonfinite=allow_nonfinite, progress=workplace, tell=tell)
+            elif writer:
                 writer.write_tensors(found.stream)
+            used = alignment.symmetry if alignment else found.given
+            if writer:
                 writer.write_checkpoint_files(found.a)
-                if found.symmetry:
-                    found.symmetry.save(writer.path("alignment/symmetry.safetensors"))
-                if found.alignment:
-                    writer.write_text("alignment/alignment.json", found.alignment.to_json())
-                writer.write_text("README.md", merge_card(found, t))
+                if used:
+                    used.save(writer.path("alignment/symmetry.safetensors"))
+                if alignment:
+                    writer.write_text("alignment/alignment.json", alignment.to_json())
+                writer.write_text("README.md", merge_card(found, alignment, t))
     if push_to_hub and team().is_main:
         publish(output, push_to_hub, private=private)
-    return found.alignment
+    return alignment
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,16 @@ class _Merge:
 
     Attributes:
         facts: what its shards depend on besides t.
-        symmetry: the one that was found or given; None where B is taken as it is.
+        given: a symmetry that B was aligned with before.
+        search: the group elements that `stream` waits for, and `align_models` for the two; None: there is nothing to find.
     """
 
     a: Checkpoint
     b: Checkpoint
     stream: TensorStream
     facts: dict[str, Any]
-    symmetry: ModelSymmetry | None = None
-    alignment: Alignment | None = None
+    given: ModelSymmetry | None = None
+    search: tuple[Awaited, Callable[..., Alignment]] | None = None
 
 
 def _plain(a: Checkpoint, b: Checkpoint, t: float) -> _Merge:
@@ -178,32 +181,33 @@ def _modelled(
     t: float,
     align: bool,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None,
-    matching: Mapping[str, Any],
-    workplace: Workplace | None,
+    method: Mapping[str, Any],
 ) -> _Merge:
-    """Two models, the second one aligned with the options `matching`, or in another layout."""
-    from hf_moe_lmc.alignment import align_models, download, load_symmetry
+    """Two models, the second one to be aligned by a `method`, or aligned before, or in another layout."""
+    from hf_moe_lmc.alignment import align_models, download, load_symmetry, matching_facts
     from hf_moe_lmc.resume import digest
     from hf_moe_lmc.streams import interpolated
 
     given = load_symmetry(symmetry, model_b) if symmetry is not None else None
     download(model_a, model_b, given=given)
-    alignment = None
-    if align and given is None:
-        alignment = align_models(model_a, model_b, **matching, progress=workplace)
-    used = alignment.symmetry if alignment else given or model_b.identity()
     of_a, of_b = model_a.checkpoint, model_b.checkpoint
+    if align and given is None:
+        elements = Awaited(model_b.layers)
+        stream = interpolated(model_a, model_b, elements, t, rounded=True)
+        facts = matching_facts(model_a, model_b, **method)
+        return _Merge(of_a, of_b, stream, facts, search=(elements, partial(align_models, model_a, model_b, **method)))
+    used = given or model_b.identity()
+    stream = interpolated(model_a, model_b, used.layers, t, rounded=True)
     facts = {"a": of_a.fingerprint(), "b": of_b.fingerprint(), "symmetry": digest(used)}
-    stream = interpolated(model_a, model_b, used, t, rounded=True)
-    return _Merge(of_a, of_b, stream, facts, used if alignment or given else None, alignment)
+    return _Merge(of_a, of_b, stream, facts, given)
 
 
-def merge_card(found: _Merge, t: float) -> str:
-    aligned, given = found.alignment is not None, found.alignment is None and found.symmetry is not None
+def merge_card(found: _Merge, alignment: Alignment | None, t: float) -> str:
+    aligned, given = alignment is not None, found.given is not None
     how = "aligned to A by weight matching" if aligned else "aligned to A by a saved symmetry" if given else "not aligned"
     options = " --symmetry SYMMETRY" if given else " --no-align"
-    if found.alignment:
-        options = f" --order {found.alignment.order} --units {found.alignment.units}"
+    if alignment:
+        options = f" --order {alignment.order} --units {alignment.units}"
     return model_card(
         title=f"A merge of {found.a.display_name} and {found.b.display_name}",
         summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two "
@@ -212,5 +216,5 @@ def merge_card(found: _Merge, t: float) -> str:
         base=[found.a, found.b],
         relation="merge",
         command=f"hf-moe-lmc merge A B -o OUT -t {t:g}{options}",
-        alignment=found.alignment.totals() if found.alignment else None,
+        alignment=alignment.totals() if alignment else None,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_moe_lmc.checkpoint import Checkpoint
@@ -136,9 +137,18 @@ class MoEModel:
         if problems:
             raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
 
-    def acted(self, symmetry: ModelSymmetry) -> dict[int, LayerSource]:
-        """The MoE layers in the coordinates that `symmetry` gives them."""
-        return {index: ActedLayer(layer, symmetry.layers[index], layer.units) for index, layer in self.layers.items()}
+    def acted(self, elements: Mapping[int, LayerSymmetry]) -> dict[int, LayerSource]:
+        """The MoE layers in the coordinates that group elements give them, each looked up when its layer is read."""
+        return {index: _Acted(layer, elements) for index, layer in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class _Acted:
+    layer: MoELayer
+    elements: Mapping[int, LayerSymmetry]
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        return ActedLayer(self.layer, self.elements[self.layer.index], self.layer.units).read(role, expert)
 
 
 def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:

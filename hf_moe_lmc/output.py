@@ -70,6 +70,7 @@ class FolderWriter:
         self._inputs = inputs
         self._allow_nonfinite = allow_nonfinite
         self._durable = durable
+        self._threads = torch.get_num_threads()
 
     @property
     def folder(self) -> Path:
@@ -96,21 +97,29 @@ class FolderWriter:
         with self._kept.new(file, durable=self._durable) as path:
             shutil.copyfile(source, path)
 
-    def write_tensors(self, stream: TensorStream, *, quiet: bool = False) -> None:
+    def write_tensors(self, stream: TensorStream, *, quiet: bool = False, stop: threading.Event | None = None) -> None:
         """All shards of the template, with their very headers; each value is cast once, to the template's dtype.
+
+        Args:
+            stop: ends it early once it is set.
 
         Raises:
             OutputError: not enough space; nothing has been written.
             CheckpointError: a weight that is not finite, unless allowed; the tensor and the input are named.
         """
         template = stream.template
-        whole = self._kept.files()
-        left = [shard for shard in template.shards.values() if shard.name not in whole]
-        self._check_space(sum(shard.size for shard in left))
+        self.check_space(template)
+        left = self._left(template)
         done = template.nbytes - sum(template.tensors[name].nbytes for shard in left for name in shard.tensors)
         with bar(total=template.nbytes, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
             files = [_ShardFile(self._kept, shard, template, durable=self._durable) for shard in left]
-            _in_parallel(self._jobs(stream, files, progress.update), files if self._durable else [])
+            jobs = self._jobs(stream, files, progress.update)
+            _in_parallel(jobs, files if self._durable else [], stop or threading.Event(), threads=self._threads)
+
+    def _left(self, template: Checkpoint) -> list[Shard]:
+        """The shards that have not been written yet."""
+        whole = self._kept.files()
+        return [shard for shard in template.shards.values() if shard.name not in whole]
 
     def _jobs(
         self, stream: TensorStream, files: list[_ShardFile], tell: Callable[[int], object]
@@ -148,7 +157,9 @@ class FolderWriter:
             found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
         return CheckpointError("; ".join(found) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
 
-    def _check_space(self, needed: int) -> None:
+    def check_space(self, template: Checkpoint) -> None:
+        """Raises OutputError where the shards of a template that are not there yet would not fit."""
+        needed = sum(shard.size for shard in self._left(template))
         free = shutil.disk_usage(self.folder).free
         if needed + SPARE > free and needed:
             raise OutputError(
@@ -273,10 +284,16 @@ class _ShardFile:
         return next(info for info in self._infos if info.start <= position < info.start + info.nbytes)
 
 
-def _in_parallel(jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile]) -> None:
-    """Runs all jobs in a few threads; the first failure, or an interrupt, ends them all. `files` are flushed meanwhile."""
+def _in_parallel(
+    jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile], stop: threading.Event, *, threads: int
+) -> None:
+    """Runs all jobs in a few threads; the first failure, an interrupt or `stop` ends them all. `files` are flushed meanwhile.
+
+    Args:
+        threads: those of torch, as they are to be afterwards.
+    """
     workers = worker_count()
-    taking, stop, threads = threading.Lock(), threading.Event(), torch.get_num_threads()
+    taking = threading.Lock()
 
     def work() -> None:
         torch.set_num_threads(1)  # of this thread: the jobs themselves are what runs in parallel

@@ -75,7 +75,7 @@ def load_interpolated(
             language_model_class(model_a)
             given = load_symmetry(symmetry, model_b) if symmetry is not None else model_b.identity()
             download(model_a, model_b, given=given if symmetry is not None else None)
-            stream = interpolated(model_a, model_b, given, t)
+            stream = interpolated(model_a, model_b, given.layers, t)
             loaded = load_point(stream, dtype=dtype or _usual_dtype(model_a), device=device, offload_folder=Path(folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -74,7 +74,9 @@ class Plan:
             ("reading and writing", f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download"),
         ]
         if self.layers_to_match:
-            rows.append(("matching", f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)} more"))
+            rows.append(
+                ("matching", f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}, meanwhile written")
+            )
         width = max(len(name) for name, _ in rows)
         lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
         return "\n".join([f"{self.verb} would be possible; nothing has been written", *lines])
@@ -111,9 +113,7 @@ def plan_merge(
             load_symmetry(symmetry, models[1])
         inputs = [model.checkpoint for model in models]
         _check(output, inputs, overwrite)
-        return _plan(
-            "merge", output, inputs, template=inputs[0], models=models, matched=align and symmetry is None, again=inputs
-        )
+        return _plan("merge", output, inputs, template=inputs[0], models=models, matched=align and symmetry is None)
 
 
 def plan_align(
@@ -134,8 +134,7 @@ def plan_align(
         inputs = [model.checkpoint for model in models]
         _check(output, inputs, overwrite)
         template = None if symmetry_only else inputs[1]
-        again = [] if symmetry_only else inputs[1:]
-        return _plan("align", output, inputs, template=template, models=models, matched=True, again=again)
+        return _plan("align", output, inputs, template=template, models=models, matched=True)
 
 
 def plan_apply(
@@ -183,16 +182,17 @@ def _plan(
     template: Checkpoint | None,
     models: Sequence[MoEModel] = (),
     matched: bool = False,
-    again: Sequence[Checkpoint] = (),
 ) -> Plan:
     """The plan for inputs that have been checked.
 
     Args:
         template: what is written has its tensors.
-        matched: the two models are matched first, and then `again` is read once more.
+        matched: the two models are matched; a layer is written while it is still in the page cache, but the tensors outside
+            the MoE blocks, which are compared in the end, are read twice.
     """
     sizes = {id(one): one.nbytes for one in inputs}
-    reading = sum(sizes.values()) + (sum(sizes[id(one)] for one in again) if matched else 0)
+    outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
+    reading = sum(sizes.values()) + (outside if matched and template else 0)
     writing = sum(shard.size for shard in template.shards.values()) if template else 0
     away = [one for one in inputs if not one.is_here]
     free = shutil.disk_usage(_nearest(output)).free
@@ -230,7 +230,7 @@ def _memory(models: Sequence[MoEModel], matched: bool) -> int:
     expert = max(layer.expert_numel for model in models for layer in model.layers.values())
     units = max(bank.unit_count for model in models for layer in model.layers.values() for bank in layer.banks.values())
     writing = buffers + worker_count() * 3 * 4 * expert // 3  # three copies of one of its matrices in float32
-    return max(writing, (2 * 4 * expert + 8 * units**2 + (32 << 20)) if matched else 0)
+    return writing + ((2 * 4 * expert + 8 * units**2 + (32 << 20)) if matched else 0)
 
 
 def _flops(model: MoEModel, index: int) -> int:

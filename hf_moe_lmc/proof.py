@@ -112,12 +112,12 @@ def _checks(family: MoEFamily, built: PreTrainedModel, folder: Path, seed: int) 
             model = read_model(stack.enter_context(Checkpoint.open(source)), family)
             check_round_trip(model)
             g = model.random(generator, scale=SCALE)
-            written = write(rewritten(model, g), folder / f"moved-{original}")
+            written = write(rewritten(model, g.layers), folder / f"moved-{original}")
             check_accounting(model, written)
             yield Check(f"everything at once, {layout}", difference(reloaded(built, written), expected), control=False)
     run = Rerun(model, built, expected, folder)
     for name, part in parts(model, g).items():
-        yield Check(name, run(model.acted(part)), control=False)
+        yield Check(name, run(model.acted(part.layers)), control=False)
     yield from _controls(model, g, run, generator)
 
 

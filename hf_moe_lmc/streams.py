@@ -17,7 +17,7 @@ from hf_moe_lmc.memory import reused
 from hf_moe_lmc.model import MoEModel
 from hf_moe_lmc.quantisation import WAY_OUT
 from hf_moe_lmc.spans import Copied, Interpolated, Scratch, Span, TensorSource
-from hf_moe_lmc.symmetry import ModelSymmetry
+from hf_moe_lmc.symmetry import LayerSymmetry
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def whole(stream: ModelStream, name: str) -> Tensor:
     return values.view(info.shape)
 
 
-def rewritten(model: MoEModel, symmetry: ModelSymmetry) -> ModelStream:
-    """`model` in the coordinates that `symmetry` gives it; tensors outside the MoE blocks byte for byte."""
-    return ModelStream(model, model.acted(symmetry), Copied(model.checkpoint))
+def rewritten(model: MoEModel, elements: Mapping[int, LayerSymmetry]) -> ModelStream:
+    """`model` in the coordinates that group elements give it; tensors outside the MoE blocks byte for byte."""
+    return ModelStream(model, model.acted(elements), Copied(model.checkpoint))
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,15 @@ def _like(values: Tensor) -> Tensor:
     return reused(values.numel(), values.dtype).view(values.shape)
 
 
-def interpolated(a: MoEModel, b: MoEModel, symmetry: ModelSymmetry, t: float, *, rounded: bool = False) -> ModelStream:
-    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that `symmetry` gives it.
+def interpolated(
+    a: MoEModel, b: MoEModel, elements: Mapping[int, LayerSymmetry], t: float, *, rounded: bool = False
+) -> ModelStream:
+    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
 
     Args:
         rounded: it is to be written: no wider copies where A and B share a dtype.
     """
-    acted = b.acted(symmetry)
+    acted = b.acted(elements)
     layers: dict[int, LayerSource] = {
         index: InterpolatedLayer(index, layer, acted[index], t, rounded) for index, layer in a.layers.items() if index in acted
     }

@@ -100,7 +100,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
                 losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
         else:
             for i, t in enumerate(grid):
-                merged = write(interpolated(a, b, b.identity(), t), Path(d) / f"merge-{i}")
+                merged = write(interpolated(a, b, b.identity().layers, t), Path(d) / f"merge-{i}")
                 placed: dict[str, Any] = {}
                 if way == "offload":
                     on_disk = {f"model.layers.{layer}": "disk" for layer in range(a.num_layers)}

@@ -82,7 +82,7 @@ def test_the_loss_at_a_point_is_that_of_the_written_merge_to_the_bit(case: str, 
     at_once, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, replace(options, resident=True))
     assert torch.equal(losses, at_once) and cost.mode == "resident"
     for point, found in list(zip(POINTS, losses, strict=True))[:3]:  # the other path differs in its symmetry alone
-        merged = write(interpolated(a, b, symmetries[point.path], point.t), tmp_path / f"{point.t}")
+        merged = write(interpolated(a, b, symmetries[point.path].layers, point.t), tmp_path / f"{point.t}")
         expected = window_losses(reference(options.model_class, merged), WINDOWS, batch_size=2)
         assert torch.equal(found, expected), point
 
@@ -113,7 +113,7 @@ def test_in_bfloat16_as_well(pair: tuple[MoEModel, MoEModel], run: Callable[...,
     losses, _ = run(dtype=torch.bfloat16)
     assert torch.equal(losses, run(dtype=torch.bfloat16, resident=True)[0])
     # what is written keeps the dtype of the checkpoint, float32: the cast comes last in both
-    merged = write(interpolated(a, b, b.identity(), 0.5), tmp_path / "merge")
+    merged = write(interpolated(a, b, b.identity().layers, 0.5), tmp_path / "merge")
     expected = window_losses(reference(language_model_class(a), merged, torch.bfloat16), WINDOWS, batch_size=2)
     assert torch.equal(losses[POINTS.index(Point("naive", 0.5))], expected)
 
@@ -192,7 +192,7 @@ def test_one_layer_alone_is_interpolated(
     expected = reference(model_class, folder)
     assert other != folder
     with torch.no_grad():
-        stream = interpolated(a, b, symmetries["aligned"], 0.5)
+        stream = interpolated(a, b, symmetries["aligned"].layers, 0.5)
         ends = Endpoints(a, b, symmetries, Skeleton(model_class, a.config, dtype=torch.float32, device=torch.device("cpu")))
         names = [name for name in ends.skeleton.state if name.startswith("model.layers.1.")]
         ends.load(names)

@@ -261,7 +261,7 @@ def test_a_full_disk(
     assert main(arguments) == 2  # seen before anything is written
     assert "2.1 MB are to be written, 1.57 MB are free" in capsys.readouterr().err and not any(disk.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(output.FolderWriter, "_check_space", lambda *_: None)  # somebody else fills the disk meanwhile
+        patch.setattr(output.FolderWriter, "check_space", lambda *_: None)  # somebody else fills the disk meanwhile
         assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said and "repeat the same call" in said and "Traceback" not in said

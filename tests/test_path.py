@@ -42,7 +42,7 @@ def test_a_point_of_the_path_is_the_written_merge(
     symmetry.save(tmp_path / "g.safetensors")
     merge(a, b, tmp_path / "merge", 0.3, symmetry=tmp_path / "g.safetensors")
     written = tiny.load(tmp_path / "merge").to(kind)
-    stream = interpolated(read(a), read(b), symmetry, 0.3)
+    stream = interpolated(read(a), read(b), symmetry.layers, 0.3)
     point = load_point(stream, dtype=kind, device="cpu", offload_folder=tmp_path)
     expected = written.state_dict()
     for name, values in point.state_dict().items():
@@ -53,7 +53,7 @@ def test_models_are_placed_by_the_device_map_and_offloaded_to_disk(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = read(saved("deepseek_v3"))
-    stream = interpolated(model, model, model.identity(), 0.5)
+    stream = interpolated(model, model, model.identity().layers, 0.5)
     whole = load_point(stream, dtype=torch.float32, device=None, offload_folder=tmp_path)
     on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
     places = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_transformers_cannot_fill_is_refused(copy: Callable[..
     folder = copy("mixtral")
     tiny.edit(folder, lambda content: content.pop("model.layers.1.self_attn.q_proj.weight"))
     model = read_model(Checkpoint.open(folder))
-    stream = interpolated(model, model, model.identity(), 0.5)
+    stream = interpolated(model, model, model.identity().layers, 0.5)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight: not in the checkpoint"):
         load_point(stream, dtype=torch.float32, device="cpu", offload_folder=tmp_path)
 

@@ -331,7 +331,7 @@ def test_whole_experts_move_with_everything_that_belongs_to_them(
     before = computed(layout, folder)
     assert tiny.relative_difference(computed(layout, tmp_path / "moved"), before) < 1e-5
     # the controls: scales left behind, values left behind, routers left behind
-    acted = model.acted(symmetry)
+    acted = model.acted(symmetry.layers)
     for pattern in (".*_scales", "(gate|up|down|.*_blocks)", "router"):
         roles = tuple(role for layer in model.layers.values() for role in layer.roles if re.fullmatch(pattern, role))
         layers = {i: Forgetful(acted[i], model.layers[i], roles) for i in acted}
