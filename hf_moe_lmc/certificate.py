@@ -38,6 +38,7 @@ from torch import Tensor
 
 from hf_moe_lmc import rows
 from hf_moe_lmc.assignment import assign, prices
+from hf_moe_lmc.rows import scratch
 from hf_moe_lmc.units import Paired, UnitMethod, UnitRows, unit_cost
 
 WAYS = {
@@ -55,6 +56,7 @@ SLACK = 1 / 32  # share of a sketched distance that is given up to rounding
 FEW, SOME = 64, 8  # one in so many units may be left to the exact way, after the first sketch and after the wider one
 AT_ONCE = 1 << 20  # entries of a block of the costs on the CPU
 ON_DEVICE = 1 << 26
+CLASSES = 128  # of the columns of such a block, by their places
 
 
 def excess(columns: int, events: float, failure: float = FAILURE) -> float:
@@ -255,32 +257,39 @@ class _Costs:
         self.signed = (torch.cat(signed_left, dim=1), torch.cat(signed_right, dim=1)) if signed_left else None
 
     def block(self, some: slice) -> Tensor:
-        found = self.left[some] @ self.right.T
+        """Rows of the bounds, which may lie below 0, float32 [some, group, CLASSES]; this thread's until it asks for others.
+
+        Places beyond the last unit hold inf.
+        """
+        rows, count, device = some.stop - some.start, len(self.right), self.left.device
+        groups = max(2, -(-count // CLASSES))
+        whole = scratch("bounds", (rows, groups * CLASSES), torch.float32, device)
+        found = torch.mm(self.left[some], self.right.T, out=whole[:, :count])
         if self.signed is not None:
-            found.sub_((self.signed[0][some] @ self.signed[1].T).abs_())
-        return found.clamp_min_(0)
+            within = scratch("within", (rows, count), torch.float32, device)
+            found.sub_(torch.mm(self.signed[0][some], self.signed[1].T, out=within).abs_())
+        whole[:, count:] = torch.inf
+        return whole.view(rows, groups, CLASSES)
 
 
 def _two_least(costs: _Costs) -> tuple[Tensor, Tensor]:
     """For each row the place of its least entry, int64 [unit], and a lower bound of all others, float64 [unit]; on the CPU.
 
-    The place is written into the lowest bits of the entry, which are of no account: one search then finds both.
+    One pass leaves the least entry of each class; the rest is found among these, and within the class of the least one.
     """
     count = len(costs.left)
-    bits = max(1, (count - 1).bit_length())
-    mask = (1 << bits) - 1
-    device = costs.left.device
-    on_cpu = device.type == "cpu"
-    places = torch.arange(count, dtype=torch.int32, device=device)
+    on_cpu = costs.left.device.type == "cpu"
     partner, bound = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
 
     def work(strip: slice) -> None:
         for some in _steps(strip, max(1, (AT_ONCE if on_cpu else ON_DEVICE) // count)):
-            block = costs.block(some).view(torch.int32).bitwise_and_(~mask).bitwise_or_(places)
-            least = (block.amin(dim=1) & mask).long()
-            block.scatter_(1, least[:, None], 0x7F7FFFFF)
-            second = (block.amin(dim=1) & ~mask).view(torch.float32)
-            partner[some], bound[some] = least.cpu(), second.cpu().double()
+            block = costs.block(some)
+            least, chosen = block.amin(dim=1).topk(2, dim=1, largest=False)
+            own = chosen[:, :1]
+            members = block.gather(2, own[:, None].expand(-1, block.shape[1], 1))[:, :, 0]
+            values, group = members.topk(2, dim=1, largest=False)
+            partner[some] = (group[:, 0] * CLASSES + own[:, 0]).cpu()
+            bound[some] = torch.minimum(least[:, 1], values[:, 1]).clamp_min(0).cpu().double()
 
     rows.in_strips(count, work, size=count**2, threads=on_cpu)
     return partner, bound

@@ -9,6 +9,8 @@ matrix is cut into a fixed number of strips, each the work of one thread, so tha
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,10 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # elements of a block on the CPU
+BLOCK = 1 << 20  # elements of a block on the CPU: threads in step with each other want long operations
 BLOCK_ON_DEVICE = 1 << 24
 STRIPS = 16  # of a matrix; more threads than that find nothing to do
 TERMS = 512  # most terms of one float32 sum in a projection
@@ -142,6 +145,23 @@ def _parts(size: int) -> int:
     return min(STRIPS, 1 + size // BLOCK)
 
 
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of this thread's that holds until it asks for the same name again: new memory costs more than the sums."""
+    count = math.prod(shape)
+    key = (name, dtype, device)
+    if key not in _own.buffers or _own.buffers[key].numel() < count:
+        _own.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+    return _own.buffers[key][:count].view(shape)
+
+
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_own = _Own()
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a block lies: rows of some units, or (not `by_unit`) some columns of all units, those transposed."""
@@ -149,13 +169,10 @@ class _Place:
     by_unit: bool
     part: slice
     strip: int
-    buffers: dict[str, Tensor]
 
     def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory in the shape of `like` for this strip's blocks, one after the other: new memory costs more than the sums."""
-        if name not in self.buffers:
-            self.buffers[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        return self.buffers[name][: len(like)]
+        """Memory in the shape of `like`, for one block after the other."""
+        return scratch(name, tuple(like.shape), dtype, like.device)
 
 
 def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor, ...]]) -> Tensor:
@@ -170,10 +187,9 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
 
     def work(strip: slice) -> None:
         own = torch.zeros(kinds, x.shape[0], dtype=torch.float64)
-        buffers: dict[str, Tensor] = {}
         for first in range(strip.start, strip.stop, step):
             part = slice(first, min(first + step, strip.stop))
-            place = _Place(by_unit, part, strip.start, buffers)
+            place = _Place(by_unit, part, strip.start)
             found = terms(place, place.buffer("x", whole[part], torch.float32).copy_(whole[part]))
             for kind, block in enumerate(found):
                 if by_unit:
@@ -199,7 +215,12 @@ def _partner(x: Tensor, y: Tensor, place: _Place, order: Tensor | None) -> Tenso
     if place.by_unit:
         chosen = order[place.part]
         return block.copy_(torch.index_select(y, 0, chosen, out=place.buffer("stored", here, y.dtype)))
-    return torch.index_select(block.copy_(here), 1, order, out=place.buffer("ordered", here, torch.float32))
+    block.copy_(here)
+    ordered = place.buffer("ordered", here, torch.float32)
+    if x.device.type != "cpu":
+        return torch.index_select(block, 1, order, out=ordered)
+    np.take(block.numpy(), order.numpy(), axis=1, out=ordered.numpy(), mode="clip")  # within rows, much faster than torch
+    return ordered
 
 
 def _by_unit(x: Tensor) -> bool:
