@@ -30,7 +30,7 @@ from hf_moe_lmc.pairing import same_place
 from hf_moe_lmc.pipeline import Awaited, written_meanwhile
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import digest, matchings, write_matching
-from hf_moe_lmc.rows import BLOCK
+from hf_moe_lmc.rows import BLOCK, scratch
 from hf_moe_lmc.streams import rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -387,10 +387,10 @@ def _moments(
     sums = torch.zeros(4, dtype=torch.float64)
     for first, values in a.chunks(name):
         for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
-            x, y = of_a.to(dtype), of_b.to(dtype)
-            difference = x - y
-            pairs = ((difference, difference), (x, x), (y, y), (x, y))
-            sums += torch.stack([torch.dot(left, right) for left, right in pairs]).double()
+            x, y = (scratch(side, of.shape, dtype, of.device).copy_(of) for side, of in (("a", of_a), ("b", of_b)))
+            parts = [torch.dot(left, right) for left, right in ((x, x), (y, y), (x, y))]
+            x.sub_(y)
+            sums += torch.stack([torch.dot(x, x), *parts]).double()
     if not bool(sums.isfinite().all()):
         for checkpoint in (a, b):
             at = checkpoint.first_not_finite(name)

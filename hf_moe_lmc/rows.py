@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ def _parts(size: int) -> int:
     return min(STRIPS, 1 + size // BLOCK)
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of this thread's that holds until it asks for the same name again: new memory costs more than the sums."""
     count = math.prod(shape)
     key = (name, dtype, device)

@@ -10,6 +10,9 @@ without imports, and mean something only as ratios within one run.
     merges     a merged checkpoint written and loaded for each point
     in_place   one resident model, whose parameters torch.lerp writes over for each point from both checkpoints in memory
     offload    one model per point, loaded by transformers with a device map that puts the decoder layers on disk
+
+`outside_seconds` is what a way takes besides the forwards: its seconds less those that the in_place model, whose forwards wait
+for nothing, spends in them for as many points.
 """
 
 from __future__ import annotations
@@ -81,7 +84,14 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
     ):
         a, b = read_model(of_a), read_model(of_b)
         model_class: Any = language_model_class(a)
-        losses = []
+        losses, forwards = [], 0.0
+
+        def measured(model: Any) -> None:
+            nonlocal forwards
+            begun = time.perf_counter()
+            losses.append(window_losses(model, windows, batch_size=WINDOWS))
+            forwards += time.perf_counter() - begun
+
         if way in ("sweep", "resident"):
             found, _ = evaluate(
                 a, b, {"naive": b.identity()}, [Point("naive", t) for t in grid], windows,
@@ -97,7 +107,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
             for t in grid:
                 for name in names:
                     torch.lerp(ends.held[None, name], ends.held["naive", name], t, out=skeleton.value(name))
-                losses.append(window_losses(skeleton.module, windows, batch_size=WINDOWS))
+                measured(skeleton.module)
         else:
             for i, t in enumerate(grid):
                 merged = write(interpolated(a, b, b.identity().layers, t), Path(d) / f"merge-{i}")
@@ -107,7 +117,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
                     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
                     placed = {"device_map": places | on_disk, "offload_folder": str(Path(d) / f"offload-{i}")}
                 model = model_class.from_pretrained(merged, dtype=torch.float32, **placed).eval()
-                losses.append(window_losses(model, windows, batch_size=WINDOWS))
+                measured(model)
                 del model
                 shutil.rmtree(merged)
                 shutil.rmtree(Path(d) / f"offload-{i}", ignore_errors=True)
@@ -115,6 +125,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
     after = io()
     return {
         "seconds": seconds,
+        "forward_seconds": forwards,
         "read_bytes": after["read_bytes"] - before["read_bytes"],
         "write_bytes": after["write_bytes"] - before["write_bytes"],
         "device_bytes": device_bytes(folder_a) - device_before,
@@ -157,6 +168,14 @@ def summary(points: int, way: str, runs: list[dict[str, Any]], reference: list[f
     return {"points": points, "way": way, **medians, "passes": medians["read_bytes"] / (2 * size), "worst_loss": worst}
 
 
+def outside(results: list[dict[str, Any]]) -> None:
+    """Adds `outside_seconds` where the in_place model tells what the forwards take."""
+    forwards = {one["points"]: one["forward_seconds"] for one in results if one["way"] == "in_place"}
+    for one in results:
+        if one["points"] in forwards:
+            one["outside_seconds"] = one["seconds"] - forwards[one["points"]]
+
+
 def relative(results: list[dict[str, Any]], points: int) -> dict[str, float]:
     of_points = {one["way"]: one["seconds"] for one in results if one["points"] == points}
     return {way: seconds / of_points["sweep"] for way, seconds in of_points.items()}
@@ -196,6 +215,7 @@ def main() -> None:
             results += [
                 summary(points, way, runs, measured[options.ways[0]][0]["losses"], size) for way, runs in measured.items()
             ]
+        outside(results)
         report = {
             "command": "python scripts/sweep_bench.py " + " ".join(sys.argv[1:]),
             "checkpoint_bytes": size,
