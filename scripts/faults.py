@@ -84,6 +84,11 @@ def b(change: Damage) -> Damage:
     return lambda bench: change(bench / "B")
 
 
+def more_experts(folder: Path) -> None:
+    shutil.rmtree(folder)
+    make(folder, num_local_experts=6)
+
+
 def shard_of(folder: Path, tensor: str = NORM) -> Path:
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
 
@@ -343,7 +348,7 @@ PAIRS = (
     Row("B lacks a tensor of an expert", ALIGN, on_tensors(lambda held: held.pop(GATE), GATE)),
     Row("B has a tensor too many", MERGE, on_tensors(lambda held: held.update({"model.bonus": torch.ones(3)}))),
     Row("a tensor of another shape", NO_ALIGN, on_tensors(lambda held: held.update({NORM: torch.ones(17)}))),
-    Row("B has more experts", MERGE, b(lambda folder: (shutil.rmtree(folder), make(folder, num_local_experts=6)))),
+    Row("B has more experts", MERGE, b(more_experts)),
     Row("another vocabulary", MERGE, tokenizer(lambda t: t["model"]["vocab"].update({"th": 260, "he": 259}))),
     Row("other merges", ALIGN, tokenizer(lambda t: t["model"]["merges"].reverse())),
     Row("another token ends the text", NO_ALIGN, on_json("tokenizer_config.json", lambda c: c.update(eos_token="<s>"))),

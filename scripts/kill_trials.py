@@ -24,6 +24,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             output = folder / f"{verb}-{place}-{trial}" / "out"
             output.parent.mkdir()
             options = prepare(place, output, old)
-            code = run(last, lambda o=output, k=options: call(verb, a, b, o, symmetry, **k))
+            again = partial(call, verb, a, b, output, symmetry, **options)
+            code = run(last, again)
             found = contents(output) if output.is_dir() else {}
             found = {name: data for name, data in found.items() if not name.startswith(f"{workplace.INSIDE}/")}
             state = "absent" if not found else "whole" if found == expected else "old" if found == before else "part"
@@ -175,7 +177,7 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
                 assert index not in found and all(expected[name] == data for name, data in found.items()), sorted(found)
             else:
                 assert state != "part", (verb, place, last, sorted(found))
-            code_again = run(0, lambda o=output, k=options: call(verb, a, b, o, symmetry, **k))
+            code_again = run(0, again)
             # killed when all was done but for the workplace: the output is refused as not empty, as any finished one
             assert code_again == 0 or state == "whole", (verb, place, last, code_again)
             assert contents(output) == expected, (verb, place, last)

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -52,7 +53,7 @@ BLOCK = Training(steps=400, learning_rate=1e-3)
 INIT_STD = 0.02
 SETTINGS = {"first": [0], "last": [2], "all": [0, 1, 2]}
 SEEDS = (1, 2, 3)
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "plain_gate": {"units": "plain", "order": "gate"},
     "plain_expert": {"units": "plain", "order": "expert"},
@@ -118,8 +119,8 @@ def train_models(root: Path, settings: list[str]) -> None:
                 trained(name, model, BLOCK, seed, SETTINGS[setting])
 
 
-def measure(root: Path, setting: str, points: int, tokens: int) -> dict[str, object]:
-    pairs = []
+def measure(root: Path, setting: str, points: int, tokens: int) -> dict[str, Any]:
+    pairs: list[dict[str, Any]] = []
     for one, other in combinations(SEEDS, 2):
         a, b = root / f"{setting}-{one}", root / f"{setting}-{other}"
         reports: dict[str, BarrierReport] = {}

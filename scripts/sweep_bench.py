@@ -36,12 +36,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from hf_moe_lmc.checkpoint import Checkpoint
 from hf_moe_lmc.endpoints import Endpoints, Point
 from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
-from hf_moe_lmc.interpolation import interpolated
 from hf_moe_lmc.model import read_model
 from hf_moe_lmc.path import language_model_class
 from hf_moe_lmc.perplexity import Windows, window_losses
 from hf_moe_lmc.proof import write
 from hf_moe_lmc.skeleton import Skeleton
+from hf_moe_lmc.streams import interpolated
 
 WAYS = ("sweep", "resident", "merges", "in_place", "offload")
 WINDOWS, LENGTH = 4, 64
@@ -61,7 +61,7 @@ def make(folder: Path, layers: int, width: int, seed: int) -> Path:
     for name, tensor in skeleton.state_dict().items():
         part = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(part, {})[name] = tuple(tensor.shape)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for part, shapes in shards.items():
         file = f"model-{part}.safetensors"
         save_file({name: torch.randn(shape) * 0.03 for name, shape in shapes.items()}, folder / file, {"format": "pt"})
