@@ -65,8 +65,10 @@ def whole(stream: ModelStream, name: str) -> Tensor:
     values = torch.empty(0, dtype=info.dtype)
     for piece in layer.pieces(name):
         part = layer.assemble(name, piece, stream.layers[layer.index])
+        if piece.count == info.numel:
+            return part.view(info.shape)
         if values.numel() < info.numel:
-            values = torch.empty(info.numel, dtype=part.dtype)
+            values = reused(info.numel, part.dtype)
         values[piece.first : piece.first + piece.count] = part
     return values.view(info.shape)
 

@@ -285,7 +285,8 @@ def main() -> None:
             shutil.rmtree(a)
             shutil.rmtree(b)
     report = {
-        "command": "python scripts/merge_bench.py " + " ".join(sys.argv[1:]),
+        "command": "python scripts/merge_bench.py "
+        + " ".join(Path(one).name if one == options.mergekit else one for one in sys.argv[1:]),
         "cores": os.cpu_count(),
         "imports": imports(options.mergekit),
         "results": results,

@@ -45,6 +45,7 @@ from hf_moe_lmc.streams import interpolated
 
 WAYS = ("sweep", "resident", "merges", "in_place", "offload")
 WINDOWS, LENGTH = 4, 64
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # for all ways, as the command line sets it
 
 
 def make(folder: Path, layers: int, width: int, seed: int) -> Path:
@@ -206,7 +207,7 @@ def main() -> None:
                 for way in options.ways:
                     empty_cache([a, b])
                     command = [sys.executable, "-W", "ignore", __file__, "--one", way, a, b, str(points)]
-                    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+                    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"} | HUGE_PAGES
                     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
                     measured[way].append(json.loads(done.stdout.splitlines()[-1]))
                     print(

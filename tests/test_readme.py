@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -59,3 +60,27 @@ def test_the_example_of_a_family_is_one() -> None:
     facts = family.at(config, 0)
     assert family.banks == ("", "zero") and facts.units["zero"].name == "rigid" and facts.sizes["zero.expert"] == 2
     assert family.evaluate(family.moe_layers, config, layer=0)
+
+
+def test_the_costs_are_those_that_were_measured() -> None:
+    spec = importlib.util.spec_from_file_location("render_costs", ROOT / "scripts" / "render_costs.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (ROOT / "docs" / "costs.md").read_text() == script.markdown(), "run: python scripts/render_costs.py"
+    merges = {one["pair"]: one for one in script.read("merge_bench")["results"]}
+    of_noise = script.read("match_bench")["results"] + script.read("match_bench_unrelated")["results"]
+    ratio = {one["noise"]: one["ratio"] for one in of_noise}
+    seconds = {one["way"]: one["seconds"] for one in script.read("sweep_bench")["results"] if one["points"] == 25}
+    large, many = (merges[name]["ours_relative_to_without_imports"] for name in ("large", "many"))
+    text = " ".join(README[README.index("### Costs") : README.index("### Conventions")].split())
+    for said in (
+        f"{large['floor']:.2f} times as long as reading A and copying B",
+        f"{large['mergekit']:.2f} of mergekit's time",
+        f"it takes {many['mergekit']:.2f} of that",
+        f"{ratio['0.03']:.1f} times as long as the rewrite",
+        f"{ratio['0.5']:.1f} times at a noise of 0.5",
+        f"{ratio['inf']:.0f} times where the experts",
+        f"{seconds['sweep'] / seconds['merges']:.2f} of the time of 25 merges",
+    ):
+        assert said in text, said
