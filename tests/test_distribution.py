@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_lmc import alignment, distribution, evaluation
+from hf_moe_lmc import alignment, distribution, evaluation, figures
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.distribution import Team, check_launch
 from hf_moe_lmc.errors import InputError, OutputError
@@ -233,6 +233,7 @@ def test_barrier_continues_after_a_kill(
     arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
     out = tmp_path / "out"
     monkeypatch.setattr(evaluation, "available_memory", lambda: memory)
+    monkeypatch.setattr(figures, "save", lambda *_: None)  # drawing takes longer than measuring
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
     stop_in(
         "hf_moe_lmc.evaluation._fill_in", after, *arguments, "-o", out, before=f"module.available_memory = lambda: {memory}"
