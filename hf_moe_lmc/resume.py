@@ -15,6 +15,7 @@ from hf_moe_lmc.workplace import ENDING, Kept
 
 
 def write_matching(kept: Kept, index: int, matching: Matching) -> None:
+    """Has a layer on disk, before anything is written that depends on it."""
     with kept.new(f"layer-{index}{ENDING}") as path:
         metadata = {"matching": json.dumps(_numbers(matching), allow_nan=False)}
         ModelSymmetry("", 1, {index: matching.symmetry}, metadata).save(path)

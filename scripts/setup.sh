@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${1:+[$1]}"
