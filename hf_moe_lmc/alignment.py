@@ -24,13 +24,14 @@ from hf_moe_lmc.distribution import team, together
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.hub import check_publishable, publish
 from hf_moe_lmc.matching import Matching, OrderMethod, check_methods, match_layer
+from hf_moe_lmc.memory import scratch
 from hf_moe_lmc.model import MoEModel, check_pair
 from hf_moe_lmc.output import begin, writing
 from hf_moe_lmc.pairing import same_place
 from hf_moe_lmc.pipeline import Awaited, written_meanwhile
 from hf_moe_lmc.recognition import recognise
 from hf_moe_lmc.resume import digest, matchings, write_matching
-from hf_moe_lmc.rows import BLOCK, scratch
+from hf_moe_lmc.rows import BLOCK
 from hf_moe_lmc.streams import rewritten
 from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.units import UnitMethod
@@ -265,7 +266,8 @@ def align_models(
         assert earlier is not None
         layers[index] = earlier
         tell(index, earlier.symmetry)
-    for index in b.layers.keys() - a.layers.keys():
+    alone = sorted(b.layers.keys() - a.layers.keys())
+    for index in alone:
         tell(index, b.layers[index].identity())
     if before:
         warnings.warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call", stacklevel=2)
@@ -287,7 +289,7 @@ def align_models(
                 tell(index, matching.symmetry)
             bar.update(len(members))
     layers = dict(sorted(layers.items()))
-    if alone := sorted(b.layers.keys() - a.layers.keys()):
+    if alone:
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
     worse = [index for index, matching in layers.items() if matching.distance_after_units > 1.001 * matching.distance_before]
     if worse:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from hf_moe_lmc import rows
 from hf_moe_lmc.assignment import assign, prices
-from hf_moe_lmc.rows import scratch
+from hf_moe_lmc.memory import scratch
 from hf_moe_lmc.units import Paired, UnitMethod, UnitRows, unit_cost
 
 WAYS = {
@@ -261,15 +261,15 @@ class _Costs:
 
         Places beyond the last unit hold inf.
         """
-        rows, count, device = some.stop - some.start, len(self.right), self.left.device
+        height, count, device = some.stop - some.start, len(self.right), self.left.device
         groups = max(2, -(-count // CLASSES))
-        whole = scratch("bounds", (rows, groups * CLASSES), torch.float32, device)
+        whole = scratch("bounds", (height, groups * CLASSES), torch.float32, device)
         found = torch.mm(self.left[some], self.right.T, out=whole[:, :count])
         if self.signed is not None:
-            within = scratch("within", (rows, count), torch.float32, device)
+            within = scratch("within", (height, count), torch.float32, device)
             found.sub_(torch.mm(self.signed[0][some], self.signed[1].T, out=within).abs_())
         whole[:, count:] = torch.inf
-        return whole.view(rows, groups, CLASSES)
+        return whole.view(height, groups, CLASSES)
 
 
 def _two_least(costs: _Costs) -> tuple[Tensor, Tensor]:

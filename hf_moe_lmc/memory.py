@@ -1,10 +1,12 @@
-"""Large tensors in memory that has been used before: touching fresh memory can cost more than reading a file into it."""
+"""Tensors in memory that has been used before: touching fresh memory can cost more than reading a file into it."""
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,3 +50,20 @@ def _drop(buffer: np.ndarray) -> None:
         if one is buffer:
             del _waiting[i]
             return
+
+
+def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of this thread's that holds until it asks for the same name again: new memory costs more than the sums."""
+    count = math.prod(shape)
+    key = (name, dtype, device)
+    if key not in _own.buffers or _own.buffers[key].numel() < count:
+        _own.buffers[key] = torch.empty(count, dtype=dtype, device=device)
+    return _own.buffers[key][:count].view(shape)
+
+
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_own = _Own()

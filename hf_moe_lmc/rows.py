@@ -9,9 +9,7 @@ matrix is cut into a fixed number of strips, each the work of one thread, so tha
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_moe_lmc.memory import scratch
 
 BLOCK = 1 << 20  # elements of a block on the CPU: threads in step with each other want long operations
 BLOCK_ON_DEVICE = 1 << 24
@@ -143,23 +143,6 @@ def projection_error(x: Tensor) -> float:
 def _parts(size: int) -> int:
     """Into how many strips work on so many elements is cut."""
     return min(STRIPS, 1 + size // BLOCK)
-
-
-def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of this thread's that holds until it asks for the same name again: new memory costs more than the sums."""
-    count = math.prod(shape)
-    key = (name, dtype, device)
-    if key not in _own.buffers or _own.buffers[key].numel() < count:
-        _own.buffers[key] = torch.empty(count, dtype=dtype, device=device)
-    return _own.buffers[key][:count].view(shape)
-
-
-class _Own(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-
-_own = _Own()
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def trained(family: str, text: Path, folder: Path) -> Path:
     return tiny.save(model, folder, "per-expert")
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])  # a shared expert; groups and a bias besides
+@pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_a_planted_symmetry_leaves_no_barrier_and_plain_units_do(
     tmp_path: Path, text_file: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
