@@ -9,51 +9,59 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_moe_lmc.alignment import Alignment, align, apply
-    from hf_moe_lmc.catalogue import Catalogue, known_families
-    from hf_moe_lmc.curve import BarrierCurve
     from hf_moe_lmc.errors import InputError, MoELMCError
-    from hf_moe_lmc.example import demo
-    from hf_moe_lmc.family import MoEFamily, register
-    from hf_moe_lmc.hub import push
-    from hf_moe_lmc.inspection import Inspection, inspect
-    from hf_moe_lmc.measurement import barrier
-    from hf_moe_lmc.merging import merge
-    from hf_moe_lmc.path import load_interpolated
-    from hf_moe_lmc.planning import Plan, plan_align, plan_apply, plan_merge
-    from hf_moe_lmc.proof import SelfTest
-    from hf_moe_lmc.recognition import selftest
-    from hf_moe_lmc.report import BarrierReport
-    from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+    from hf_moe_lmc.example.demo import demo
+    from hf_moe_lmc.matching.alignment import Alignment
+    from hf_moe_lmc.moe.catalogue import Catalogue, known_families
+    from hf_moe_lmc.moe.family import MoEFamily
+    from hf_moe_lmc.moe.registry import register
+    from hf_moe_lmc.perplexity.curve import BarrierCurve
+    from hf_moe_lmc.perplexity.report import BarrierReport
+    from hf_moe_lmc.proof.checks import SelfTest
+    from hf_moe_lmc.proof.recognition import selftest
+    from hf_moe_lmc.publishing.push import push
+    from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
+    from hf_moe_lmc.verbs.align import align
+    from hf_moe_lmc.verbs.apply import apply
+    from hf_moe_lmc.verbs.barrier import barrier
+    from hf_moe_lmc.verbs.inspect import Inspection, inspect
+    from hf_moe_lmc.verbs.loading import load_interpolated
+    from hf_moe_lmc.verbs.merge import merge
+    from hf_moe_lmc.verbs.planning import (
+        Plan,
+        plan_align,
+        plan_apply,
+        plan_merge,
+    )
 
 # Resolved on first use: torch and transformers take seconds to import, and a usage message needs neither.
 _HOMES = {
-    "Alignment": "alignment",
-    "BarrierCurve": "curve",
-    "BarrierReport": "report",
-    "Catalogue": "catalogue",
+    "Alignment": "matching.alignment",
+    "BarrierCurve": "perplexity.curve",
+    "BarrierReport": "perplexity.report",
+    "Catalogue": "moe.catalogue",
     "InputError": "errors",
-    "Inspection": "inspection",
-    "LayerSymmetry": "symmetry",
-    "MoEFamily": "family",
+    "Inspection": "verbs.inspect",
+    "LayerSymmetry": "symmetry.group",
+    "MoEFamily": "moe.family",
     "MoELMCError": "errors",
-    "ModelSymmetry": "symmetry",
-    "Plan": "planning",
-    "SelfTest": "proof",
-    "align": "alignment",
-    "apply": "alignment",
-    "barrier": "measurement",
-    "demo": "example",
-    "inspect": "inspection",
-    "load_interpolated": "path",
-    "known_families": "catalogue",
-    "merge": "merging",
-    "plan_align": "planning",
-    "plan_apply": "planning",
-    "plan_merge": "planning",
-    "push": "hub",
-    "register": "family",
-    "selftest": "recognition",
+    "ModelSymmetry": "symmetry.group",
+    "Plan": "verbs.planning",
+    "SelfTest": "proof.checks",
+    "align": "verbs.align",
+    "apply": "verbs.apply",
+    "barrier": "verbs.barrier",
+    "demo": "example.demo",
+    "inspect": "verbs.inspect",
+    "load_interpolated": "verbs.loading",
+    "known_families": "moe.catalogue",
+    "merge": "verbs.merge",
+    "plan_align": "verbs.planning",
+    "plan_apply": "verbs.planning",
+    "plan_merge": "verbs.planning",
+    "push": "publishing.push",
+    "register": "moe.registry",
+    "selftest": "proof.recognition",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from hf_moe_lmc.cli import main
+from hf_moe_lmc.cli.command_line import main
 
 sys.exit(main())

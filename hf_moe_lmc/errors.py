@@ -14,6 +14,10 @@ class MoELMCError(Exception):
     exit_code = 1
 
 
+class MoELMCWarning(UserWarning):
+    """What does not stop a verb, and a user should know."""
+
+
 class HubError(MoELMCError):
     """The Hub could not be reached, or refused the request."""
 
@@ -24,6 +28,10 @@ class ProcessError(MoELMCError):
 
 class WriteError(MoELMCError):
     """The system refused to write (a full disk, say). What is whole is kept, and the same call continues."""
+
+
+class ForeignError(MoELMCError):
+    """The code of a transformers class failed: the message names model type, class and release."""
 
 
 class InputError(MoELMCError):

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_moe_lmc.perplexity import Windows, cut_windows, window_losses
+from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
 
 TOLERANCE = 1e-4  # nats per token
 

@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from hf_moe_lmc.cli import main as command_line
-from hf_moe_lmc.symmetry import LayerSymmetry, ModelSymmetry
+from hf_moe_lmc.cli.command_line import main as command_line
+from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, TABLE = ROOT / "scripts" / "faults.json", ROOT / "docs" / "faults.md"

@@ -32,7 +32,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_moe_lmc as lmc
-from hf_moe_lmc import spans, workplace
+from hf_moe_lmc.writing import spans, workplace
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate")

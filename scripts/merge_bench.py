@@ -190,7 +190,7 @@ def imports(mergekit: str | None) -> dict[str, dict[str, float]]:
     """Seconds until the interpreter of a way has imported what it needs; the second of two starts, which finds files cached."""
     code = {
         "torch_alone": "import torch",
-        "ours": "import hf_moe_lmc.merging, hf_moe_lmc.cli; import sys; assert 'transformers' not in sys.modules",
+        "ours": "import hf_moe_lmc.verbs.merge, hf_moe_lmc.cli; import sys; assert 'transformers' not in sys.modules",
         "torch": "import torch, safetensors.torch",
         "pread": "import torch",
     }

@@ -29,10 +29,17 @@ from huggingface_hub.utils import tqdm
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hf_moe_lmc import BarrierReport, barrier
-from hf_moe_lmc.alignment import open_models
-from hf_moe_lmc.assignment import assign
-from hf_moe_lmc.protocol import Training, reinitialise, standard_library_text, token_stream, train, train_tokenizer
-from hf_moe_lmc.units import UnitRows, match_units
+from hf_moe_lmc.example.protocol import (
+    Training,
+    reinitialise,
+    standard_library_text,
+    token_stream,
+    train,
+    train_tokenizer,
+)
+from hf_moe_lmc.matching.assignment import assign
+from hf_moe_lmc.matching.units import UnitRows, match_units
+from hf_moe_lmc.verbs.inputs import open_models
 
 CONFIG = MixtralConfig(
     vocab_size=1024,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_moe_lmc.catalogue import known_families
+from hf_moe_lmc.moe.catalogue import known_families
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 

@@ -33,15 +33,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.endpoints import Endpoints, Point
-from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
-from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import language_model_class
-from hf_moe_lmc.perplexity import Windows, window_losses
-from hf_moe_lmc.proof import write
-from hf_moe_lmc.skeleton import Skeleton
-from hf_moe_lmc.streams import interpolated
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path.endpoints import Endpoints, Point
+from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.skeleton import Skeleton
+from hf_moe_lmc.perplexity.windows import Windows, window_losses
+from hf_moe_lmc.proof.checks import write
+from hf_moe_lmc.writing.streams import interpolated
 
 WAYS = ("sweep", "resident", "merges", "in_place", "offload")
 WINDOWS, LENGTH = 4, 64

@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from hf_moe_lmc.checkpoint import Checkpoint
-from hf_moe_lmc.endpoints import Point
-from hf_moe_lmc.evaluation import EvaluationOptions, evaluate
-from hf_moe_lmc.model import read_model
-from hf_moe_lmc.path import language_model_class
-from hf_moe_lmc.perplexity import Windows
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path.endpoints import Point
+from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.perplexity.windows import Windows
 
 
 def make(folder: Path, layers: int, seed: int) -> Path:

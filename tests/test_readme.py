@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hf_moe_lmc
-from hf_moe_lmc.cli import _parser
-from hf_moe_lmc.family import MoEFamily
+from hf_moe_lmc.cli.command_line import _parser
+from hf_moe_lmc.moe.family import MoEFamily
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 # The up projection enters as up + 1, after a clamp unless `swiglu_limit` is infinite.
 UNITS = "'shifted' if swiglu_limit < 1e999 else 'affine'"

@@ -7,7 +7,8 @@ from hf_moe_lmc.families.layouts import (
     SHARED_EXPERTS,
     SHARED_EXPERTS_BIASES,
 )
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 register(
     MoEFamily(

@@ -1,4 +1,5 @@
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 # The experts of bank `always` are chosen for every token, and weighted by router rows of their own.
 register(

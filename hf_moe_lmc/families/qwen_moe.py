@@ -1,5 +1,6 @@
 from hf_moe_lmc.families.layouts import FUSED, GATE_UP_DOWN, LISTED, SHARED_EXPERT, SPARSE_STEP
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 SIZES = {"expert": "num_experts", "unit": "moe_intermediate_size", "model": "hidden_size"}
 SIZES_WITH_SHARED = {**SIZES, "shared": "shared_expert_intermediate_size"}

@@ -1,4 +1,4 @@
-from hf_moe_lmc.family import refuse
+from hf_moe_lmc.moe.registry import refuse
 
 refuse(
     "doge",

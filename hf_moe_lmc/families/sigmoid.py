@@ -1,5 +1,6 @@
 from hf_moe_lmc.families.layouts import GATE_UP_DOWN, LISTED, SHARED_EXPERT, SHARED_EXPERTS
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 WEIGHTS = {**GATE_UP_DOWN, **SHARED_EXPERTS, "mlp.gate.e_score_correction_bias": "correction_bias: expert"}
 SIZES = {

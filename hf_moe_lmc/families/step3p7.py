@@ -1,5 +1,6 @@
 from hf_moe_lmc.families.layouts import SHARED_BIASES, SHARED_EXPERTS, SHARED_EXPERTS_BIASES
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 register(
     MoEFamily(

@@ -1,4 +1,5 @@
-from hf_moe_lmc.family import MoEFamily, Stack, register
+from hf_moe_lmc.moe.family import MoEFamily, Stack
+from hf_moe_lmc.moe.registry import register
 
 register(
     MoEFamily(

@@ -1,4 +1,5 @@
-from hf_moe_lmc.family import MoEFamily, register
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.registry import register
 
 # The router is an MLP; the last of its classes skips the experts, and stays where it is.
 register(

@@ -1,0 +1,186 @@
+"""Where a checkpoint comes from (a local folder, or a Hub repository at one commit), and where one is published."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    BadRequestError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from hf_moe_lmc.errors import CheckpointError, HubError, InputError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint in a local folder."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    @property
+    def commit(self) -> None:
+        return None
+
+    def files(self) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+
+    def path(self, file: str) -> Path:
+        return self.root / file
+
+    def fetch(self, files: Sequence[str]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A checkpoint in a Hub repository, pinned to a commit when it was resolved."""
+
+    repo_id: str
+    commit: str
+    listed: tuple[str, ...]
+    cached: bool = False  # offline: everything there is, is in the cache
+
+    @property
+    def name(self) -> str:
+        return self.repo_id
+
+    def files(self) -> list[str]:
+        return list(self.listed)
+
+    def path(self, file: str) -> Path:
+        with _hub_errors(self.repo_id):
+            return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
+
+    def fetch(self, files: Sequence[str]) -> None:
+        if self.cached:
+            return
+        with _hub_errors(self.repo_id):
+            snapshot_download(self.repo_id, revision=self.commit, allow_patterns=list(files))
+
+    def header(self, file: str) -> dict[str, Any]:
+        """The safetensors header of a remote shard, read with range requests."""
+        with _hub_errors(self.repo_id):
+            try:
+                parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
+            except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:  # or JSON of another shape
+                raise CheckpointError(
+                    f"{self.repo_id}/{file}: not a whole safetensors file, its header cannot be read ({_one_line(error)})"
+                ) from error
+        header: dict[str, Any] = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+            for name, info in parsed.tensors.items()
+        }
+        if parsed.metadata:
+            header["__metadata__"] = parsed.metadata
+        return header
+
+
+def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
+    """Finds MODEL: an existing local folder, or a Hub id with an optional @REVISION.
+
+    Something that looks like a path (it starts with `.`, `/` or `~`, holds a backslash, no slash or more than one, ends
+    in a slash, or its first part is a folder here) is never asked for on the Hub; `hf://OWNER/NAME` always is.
+
+    Raises:
+        CheckpointError: the path does not exist, is no folder, or the id, revision or permission is wrong.
+        HubError: the Hub cannot be reached.
+    """
+    text = os.fspath(model)
+    path = _expanded(text)
+    explicit = text.startswith("hf://")
+    if not explicit and path.is_dir():
+        return Folder(path)
+    if not explicit and path.exists():
+        raise CheckpointError(f"{text}: expected the folder of a checkpoint, found a file; give its folder")
+    if isinstance(model, os.PathLike) or (not explicit and looks_local(text)):
+        raise CheckpointError(
+            f"{text}: no such folder (it looks like a local path, so the Hub was not asked; write hf://OWNER/NAME for a Hub id)"
+        )
+    repo_id, at, revision = text.removeprefix("hf://").partition("@")
+    if not REPO_ID.fullmatch(repo_id) or (at and not revision):
+        raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
+    with _hub_errors(f"{text} (no such folder here)"):
+        if is_offline_mode():
+            snapshot = Path(hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True)).parent
+            return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
+        info = HfApi().model_info(repo_id, revision=revision or None)
+    if info.sha is None:
+        raise HubError(f"{text}: the Hub did not say which commit this is")
+    return Repository(repo_id, info.sha, tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise CheckpointError(f"{text}: no such folder ({error})") from error
+
+
+def looks_local(text: str) -> bool:
+    """Whether a name is a path rather than a Hub id, OWNER/NAME[@REVISION]."""
+    repo_id = text.partition("@")[0]
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.endswith("/")
+        or repo_id.count("/") != 1
+        or Path(repo_id.partition("/")[0]).is_dir()
+    )
+
+
+@contextmanager
+def _hub_errors(what: str, writing: bool = False) -> Iterator[None]:
+    """Turns the exceptions of huggingface_hub into ours, each one line with the next step."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(f"{what}: access is gated; accept its terms on the Hub and log in (hf auth login)") from error
+    except RepositoryNotFoundError as error:
+        if writing:
+            raise HubError(f"{what}: no such repository, or no permission to write to it; log in (hf auth login)") from error
+        raise CheckpointError(f"{what}: no such repository on the Hub either (or it is private: hf auth login)") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{what}: the repository has no such revision") from error
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({_one_line(error)})") from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{what}: the repository lacks a file ({_one_line(error)})") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{what}: not a valid Hub id ({_one_line(error)})") from error
+    except HfHubHTTPError as error:
+        login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
+        raise HubError(f"{what}: the Hub answered {_one_line(error)}{login}") from error
+    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise HubError(f"{what}: the Hub cannot be reached ({_one_line(error)})") from error
+    except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
+        if isinstance(error.__cause__, BadRequestError):
+            raise InputError(f"{what}: the Hub refuses the card: {_one_line(error)}") from error
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        raise HubError(f"{what}: {_one_line(error)}{cause}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

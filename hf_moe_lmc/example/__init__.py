@@ -1,0 +1,1 @@
+"""The embedded default: small models, trained and taken through all verbs."""

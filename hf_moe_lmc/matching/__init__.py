@@ -1,0 +1,1 @@
+"""Weight matching: the symmetry that takes one model close to another."""

@@ -1,0 +1,307 @@
+"""Matching the hidden units of two experts: Git Re-Basin's weight matching, and its extension to sign and scale.
+
+What a unit allows is its kind's (`UnitKind`): its up row times s, its down column divided by s**power, where s may be
+negative, or of any magnitude, or neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.matching import rows
+from hf_moe_lmc.matching.assignment import SPARSE, assign
+from hf_moe_lmc.matching.options import UnitMethod
+from hf_moe_lmc.moe.layer import Bank
+from hf_moe_lmc.moe.notation import UNIT_KINDS, UnitKind
+
+SCALE_GAIN = 0.01  # scales are kept where they lower an expert's remaining squared distance by more than this share
+BLOCK = 32 << 20  # bytes of one row block of a unit cost matrix
+SMALL = 1024  # experts of at most so many units are always matched by their full similarity
+PROBE = 128  # columns that a first guess of the signs looks at
+STORED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes in which weights are held; others in float32
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The weights of one expert by hidden unit: a unit's row of gate and up (with its bias), its down column.
+
+    In the dtype and layout of the checkpoint, or in float32 where a bias is joined; all arithmetic is float32 at least.
+
+    Attributes:
+        gate: [unit, model (+ 1 with a bias)]; [unit, 0] where the expert has no gate.
+        up: [unit, model (+ 1 with a bias)]; the bias counts from the kind's offset, so that a scale acts on all of it.
+        down: [unit, model].
+        down_bias: [model], or None; it belongs to no unit.
+        kind: what the units allow.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    down_bias: Tensor | None = None
+    kind: UnitKind = UNIT_KINDS["swiglu"]
+
+    @classmethod
+    def of(cls, bank: Bank, expert: int | None, device: torch.device) -> UnitRows:
+        """Reads one routed expert of a bank, or with `expert` None the shared one."""
+        prefix = "" if expert is not None else "shared_"
+        kind = bank.kind if expert is not None else bank.shared_kind
+
+        def read(role: str) -> Tensor:
+            values = bank.read(prefix + role, expert)
+            return values.to(device, values.dtype if values.dtype in STORED else torch.float32)
+
+        def with_bias(role: str, offset: int = 0) -> Tensor:
+            bias = f"{role}_bias"
+            if prefix + bias not in bank.roles:
+                return read(role)
+            return torch.cat([read(role).float(), read(bias).float()[:, None] + offset], dim=1)
+
+        gated = prefix + "gate" in bank.roles
+        jobs = [lambda: with_bias("up", kind.offset), lambda: read("down"), *([lambda: with_bias("gate")] if gated else [])]
+        up, down, *rest = rows.all_of(*jobs) if bank.expert_numel > rows.BLOCK else [job() for job in jobs]
+        gate = rest[0] if gated else up[:, :0]
+        down_bias = read("down_bias").float() if prefix + "down_bias" in bank.roles else None
+        return cls(gate, up, down, down_bias, kind)
+
+    @property
+    def count(self) -> int:
+        return len(self.up)
+
+    @cached_property
+    def squares(self) -> dict[str, Tensor]:
+        """Squared norms of the rows of gate, up and down, float64 [unit], on the CPU."""
+        return {role: rows.squares(getattr(self, role)) for role in ("gate", "up", "down")}
+
+    @cached_property
+    def norm_ratio(self) -> Tensor:
+        """What balances norms: (||u|| / ||d||)^(1 / (1 + power)) of each unit, nan where either is 0; float64 [unit]."""
+        up, down = self.squares["up"].sqrt(), self.squares["down"].sqrt()
+        return torch.where((up > 0) & (down > 0), up / down, torch.nan).pow(1 / (1 + self.kind.power))
+
+    @cached_property
+    def squared_norm(self) -> float:
+        return float(torch.stack(list(self.squares.values())).sum())
+
+    def squared_distance(self, other: UnitRows) -> float:
+        """Squared Frobenius distance, from differences."""
+        total = sum(float(rows.distances(getattr(self, role), getattr(other, role)).sum()) for role in ("gate", "up", "down"))
+        return total + self.bias_distance(other)
+
+    def bias_distance(self, other: UnitRows) -> float:
+        if self.down_bias is None or other.down_bias is None:
+            return 0.0
+        return float((self.down_bias - other.down_bias).square().sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class UnitMatch:
+    """The hidden units of B's expert in A's coordinates.
+
+    Attributes:
+        order: int64 [unit]; scale: float32 [unit], exactly +-1 unless `scaled`.
+        squared_norm: squared Frobenius norm of A's expert.
+        squared_before: squared distance with the units as they were.
+        squared_after: the remaining squared distance.
+        way: how the order was found and why it is optimal; see `certificate.WAYS`.
+    """
+
+    order: Tensor
+    scale: Tensor
+    scaled: bool
+    squared_norm: float
+    squared_before: float
+    squared_after: float
+    way: str = "small"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two experts with their units paired, and the distances that this leaves. All [unit], on the CPU.
+
+    Attributes:
+        order: of B's units, int64.
+        sign: +-1, float32: the better one of each unit without scales, where the kind and the method allow signs.
+        gate, up, down: squared distances of the rows with these signs, float64.
+    """
+
+    a: UnitRows
+    b: UnitRows
+    units: UnitMethod
+    order: Tensor
+    sign: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def of(cls, a: UnitRows, b: UnitRows, units: UnitMethod, order: Tensor) -> Paired:
+        order = order.cpu()
+        sign = torch.ones(len(order))
+        if a.kind.sign and units == "scaled":
+            place = order.to(b.up.device)
+
+            def probe(x: Tensor, y: Tensor) -> Tensor:
+                return (x[:, :PROBE].float() * y[:, :PROBE][place].float()).sum(dim=1)
+
+            sign = _sign(probe(a.up, b.up) + probe(a.down, b.down)).cpu()
+        gate, up, down = (
+            rows.distances(getattr(a, role), getattr(b, role), order, None if role == "gate" else sign)
+            for role in ("gate", "up", "down")
+        )
+        found = cls(a, b, units, order, sign, gate, up, down)
+        return found._corrected() if a.kind.sign and units == "scaled" else found
+
+    @property
+    def signed(self) -> bool:
+        return self.a.kind.sign and self.units == "scaled"
+
+    @property
+    def scalable(self) -> bool:
+        return self.a.kind.scale and self.units == "scaled"
+
+    @cached_property
+    def squares(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """||u||^2, ||u'||^2, ||d||^2, ||d'||^2."""
+        of_a, of_b = self.a.squares, self.b.squares
+        return of_a["up"], of_b["up"][self.order], of_a["down"], of_b["down"][self.order]
+
+    @cached_property
+    def inner(self) -> tuple[Tensor, Tensor]:
+        """<u, sign u'> and <d, sign d'>."""
+        u, u2, d, d2 = self.squares
+        return (u + u2 - self.up) / 2, (d + d2 - self.down) / 2
+
+    def _corrected(self) -> Paired:
+        """With the other sign where the first guess was wrong."""
+        wrong = (self.inner[0] + self.inner[1] < 0).nonzero()[:, 0]
+        if not len(wrong):
+            return self
+        sign, up, down = self.sign.clone(), self.up.clone(), self.down.clone()
+        sign[wrong] *= -1
+        for role, found in (("up", up), ("down", down)):
+            x, y = (getattr(side, role) for side in (self.a, self.b))
+            places = wrong.to(x.device), self.order[wrong].to(x.device)
+            found[wrong] = rows.distances(x[places[0]].float(), y[places[1]].float(), None, sign[wrong])
+        return Paired(self.a, self.b, self.units, self.order, sign, self.gate, up, down)
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """The magnitude of the scale that balances norms; 1 where a norm is 0, or where none is allowed."""
+        if not self.scalable:
+            return torch.ones(len(self.order), dtype=torch.float64)
+        return (self.a.norm_ratio / self.b.norm_ratio[self.order]).nan_to_num(nan=1.0)
+
+    @cached_property
+    def scaled_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Up and down distance with the balancing scale, and whether its sign is `sign`; all [unit].
+
+        Written around the distance without scales, so that hardly anything cancels where the scales are near 1.
+        """
+        u, u2, d, d2 = self.squares
+        on_up, on_down = self.inner
+        s, power = self.ratio, self.a.kind.power
+        kept = (s * on_up + on_down / s**power >= 0) if self.signed else torch.ones(len(s), dtype=torch.bool)
+        found = []
+        for x, y, inner, distance, factor in ((u, u2, on_up, self.up, s), (d, d2, on_down, self.down, s**-power)):
+            more = factor - 1
+            near = distance - more * (x - y - distance) + more.square() * y
+            found.append(torch.where(kept, near, x + factor.square() * y + 2 * factor * inner))
+        return found[0], found[1], kept
+
+    def cost(self) -> tuple[Tensor, Tensor]:
+        """The cost of each pair (see `unit_cost`, constants included), and a bound on its error; float64 [unit]."""
+        up, down, _ = self.scaled_parts
+        u, u2, d, d2 = self.squares
+        s, t = self.ratio, self.ratio**-self.a.kind.power
+        width = max(self.a.up.shape[1], self.a.gate.shape[1])
+        terms = self.gate + self.up + self.down
+        terms = terms + 2 * (s - 1).abs() * (u + u2 + self.up) + 2 * (t - 1).abs() * (d + d2 + self.down)
+        terms = terms + s.square() * u2 * (s - 1).square() + t.square() * d2 * (t - 1).square()
+        terms = terms + torch.where(self.scaled_parts[2], 0.0, u + d + s.square() * u2 + t.square() * d2)
+        return self.gate + up + down, 4 * rows.sum_error(width) * terms
+
+    def match(self, way: str, squared_before: float) -> UnitMatch:
+        """Decides about the scales.
+
+        Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
+        without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN, and by more than three
+        times what one free scale per unit gains on pure noise, 1 / (3 model). Where the kind of the units allows no scales,
+        or with `plain`, there are none.
+        """
+        gate = float(self.gate.sum()) + self.a.bias_distance(self.b)
+        after, norm = gate + float(self.up.sum() + self.down.sum()), self.a.squared_norm
+        least = (1 - max(SCALE_GAIN, 1 / self.a.down.shape[1])) * after
+        up, down, kept = self.scaled_parts
+        if self.scalable and gate + float(up.sum() + down.sum()) < least:
+            scale = (torch.where(kept, 1, -1) * self.sign * self.ratio).float()
+            exact = (
+                rows.distances(getattr(self.a, role), getattr(self.b, role), self.order, factor)
+                for role, factor in (("up", scale), ("down", 1 / scale**self.a.kind.power))
+            )
+            scaled = gate + sum(float(distance.sum()) for distance in exact)
+            if scaled < least:
+                return UnitMatch(self.order, scale, True, norm, squared_before, scaled, way)
+        return UnitMatch(self.order, self.sign, False, norm, squared_before, after, way)
+
+
+def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
+    """Matches the hidden units of two experts by one linear assignment problem over all of `unit_cost`.
+
+    What scales the match keeps: see `Paired.match`. Where the kind allows no order, units stay where they are.
+    """
+    if a.kind.order:
+        order, way = assign(unit_cost(a, b, units)), "small" if a.count <= SMALL else "exact"
+    else:
+        order, way = torch.arange(a.count), "fixed"
+    return Paired.of(a, b, units, order).match(way, a.squared_distance(b))
+
+
+def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None = None) -> Tensor:
+    """Cost of matching A's unit k with B's unit l, [unit, unit], up to constants of each row and column.
+
+    plain:  ||g - g'||^2 + ||u - u'||^2 + ||d - d'||^2.
+    scaled: ||g - g'||^2 + min over the signs that the kind allows of ||u - s u'||^2 + ||d - d'/s^p||^2, with
+    |s|^(1+p) = (||u|| ||d'||) / (||d|| ||u'||), the scale that balances the norms (1 where a norm is 0, or where the kind
+    allows no scale), and p the kind's power.
+
+    Args:
+        some: int64 [few]; only these units of A.
+
+    Returns:
+        float64, or float32 if it has more than SPARSE rows. Computed in blocks of rows: besides the result, B's expert in
+        float32 and four times BLOCK bytes.
+    """
+    count, power, device = b.count, a.kind.power, a.up.device
+    signed, scalable = a.kind.sign and units == "scaled", a.kind.scale and units == "scaled"
+    wanted = torch.arange(a.count) if some is None else some.cpu()
+    cost = torch.empty(len(wanted), count, dtype=torch.float32 if len(wanted) > SPARSE else torch.float64)
+    to_gate, to_up, to_down = b.gate.float(), b.up.float(), b.down.float()
+    up, down = (b.squares[role].to(device, torch.float32) for role in ("up", "down"))
+    ratio_a, ratio_b = a.norm_ratio.to(device, torch.float32), b.norm_ratio.to(device, torch.float32)
+    step = max(1, BLOCK // (4 * count))
+    for first in range(0, len(wanted), step):
+        places = slice(first, first + step)
+        chosen = places if some is None else wanted[places].to(device)
+        block = (a.gate[chosen].float() @ to_gate.T).mul_(-2)
+        on_up, on_down = a.up[chosen].float() @ to_up.T, a.down[chosen].float() @ to_down.T
+        if scalable:
+            scale = ratio_a[chosen, None] / ratio_b[None, :]
+            scale.nan_to_num_(nan=1.0)
+            inner = on_up.mul_(scale).add_(on_down.div_(scale.pow(power)))
+        else:
+            inner = on_up.add_(on_down)
+        block.sub_(inner.abs_() if signed else inner, alpha=2)
+        if scalable:
+            scale.square_()
+            block.add_(torch.mul(scale, up, out=on_up)).add_(torch.div(down, scale.pow_(power), out=on_down))
+        cost[places] = block.to("cpu", cost.dtype)
+    return cost
+
+
+def _sign(values: Tensor) -> Tensor:
+    return torch.where(values < 0, -1.0, 1.0)

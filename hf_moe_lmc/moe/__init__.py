@@ -1,0 +1,1 @@
+"""The view: families as data, and every MoE block as experts and a router."""

@@ -1,0 +1,87 @@
+"""A block in the coordinates of a group element."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.moe.layer import LayerSource
+from hf_moe_lmc.moe.notation import (
+    EXPERT_VECTORS,
+    PACKED,
+    UnitKind,
+    is_expert_role,
+    split_role,
+)
+from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.symmetry.group import LayerSymmetry
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numpy calls any dtype of a size
+
+
+@dataclass(frozen=True)
+class ActedLayer:
+    """A block in the coordinates that a symmetry gives it.
+
+    Orders alone move values in their own dtype. Scales are applied in float32 (float64 stays), and the result is not
+    cast back: whoever writes casts once.
+
+    Attributes:
+        units: what hidden units allow, as in MoELayer: it says how a scale enters.
+    """
+
+    layer: LayerSource
+    symmetry: LayerSymmetry
+    units: Mapping[str, UnitKind]
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        bank, base = split_role(role)
+        g = self.symmetry.bank(bank)
+        if is_expert_role(role):
+            assert expert is not None
+            values = self.layer.read(role, int(g.expert_order[expert]))
+            if base == "down_bias" or base.endswith(PACKED):
+                return values
+            return _act_on_units(base, values, g.unit_order[expert], g.unit_scale[expert], self.units[bank])
+        values = self.layer.read(role)
+        if base.startswith("shared_") and base not in ("shared_router", "shared_down_bias") and not base.endswith(PACKED):
+            return _act_on_units(base.removeprefix("shared_"), values, g.shared_order, g.shared_scale, self.units["shared"])
+        if base == "expert_table":
+            return g.expert_order.argsort().to(values.dtype)[values]
+        return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
+
+
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """values[order] along the units, laid out in memory as `values` are.
+
+    Where units are the inner axis on disk, numpy gathers within each row, ten times faster than torch gathers columns.
+    """
+    if values.ndim == 2 and values.stride(0) < values.stride(1):
+        kind = _BITS[values.dtype.itemsize]
+        raw, taken = values.t().view(kind), reused(values.numel(), kind).view(values.shape[1], values.shape[0])
+        np.take(raw.numpy(), order.numpy(), axis=1, out=taken.numpy(), mode="clip")  # it is a permutation
+        return taken.view(values.dtype).t()
+    return torch.index_select(values, 0, order, out=reused(values.numel(), values.dtype).view(values.shape))
+
+
+def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind: UnitKind) -> Tensor:
+    """Units in their new order; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...]."""
+    if not len(order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
+        return values
+    if not torch.equal(order, torch.arange(len(order))):
+        values = _taken(values, order)
+    if base in ("up", "up_bias", "down") and not bool((scale == 1).all()):
+        scale = scale.view(-1, *[1] * (values.ndim - 1))
+        if bool((scale.abs() == 1).all()) and not kind.offset:
+            return values * (scale**kind.power if base == "down" else scale).to(values.dtype)  # signs are exact in any dtype
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if base == "down":
+            return values / scale**kind.power
+        if base == "up_bias" and kind.offset:
+            return (values + kind.offset) * scale - kind.offset
+        return values * scale
+    return values

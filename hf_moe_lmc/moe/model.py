@@ -1,0 +1,144 @@
+"""A checkpoint as a model: its family, its MoE layers as views, and the tensors outside of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.quantisation import WAY_OUT, Quantisation
+from hf_moe_lmc.errors import SymmetryError, listing
+from hf_moe_lmc.moe.action import ActedLayer
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.layer import LayerSource, MoELayer
+from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
+
+_EXPERTS_ANYWHERE = re.compile(r"(?P<prefix>.*?[^.]+)\.\d+\.(?:[^.]+\.)*experts\.(?:\d+\.)?[^.]*(?:w[123]|fc[123]|_proj)")
+
+
+@dataclass(frozen=True)
+class MoEModel:
+    """A checkpoint whose every tensor has been accounted for, from headers alone.
+
+    Attributes:
+        config: as AutoConfig reads it, the whole of a composite one.
+        num_layers: layers of all stacks of the text model.
+        groups: number of expert groups that bind (1: none).
+        top_k: experts per token.
+        layers: the MoE layers by number, multi-token-prediction layers included.
+        towers: what stands before `layers.` (or what the family has in its place), by stack.
+    """
+
+    checkpoint: Checkpoint
+    family: MoEFamily
+    config: PreTrainedConfig
+    num_layers: int
+    groups: int
+    top_k: int
+    layers: Mapping[int, MoELayer]
+    towers: tuple[str, ...]
+
+    @cached_property
+    def layer_of(self) -> dict[str, MoELayer]:
+        """The MoE layer that claims a tensor, by tensor name; names outside the MoE blocks are absent."""
+        return {name: layer for layer in self.layers.values() for name in layer.claims}
+
+    @cached_property
+    def outside(self) -> tuple[str, ...]:
+        """Names of the tensors outside the MoE blocks."""
+        return tuple(name for name in self.checkpoint.tensors if name not in self.layer_of)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        return self.config.get_text_config()
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        return self.checkpoint.quantisation
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes of the axis words in the first MoE layer; in nearly all models, of every one."""
+        return next(iter(self.layers.values())).sizes
+
+    @cached_property
+    def extra_layers(self) -> tuple[int, ...]:
+        """The multi-token-prediction layers that are present and have experts."""
+        return tuple(index for index in self.layers if index >= self.num_layers)
+
+    @cached_property
+    def experts_outside(self) -> tuple[str, ...]:
+        """Prefixes under which experts stand that are not of the text model's layers: other towers, prediction layers."""
+        found = (_EXPERTS_ANYWHERE.match(name) for name in self.outside)
+        return tuple(dict.fromkeys(match["prefix"] for match in found if match))
+
+    def is_extra(self, name: str) -> bool:
+        """Whether a tensor belongs to a multi-token-prediction layer."""
+        if len(self.towers) > 1:
+            return False
+        match = self.family.stacks[0].pattern(self.towers[0]).fullmatch(name)
+        return match is not None and int(match["layer"]) >= self.num_layers
+
+    def identity(self) -> ModelSymmetry:
+        """The identity of this model's group."""
+        return ModelSymmetry(self.family.name, self.groups, {index: layer.identity() for index, layer in self.layers.items()})
+
+    def random(self, generator: torch.Generator, *, scale: float = 1.0) -> ModelSymmetry:
+        """A random element of this model's group; `scale`: see LayerSymmetry.random."""
+        layers = {index: layer.random(generator, groups=self.groups, scale=scale) for index, layer in self.layers.items()}
+        return ModelSymmetry(self.family.name, self.groups, layers)
+
+    def check_symmetry(self, symmetry: ModelSymmetry) -> None:
+        """Raises SymmetryError unless `symmetry` acts on this model."""
+        where = self.checkpoint.name
+        if symmetry.family != self.family.name:
+            raise SymmetryError(f"the symmetry is of family {symmetry.family}, {where} is of family {self.family.name}")
+        expected = self.identity()
+        problems = [
+            f"layer {index}: {'absent from the model' if index not in expected.layers else 'absent from the symmetry'}"
+            for index in sorted(symmetry.layers.keys() ^ expected.layers.keys())
+        ]
+        problems += [
+            f"layer {index}: expected {expected.layers[index].sizes}, found {layer.sizes}"
+            for index, layer in symmetry.layers.items()
+            if index in expected.layers and layer.sizes != expected.layers[index].sizes
+        ]
+        problems += [
+            f"layer {index}: expected the banks {_banks(expected.layers[index])}, found {_banks(layer)}"
+            for index, layer in symmetry.layers.items()
+            if index in expected.layers and _banks(layer) != _banks(expected.layers[index])
+        ]
+        if problems:
+            raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
+        ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
+        problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
+        if problems and self.quantisation:
+            raise SymmetryError(
+                f"{where} is quantised ({self.quantisation.method}): only whole experts can change places, anything else would "
+                f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
+            )
+        if problems:
+            raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
+
+    def acted(self, elements: Mapping[int, LayerSymmetry]) -> dict[int, LayerSource]:
+        """The MoE layers in the coordinates that group elements give them, each looked up when its layer is read."""
+        return {index: _Acted(layer, elements) for index, layer in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class _Acted:
+    layer: MoELayer
+    elements: Mapping[int, LayerSymmetry]
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        return ActedLayer(self.layer, self.elements[self.layer.index], self.layer.units).read(role, expert)
+
+
+def _banks(layer: LayerSymmetry) -> dict[str, dict[str, int]]:
+    return {name: other.sizes for name, other in layer.others.items()}

@@ -1,0 +1,197 @@
+"""From a checkpoint to its model: towers, layers, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown
+from hf_moe_lmc.moe.block import Block
+from hf_moe_lmc.moe.claim import claim_block
+from hf_moe_lmc.moe.family import MoEFamily, Stack
+from hf_moe_lmc.moe.layer import MoELayer
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.notation import SHARED_ROLES, is_expert_role, split_role
+from hf_moe_lmc.moe.quantised import check_declared, check_scales
+from hf_moe_lmc.moe.registry import families, get_family, refusals
+
+
+def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:
+    """Recognises a checkpoint: family, sizes, MoE layers; every tensor under an MoE block claimed exactly once.
+
+    Args:
+        family: what to read it as; by default the family that its model type is registered under. Of a composite model,
+            that is the family of its own type or else of its text tower's.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+        FamilyError: an unknown family, missing or extra tensors or layers, shapes that contradict the configuration.
+    """
+    config = read_config(checkpoint)
+    family = family or get_family(model_type(config), checkpoint.name)
+    check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
+    text = config.get_text_config()
+    layers: dict[int, MoELayer] = {}
+    faults = Faults()
+    towers, start = [], 0
+    for stack in family.stacks:
+        tower = _find_tower(checkpoint, family, stack, config)
+        towers.append(tower)
+        count = family.number(stack.layers, text)
+        for index, names in _blocks(checkpoint, family, stack, tower, text, count).items():
+            with faults.gather():
+                block = Block(
+                    checkpoint=checkpoint,
+                    family=family,
+                    index=start + index,
+                    prefix=tower + stack.stem.format(layer=index),
+                    names=names,
+                    facts=family.at(text, min(index, count - 1)),
+                    quantisation=checkpoint.quantisation,
+                )
+                layers[block.index] = MoELayer(
+                    checkpoint, family, block.index, block.facts, claim_block(block), checkpoint.quantisation
+                )
+        start += count
+    faults.check()
+    if not layers:
+        raise FamilyError(
+            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
+        )
+    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
+    _check_routing(checkpoint.name, text, layers, groups, top_k)
+    model = MoEModel(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        num_layers=start,
+        groups=groups,
+        top_k=top_k,
+        layers=layers,
+        towers=tuple(towers),
+    )
+    check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    return model
+
+
+def model_type(config: PreTrainedConfig) -> str:
+    """The model type that decides the family: the configuration's own if it is known, else that of its text tower."""
+    known = families().keys() | refusals().keys()
+    return str(config.model_type if config.model_type in known else config.get_text_config().model_type)
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """config.json as AutoConfig reads it.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or it asks for code of its own.
+    """
+    folder = checkpoint.source.path("config.json").parent
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.get_text_config()
+    except Exception as error:  # the one place where any class may come: configuration classes compute with foreign values
+        foreign = checkpoint.config.get("auto_map")
+        if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+            reason = f"it asks for code of its own (auto_map: {shown(foreign)}), which is never run; take a release of"
+            reason += f" transformers that knows model type {shown(repr(checkpoint.config.get('model_type')))}"
+        else:
+            reason = f"{type(error).__name__}: {shown(error, 400)}"
+        raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({reason})") from error
+    return config
+
+
+def _check_routing(name: str, text: PreTrainedConfig, layers: Mapping[int, MoELayer], groups: int, top_k: int) -> None:
+    """Raises FamilyError where config.json asks for a routing that there cannot be, or that no symmetry is exact for."""
+    kept = getattr(text, "topk_group", None)
+    for index, layer in layers.items():
+        experts = layer.experts
+        if not 1 <= top_k <= experts:
+            raise FamilyError(f"{name}: config.json asks for {top_k} experts per token, layer {index} has {experts}")
+        if groups > 1 and experts % groups:
+            raise FamilyError(f"{name}: config.json divides experts into {groups} groups, layer {index} has {experts}")
+        if groups > 1 and isinstance(kept, int) and not kept >= 1:
+            raise FamilyError(f"{name}: config.json keeps {kept} of {groups} expert groups; expected at least 1")
+        if groups > 1 and isinstance(kept, int) and top_k > kept * (experts // groups):
+            raise FamilyError(
+                f"{name}: config.json asks for {top_k} experts per token out of {kept} groups of {experts // groups}: the rest "
+                "are ties, which depend on the order of the experts, so that no expert can change places"
+            )
+
+
+def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config: PreTrainedConfig) -> str:
+    """What stands before `layers.N.` in this checkpoint: the family's own prefix, or that of a tower in a composite model.
+
+    Raises:
+        FamilyError: several towers hold experts of this family, and nothing says which one is the text tower.
+    """
+    pattern = stack.pattern(None)
+    experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
+    endings = tuple(checkpoint.quantisation.suffixes) if checkpoint.quantisation else ()
+    found = set()
+    for name in checkpoint.tensors:
+        match = pattern.fullmatch(name)
+        if match and match["tower"] not in found:
+            key = next((match["rest"].removesuffix(ending) for ending in endings if name.endswith(ending)), match["rest"])
+            if any(expert.fullmatch(key) for expert in experts):
+                found.add(match["tower"])
+    if stack.tower in found:
+        return stack.tower
+    # layers for multi-token prediction may stand beside the others under a prefix of their own
+    towers = sorted(
+        tower
+        for tower in found
+        if tower.startswith(family.towers.get(config.model_type, ""))
+        and not any(part.startswith("mtp") for part in tower.split("."))
+    )
+    if len(towers) > 1:
+        raise FamilyError(
+            f"{checkpoint.name}: experts of family {family.name} stand under {' and under '.join(towers)}; "
+            "expected one text tower. A family's `towers` says which it is"
+        )
+    return towers[0] if towers else stack.tower
+
+
+def _blocks(
+    checkpoint: Checkpoint, family: MoEFamily, stack: Stack, tower: str, config: PreTrainedConfig, count: int
+) -> dict[int, dict[str, str]]:
+    """Names of the tensors under each MoE block of a stack: {layer: {key below the layer: name}}.
+
+    Raises:
+        FamilyError: layers missing or in excess, or an MoE tensor in a layer that the configuration makes dense.
+    """
+    layers: dict[int, dict[str, str]] = {}
+    pattern = stack.pattern(tower)
+    for name in checkpoint.tensors:
+        if match := pattern.fullmatch(name):
+            layers.setdefault(int(match["layer"]), {})[match["rest"]] = name
+    moe = [index for index in range(count) if family.evaluate(stack.moe_layers, config, layer=index)]
+    extra = family.number(family.extra_layers, config) if len(family.stacks) == 1 else 0
+    # a stack with a suffix after its number (an encoder's `layer.1`) shows only some of the tensors of a layer
+    expected = range(count) if stack.stem.endswith("{layer}.") else moe
+    problems = [f"layer {index} is missing" for index in expected if index not in layers]
+    problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= count + extra]
+    if problems:
+        raise FamilyError(
+            f"{checkpoint.name}: config.json says {count} layers"
+            + (f" and up to {extra} for multi-token prediction" if extra else "")
+            + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}\n"
+            "Fetch the checkpoint again, whole, with the config.json that these weights came with"
+        )
+    # what only an MoE layer has; a shared expert may be what a dense layer has as well
+    telling = [
+        t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES
+    ]
+    blocks = {}
+    for index in sorted(layers):
+        names = {key: name for key, name in layers[index].items() if key.startswith(family.block_prefixes)}
+        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in telling)]
+        if index in moe or (index >= count and held):  # a layer for multi-token prediction may be dense
+            blocks[index] = names
+        elif held:
+            raise FamilyError(
+                f"{checkpoint.name}: config.json ({stack.moe_layers}) makes layer {index} dense, but it holds\n" + listing(held)
+            )
+    return blocks

@@ -1,0 +1,1 @@
+"""The path between two models, evaluated: which weights stand where, when."""

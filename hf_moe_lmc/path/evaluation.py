@@ -1,0 +1,387 @@
+"""The loss at the points of a path: which weights stand where, when, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.model_class import foreign, text_reader
+from hf_moe_lmc.path.endpoints import Endpoints, Part, Point
+from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
+from hf_moe_lmc.path.sweep import Lane, Sweep
+from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
+from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
+from hf_moe_lmc.writing.workplace import Kept, Workplace
+
+LANES = 4096  # at most at once
+IN_FLIGHT = 6  # hidden states that a paused forward holds, about
+SHARE = 0.5  # of the available memory, for all weights at once or for the activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How points are evaluated.
+
+    Attributes:
+        model_class: of transformers, predicts the next token.
+        dtype: in which the models run.
+        device: where; None: a GPU if there is one.
+        batch_size: windows per forward pass.
+        activation_memory: bytes for the hidden states of all windows and points that are on their way; None: half of the
+            memory that is free.
+        resident: whether to hold all weights; None: decided from the memory that is free.
+    """
+
+    model_class: type[PreTrainedModel]
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    activation_memory: int | None = None
+    resident: bool | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation took.
+
+    Attributes:
+        mode: `resident` (all weights of both models in memory at once) or `layers` (those of one decoder layer).
+        passes: how often both models were read.
+        bytes_of_both: one pass.
+        weights, activations: bytes planned for.
+    """
+
+    mode: str
+    passes: int
+    bytes_of_both: int
+    weights: int
+    activations: int
+
+
+class Observer(Protocol):
+    """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points.
+
+    Attributes:
+        needed: numbers of the points that others are compared with: where a lane of another runs, theirs have to, too. A lane
+            marked `again` has been watched by an earlier call and does not count once more.
+    """
+
+    needed: Sequence[int]
+
+    def begin(self, layers: Sequence[nn.Module], running: Callable[[], Lane | None]) -> None:
+        """Puts hooks on the decoder layers; `running` tells whose forward runs when one is called."""
+
+    def end(self) -> None:
+        """Takes them off again."""
+
+    def seen(self, points: Sequence[int]) -> dict[str, Tensor]:
+        """What the lanes of some points have shown since it was last asked, to be kept for `restore`."""
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Takes in what an earlier call has `seen`."""
+
+
+def evaluate(
+    a: MoEModel,
+    b: MoEModel,
+    symmetries: Mapping[str, ModelSymmetry],
+    points: Sequence[Point],
+    windows: Windows,
+    options: EvaluationOptions,
+    *,
+    inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
+    observers: Sequence[Observer] = (),
+    progress: Workplace | None = None,
+) -> tuple[Tensor, Cost]:
+    """Summed losses of each window at each point: float64 [point, window], nats.
+
+    Every decoder layer of A and of B is read once per pass, whatever the number of points; passes follow from
+    `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
+    place at once (`resident`), which is the same procedure with one segment.
+
+    Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for bit
+    those of one process, as no batch depends on another.
+
+    Memory: the decoder layer of A, of B, and of every path's aligned B, the interpolated one, the weights outside the
+    layers for each of these, while converting one group of tensors three times more, and the activations.
+
+    Args:
+        observers: watch the decoder layers while they run; in each process those that its own batches run through, in process
+            0 what earlier calls have seen, too.
+        progress: takes the losses of each point that has gone through a pass, and what observers have seen there, and has
+            those of an earlier call, in process 0. What had not come to the end of the model starts again: a paused forward
+            cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end of the pass.
+    """
+    check_points(points, symmetries)
+    device = compute_device(options.device)
+    skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=device)
+    ends = Endpoints(a, b, symmetries, skeleton)
+    warn_of_unused(a.checkpoint.name, options.model_class, ends.conversion_a.unused)
+    layers = list(skeleton.module.get_submodule(ends.layers_path).children())
+    plan = _plan(ends, points, windows, options, len(layers))
+    job = _Job(ends, points, windows, batches_of(windows.rows, options.batch_size), _stages(ends, plan.mode))
+    kept = progress.kept("losses", _facts(job, options, observers)) if progress else None
+    results = _Results.begin(job, observers, kept)
+    mates = team()
+    chunks = _chunks(mates.share(results.left), plan.passes)
+    total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
+    running: list[Sweep] = []
+    for observer in observers:
+        observer.begin(layers, lambda: running[-1].running if running else None)
+    inspect_model(skeleton.module)
+    try:
+        with (
+            torch.inference_mode(),
+            tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main) as bar,
+        ):
+            for number in range(max(mates.exchange(len(chunks)))):
+                with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
+                    running.append(sweep)
+                    lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
+                    results.mark(lanes)
+                    _run(job, results.todo, sweep, lanes, bar.update, results.take)
+    finally:
+        for observer in observers:
+            observer.end()
+    passes = max(mates.exchange(plan.passes))
+    return results.losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be evaluated.
+
+    Attributes:
+        batches: numbers of the windows of each.
+        stages: parts whose weights are in place together, one stage after the other; what follows the last layer runs
+            with it.
+    """
+
+    ends: Endpoints
+    points: Sequence[Point]
+    windows: Windows
+    batches: list[list[int]]
+    stages: list[tuple[Part, ...]]
+
+    def forward(self, batch: int) -> Tensor:
+        """Summed losses of the windows of a batch with the weights that stand in the model: float64 [window]."""
+        rows, skeleton = self.batches[batch], self.ends.skeleton
+        ids = torch.stack([self.windows.rows[i] for i in rows]).to(skeleton.device)
+        with foreign(type(skeleton.module), "cannot run on token ids alone"):
+            logits = text_reader(skeleton.module)(input_ids=ids, use_cache=False).logits[:, :-1]
+        return self.windows.sums(rows, token_losses(logits, ids[:, 1:])).cpu()
+
+
+def _stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+    of_layers, beside = ends.parts()
+    if mode == "resident":
+        return [(beside, *of_layers)]
+    return [(beside,), *((part,) for part in of_layers[:-1]), (of_layers[-1], beside)]
+
+
+@dataclass
+class _Results:
+    """Losses as they come in, and what is kept of them and of what observers have seen.
+
+    Attributes:
+        losses: float64 [point, window].
+        done: by an earlier call, bool [point, batch].
+        todo, left: numbers of the points and of the batches that have lanes.
+        keeping: whether process 0 keeps what comes in; `kept` is there.
+    """
+
+    losses: Tensor
+    batches: list[list[int]]
+    observers: Sequence[Observer]
+    kept: Kept | None
+    keeping: bool
+    done: Tensor
+    todo: list[int] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, job: _Job, observers: Sequence[Observer], kept: Kept | None) -> _Results:
+        """With what an earlier call has left, in all processes."""
+        mates = team()
+        losses = torch.empty(len(job.points), len(job.windows.rows), dtype=torch.float64)
+        done = torch.zeros(len(job.points), len(job.batches), dtype=torch.bool)
+        found = cls(losses, job.batches, observers, kept, mates.from_main(kept is not None), done)
+        found._restore()
+        found.done = mates.from_main(found.done)
+        if bool(found.done.any()):
+            losses.copy_(mates.from_main(losses))
+        todo, found.left = ((~found.done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+        needed = {point for observer in observers for point in observer.needed} if bool(found.done.any()) and todo else ()
+        found.todo = sorted({*todo, *needed})
+        return found
+
+    def _restore(self) -> None:
+        for name in sorted(self.kept.names()) if self.kept else []:
+            assert self.kept is not None
+            stored = self.kept.read(name)
+            seen = {key: stored.pop(key) for key in list(stored) if "/" in key}
+            for point, batch in _fill_in(self.losses, self.batches, stored):
+                self.done[point, batch] = True
+            for number, observer in enumerate(self.observers):
+                ranks = {key.split("/")[1] for key in seen if key.startswith(f"{number}/")}
+                for start in (f"{number}/{rank}/" for rank in sorted(ranks)):
+                    observer.restore({key.removeprefix(start): seen[key] for key in seen if key.startswith(start)})
+        if bool(self.done.any()):
+            count, of = int(self.done.sum()), self.done.numel()
+            warn(f"continuing: {count} of {of} batches at points were evaluated by an earlier call")
+
+    def mark(self, lanes: Sequence[Lane]) -> None:
+        """Tells lanes that an earlier call has taken to the end, and that run for the sake of others, from those that count."""
+        for lane in lanes:
+            lane.again = bool(self.done[lane.point, lane.batch])
+
+    def take(self, lanes: Sequence[Lane]) -> None:
+        """A round of all processes, each with the lanes of the same points that have come to their end."""
+        mates = team()
+        mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes if not lane.again}
+        points = sorted({lane.point for lane in lanes})
+        seen = {
+            f"{number}/{mates.rank}/{key}": value
+            for number, observer in enumerate(self.observers if self.keeping else ())
+            for key, value in observer.seen(points).items()
+        }
+        losses: dict[str, Tensor] = {}
+        everything: dict[str, Tensor] = {}
+        for of_one, seen_by_one in mates.exchange((mine, seen)):
+            losses |= of_one
+            everything |= seen_by_one
+        _fill_in(self.losses, self.batches, losses)
+        if self.kept and losses:
+            self.kept.write(next(iter(losses)), {**losses, **everything})
+
+
+def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer]) -> dict[str, Any]:
+    """All that losses depend on, and what observers see."""
+    ends = job.ends
+    return {
+        "a": ends.a.checkpoint.fingerprint(),
+        "b": ends.b.checkpoint.fingerprint(),
+        "symmetries": {path: digest(symmetry) for path, symmetry in ends.symmetries.items()},
+        "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in job.points],
+        "windows": job.windows.describe(),
+        "batch_size": options.batch_size,
+        "dtype": str(options.dtype),
+        "device": ends.skeleton.device.type,
+        "observers": [type(observer).__name__ for observer in observers],
+    }
+
+
+def _fill_in(losses: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Puts summed losses [window of the batch] in their places; keys are POINT-BATCH."""
+    places = [(int(point), int(batch)) for point, batch in (key.split("-") for key in found)]
+    for (point, batch), values in zip(places, found.values(), strict=True):
+        losses[point, batches[batch]] = values
+    return places
+
+
+def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
+    """The batches of each pass."""
+    size = math.ceil(len(batches) / passes) or 1
+    return [batches[first : first + size] for first in range(0, len(batches), size)]
+
+
+def compute_device(device: str | None) -> torch.device:
+    """The device that was asked for, or a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _run(
+    job: _Job,
+    todo: Sequence[int],
+    sweep: Sweep,
+    lanes: Sequence[Lane],
+    progress: Callable[[int], Any],
+    finished: Callable[[Sequence[Lane]], None],
+) -> None:
+    """Takes all lanes from the first stage to the end of the model.
+
+    Args:
+        todo: numbers of the points that have lanes.
+        finished: called with the lanes that have come to the end, for every group of points that ends together, also
+            where this process has no lanes in this pass.
+    """
+    of_point: dict[int, list[Lane]] = {}
+    for lane in lanes:
+        of_point.setdefault(lane.point, []).append(lane)
+    if not lanes:
+        for members in _same_weights(job.points, job.stages[-1]).values():
+            if any(point in todo for point in members):
+                finished([])
+        return
+    ends = job.ends
+    for number, parts in enumerate(job.stages):
+        last = number == len(job.stages) - 1
+        ends.load([name for part in parts for name in part.names])
+        for (path, at), same in _same_weights(job.points, parts).items():
+            running = [lane for point in same for lane in of_point.get(point, [])]
+            if not running:
+                continue
+            for part, t in zip(parts, at, strict=True):
+                # a paused forward may hold on to what belongs to no layer, but it has left the layers behind it
+                ends.place(part.names, path, t, reuse=part.layer is not None or len(job.stages) == 1)
+            for lane in running:
+                sweep.advance(lane, None if last else number)
+                progress(1)
+            if last:
+                finished(running)
+        for part in parts:
+            ends.skeleton.clear(part.names)
+            if part.layer is not None or last:  # what belongs to no layer comes again after them
+                ends.drop(part.names)
+
+
+def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[str, tuple[float, ...]], list[int]]:
+    """Points that share their weights in a stage, by the path and t in each part."""
+    found: dict[tuple[str, tuple[float, ...]], list[int]] = {}
+    for i, point in enumerate(points):
+        at = tuple(point.at(part.layer) for part in parts)
+        found.setdefault((point.path if any(at) else points[0].path, at), []).append(i)  # A is on every path
+    return found
+
+
+def _plan(ends: Endpoints, points: Sequence[Point], windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
+    """Decides how much is in memory at once."""
+    mates = team()
+    free = available_memory() // mates.local_count
+    of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
+    everything = 2 * of_a + len(ends.symmetries) * of_b  # the one that stands in the model is as large as A
+    longest = max(len(row) for row in windows.rows)
+    per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
+    if everything < SHARE * free if options.resident is None else options.resident:
+        return Cost("resident", 1, of_a + of_b, everything, per_token * longest)
+    needed = math.ceil(len(points) * sum(len(row) for row in windows.rows) * per_token / mates.count)
+    budget = options.activation_memory or int(SHARE * free)
+    lanes = math.ceil(len(points) * len(windows.rows) / mates.count)
+    passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
+    return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free or can be made so."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 8 << 30
+
+
+def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:
+    """Raises InputError unless every point lies on a known path."""
+    if unknown := [point.path for point in points if point.path not in symmetries]:
+        raise InputError(f"unknown path {unknown[0]!r}; known: {', '.join(symmetries)}")

@@ -1,0 +1,261 @@
+"""The main job: the perplexity barrier between two checkpoints, on the naive and on the aligned path."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.path.endpoints import Point
+from hf_moe_lmc.path.evaluation import Cost, EvaluationOptions, evaluate
+from hf_moe_lmc.path.point_model import implementations
+from hf_moe_lmc.path.routing import RoutingObserver
+from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, Span
+from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
+from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.symmetry.group import ModelSymmetry
+from hf_moe_lmc.writing.workplace import Workplace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYERWISE = 5  # inner points where `layers` alone is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `barrier` was asked for, but for models and text.
+
+    Attributes:
+        matching: options of `align_models`.
+        others: as in `barrier`.
+    """
+
+    matching: Any
+    points: int
+    naive: bool
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
+    batch_size: int | None
+    dtype: str
+    device: str | None
+    activation_memory: int | None
+    layerwise: int
+    layers: str | None
+    refine: int
+    routing: bool
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a value is out of range."""
+        least = {"points": 2, "context": 2, "stride": 1, "max_tokens": 1, "batch_size": 1, "activation_memory": 1}
+        for name, lowest in {**least, "layerwise": 0, "refine": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise InputError(f"{name.replace('_', '-')} {value}: expected at least {lowest}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        _check_device(self.device)
+
+    @property
+    def t(self) -> tuple[float, ...]:
+        """The grid."""
+        return tuple(i / (self.points - 1) for i in range(self.points))
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Of the paths on which some layers alone leave A: the points behind A; none where these are not measured."""
+        inner = self.layerwise or (LAYERWISE if self.layers is not None else 0)
+        return tuple((i + 1) / (inner + 1) for i in range(inner + 1)) if inner else ()
+
+    def evaluation(self, model_class: type[PreTrainedModel], context: int) -> EvaluationOptions:
+        return EvaluationOptions(
+            model_class=model_class,
+            batch_size=self.batch_size or max(1, TOKENS_PER_BATCH // context),
+            dtype=DTYPES[self.dtype],
+            device=self.device,
+            activation_memory=self.activation_memory,
+        )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What evaluations have found, one after the other.
+
+    Attributes:
+        losses: of each window, float64 [window], nats.
+        routing: records as in report.json.
+        facts: of the model that ran.
+        problem: why there is no routing.
+    """
+
+    losses: dict[Point, Tensor]
+    cost: Cost
+    routing: list[dict[str, Any]]
+    facts: dict[str, Any]
+    problem: str | None
+
+    def __or__(self, later: _Found) -> _Found:
+        """With points that were added; the routing at points that both have is that of the first."""
+        known = {(row["path"], row["t"]) for row in self.routing}
+        rows = [*self.routing, *(row for row in later.routing if (row["path"], row["t"]) not in known)]
+        rows.sort(key=lambda row: (row["path"], row["t"], row["layer"], row["module"]))
+        cost = replace(self.cost, passes=self.cost.passes + later.cost.passes)
+        return _Found(later.losses | self.losses, cost, rows, self.facts, self.problem)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One pair of models, one text; everything has been checked.
+
+    Attributes:
+        symmetries: of the paths, `aligned` first.
+        spans: first and last of the decoder layers that are also interpolated without the others.
+    """
+
+    a: MoEModel
+    b: MoEModel
+    symmetries: Mapping[str, ModelSymmetry]
+    windows: Windows
+    options: _Options
+    spans: Sequence[Span]
+    progress: Workplace | None
+
+    def run(self) -> tuple[_Found, tuple[float, ...]]:
+        """All points, those that `refine` adds included, and the grid with these."""
+        t, options = self.options.t, self.options
+        found = self.evaluate([*self.points(t), *(point for span in self.spans for point in self.alone(span))])
+        for _ in range(options.refine):
+            new = _beside_the_maximum(self.curve(found, t))
+            if not new:
+                break
+            t = tuple(sorted({*t, *new}))
+            # the routing at a point is compared with that at the ends, which have to run once more
+            added = self.points((0.0, *new, 1.0)) if options.routing else self.points(new)
+            found |= self.evaluate(added)
+        return found, t
+
+    def points(self, t: Sequence[float]) -> list[Point]:
+        """Of all paths: A once, B on each, then what lies between, since observers compare with the ends."""
+        ends = [_on(path, at) for at in (0.0, 1.0) if at in t for path in self.symmetries]
+        between = [Point(path, at) for path in self.symmetries for at in t if 0 < at < 1]
+        return list(dict.fromkeys([*ends, *between]))
+
+    def alone(self, span: Span) -> list[Point]:
+        """The path on which some decoder layers go from A to aligned B, without A."""
+        layers = frozenset(range(span[0], span[1] + 1))
+        return [Point("aligned", at, layers) for at in self.options.steps]
+
+    def evaluate(self, points: Sequence[Point]) -> _Found:
+        """Losses, and the routing where it is wanted, at some points."""
+        mates, facts = team(), dict[str, Any]()
+        watching = RoutingObserver(self.a, points) if self.options.routing else None
+        losses, cost = evaluate(
+            self.a,
+            self.b,
+            self.symmetries,
+            points,
+            self.windows,
+            self.options.evaluation(language_model_class(self.a), self.windows.context),
+            inspect_model=lambda model: facts.update(implementations(model, self.options.device)),
+            observers=[watching] if watching else [],
+            progress=self.progress,
+        )
+        at_point = dict(zip(points, losses, strict=True))
+        if watching is None:
+            return _Found(at_point, cost, [], facts, None)
+        for number, tallies in enumerate(mates.exchange(watching.tallies)):
+            if number != mates.rank:
+                watching.add(tallies)
+        return _Found(at_point, cost, watching.rows(), facts, watching.problem)
+
+    def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
+        """The aligned path."""
+        tokens = float(self.windows.scored.sum())
+        return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
+
+    def report(self, text: dict[str, Any], matching: dict[str, Any], started: float) -> BarrierReport:
+        """Evaluates, and says what was found."""
+        options = self.options
+        found, t = self.run()
+        losses = {path: torch.stack([found.losses[_on(path, at)] for at in t]) for path in self.symmetries}
+        facts = dict(found.facts)
+        if options.refine:
+            facts["refined_t"] = [at for at in t if at not in options.t]
+        if found.problem:
+            facts["routing_unavailable"] = found.problem
+        evaluation = self.options.evaluation(language_model_class(self.a), self.windows.context)
+        numbers = {"dtype": options.dtype, "batch_size": evaluation.batch_size}
+        return BarrierReport(
+            a={**self.a.checkpoint.origin(), "source": self.a.checkpoint.name},
+            b={**self.b.checkpoint.origin(), "source": self.b.checkpoint.name},
+            evaluation={"text": text, **self.windows.describe(), **numbers, **facts, **vars(found.cost)},
+            matching=matching,
+            windows=self.windows,
+            losses=losses,
+            t=t,
+            seconds=team().from_main(time.perf_counter() - started),
+            layerwise={span: self.span_losses(span, found) for span in self.spans} if options.steps else None,
+            routing=found.routing if options.routing and not found.problem else None,
+        )
+
+    def span_losses(self, span: Span, found: _Found) -> LayerLosses:
+        points = [Point("aligned", 0.0), *self.alone(span)]
+        return LayerLosses(tuple(point.t for point in points), torch.stack([found.losses[point] for point in points]))
+
+
+def _on(path: str, t: float) -> Point:
+    """The point at which a path is evaluated: A is on both, once."""
+    return Point(path if t > 0 else "aligned", t)
+
+
+def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
+    """The middles of the two intervals beside the largest excess; none where that is at an end or not a number."""
+    if not curve.barrier > 0:
+        return []
+    i = curve.t.index(curve.barrier_t)
+    return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
+
+
+def _spans(layers: str | None, model: MoEModel) -> list[Span]:
+    """First and last of the decoder layers that are interpolated together, from text such as `each,0-3,8`.
+
+    `each` stands for every MoE layer by itself, and so does None.
+
+    Raises:
+        InputError: no such layers, or no such text.
+    """
+    found: list[Span] = []
+    for word in ("each" if layers is None else layers).split(","):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if word.strip() == "each":
+            found += [(layer, layer) for layer in model.layers if layer < model.num_layers]
+        elif numbers is None:
+            raise InputError(f"layers {layers!r}: expected numbers, ranges and `each`, such as 0-3,8 or each,0-3")
+        else:
+            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+            if not first <= last < model.num_layers:
+                raise InputError(
+                    f"layers {word.strip()}: {model.checkpoint.name} has decoder layers 0 to {model.num_layers - 1}; a range "
+                    "goes from the lower to the higher"
+                )
+            found.append((first, last))
+    return sorted(set(found), key=lambda span: (span[0] < span[1], span))
+
+
+def _check_device(device: str | None) -> None:
+    if device == "meta":
+        raise InputError("device 'meta' holds no data; choose a real one")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r} cannot be used here: {error}") from error

@@ -1,0 +1,1 @@
+"""Text, losses, the barrier and its statistics. Nothing in here knows of experts."""

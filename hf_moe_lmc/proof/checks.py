@@ -1,0 +1,263 @@
+"""The proof of a family's description: a small random model, every part of its group, and controls that must fail.
+
+The model has the checkpoint's own configuration with small sizes (`shrink`). It is saved by transformers in both layouts,
+rewritten by this package, loaded by transformers again, and must compute what it did; and it must not where the group ends.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.moe.action import ActedLayer
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.layer import LayerSource
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.model_class import foreign
+from hf_moe_lmc.moe.notation import split_role
+from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.proof.miniature import miniature, outputs
+from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
+from hf_moe_lmc.writing.output import writing
+from hf_moe_lmc.writing.spans import Copied
+from hf_moe_lmc.writing.streams import ModelStream, rewritten
+from hf_moe_lmc.writing.workplace import at_work
+
+HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
+FAILS = 1e-3  # smallest one that counts as another function
+SCALE = 3.0  # scales are drawn between 1 / 3 and 3
+COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
+LAYOUTS = {"as on the Hub": True, "as in memory": False}  # save_original_format
+
+PARTS: dict[str, Callable[[LayerSymmetry, LayerSymmetry], LayerSymmetry]] = {
+    "expert order": lambda g, one: replace(one, expert_order=g.expert_order),
+    "order of hidden units": lambda g, one: replace(one, unit_order=g.unit_order),
+    "signs of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.sign()),
+    "scales of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.abs()),
+    "shared expert: order of hidden units": lambda g, one: replace(one, shared_order=g.shared_order),
+    "shared expert: signs": lambda g, one: replace(one, shared_scale=g.shared_scale.sign()),
+    "shared expert: scales": lambda g, one: replace(one, shared_scale=g.shared_scale.abs()),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of outputs.
+
+    Attributes:
+        difference: largest difference of the outputs, relative to the largest output.
+        control: whether the outputs must differ.
+    """
+
+    name: str
+    difference: float
+    control: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.difference > FAILS if self.control else self.difference < HOLDS
+
+    def __str__(self) -> str:
+        expected = f"must differ by {FAILS:g}" if self.control else f"at most {HOLDS:g}"
+        return f"{'ok  ' if self.passed else 'FAIL'}  {self.difference:7.0e}  ({expected})  {self.name}"
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the self-test of one configuration found."""
+
+    model_type: str
+    family: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def table(self) -> str:
+        """For a terminal: one check a line."""
+        failed = sum(not check.passed for check in self.checks)
+        verdict = "passed" if not failed else f"FAILED ({failed} of {len(self.checks)} checks)"
+        title = f"self-test of model type {self.model_type} as family {self.family}: {verdict}"
+        return "\n".join([title, *(f"  {check}" for check in self.checks)])
+
+
+def prove(family: MoEFamily, config: PreTrainedConfig, *, seed: int = 0) -> SelfTest:
+    """Runs the self-test of `family` on a miniature of `config`.
+
+    Raises:
+        FamilyError: the miniature does not have the blocks that the family describes.
+    """
+    built = miniature(config, seed)
+    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="hf_moe_lmc-") as folder:
+        checks = tuple(_checks(family, built, Path(folder), seed))
+    return SelfTest(str(config.model_type), family.name, checks)
+
+
+def _checks(family: MoEFamily, built: PreTrainedModel, folder: Path, seed: int) -> Iterator[Check]:
+    generator = torch.Generator().manual_seed(seed)
+    expected = outputs(built)
+    for layout, original in LAYOUTS.items():
+        source = folder / f"source-{original}"
+        with foreign(type(built), "cannot be saved"):
+            built.save_pretrained(source, save_original_format=original)
+        with ExitStack() as stack:
+            model = read_model(stack.enter_context(Checkpoint.open(source)), family)
+            check_round_trip(model)
+            g = model.random(generator, scale=SCALE)
+            written = write(rewritten(model, g.layers), folder / f"moved-{original}")
+            check_accounting(model, written)
+            yield Check(f"everything at once, {layout}", difference(reloaded(built, written), expected), control=False)
+    run = Rerun(model, built, expected, folder)
+    for name, part in parts(model, g).items():
+        yield Check(name, run(model.acted(part.layers)), control=False)
+    yield from _controls(model, g, run, generator)
+
+
+@dataclass
+class Rerun:
+    """Writes a model with other layers, in the layout of memory, and compares its outputs."""
+
+    model: MoEModel
+    built: PreTrainedModel
+    expected: Tensor
+    folder: Path
+    count: int = 0
+
+    def __call__(self, layers: Mapping[int, LayerSource]) -> float:
+        self.count += 1
+        written = write(ModelStream(self.model, layers, Copied(self.model.checkpoint)), self.folder / f"run-{self.count}")
+        tensors = load_file(written / "model.safetensors")
+        unknown = self.built.load_state_dict(tensors, strict=False).unexpected_keys
+        if unknown:
+            raise FamilyError(f"{self.model.family.name}: transformers does not know {unknown[0]}")
+        return difference(outputs(self.built), self.expected)
+
+
+def parts(model: MoEModel, g: ModelSymmetry) -> dict[str, ModelSymmetry]:
+    """Each part of the group that this model has, as the element that `g` has of it."""
+    still = model.identity()
+    banks = next(iter(g.layers.values())).others
+    found = {}
+    for bank in ("", *banks):
+        for name, restrict in PARTS.items():
+            layers = {}
+            for index, own in still.layers.items():
+                part = restrict(g.layers[index].bank(bank), own.bank(bank))
+                layers[index] = replace(own, others={**own.others, bank: part}) if bank else replace(part, others=own.others)
+            element = ModelSymmetry(g.family, g.groups, layers)
+            if element != still:
+                found[f"bank {bank}: {name}" if bank else name] = element
+    return found
+
+
+@dataclass(frozen=True)
+class Left:
+    """A block in new coordinates, but for some roles, which were left where they are."""
+
+    acted: LayerSource
+    original: LayerSource
+    roles: tuple[str, ...]
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        return (self.original if split_role(role)[1] in self.roles else self.acted).read(role, expert)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A block with one vector added to all its router rows, the same one in every bank: banks may share one softmax."""
+
+    original: LayerSource
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        values = self.original.read(role, expert)
+        if split_role(role)[1] != "router":
+            return values
+        return values + torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))
+
+
+def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
+    """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
+    layers, still = model.layers, model.identity()
+    facts = next(iter(layers.values())).facts
+    order, units = (
+        {index: PARTS[name](g.layers[index], still.layers[index]) for index in layers}
+        for name in ("expert order", "order of hidden units")
+    )
+
+    def left(elements: Mapping[int, LayerSymmetry], *roles: str) -> float:
+        return run({i: Left(ActedLayer(layer, elements[i], layer.units), layer, roles) for i, layer in layers.items()})
+
+    yield Check("experts moved, router left", left(order, "router", "router_bias"), control=True)
+    for role in COMPANIONS:
+        if any(role in layer.roles for layer in layers.values()):
+            yield Check(f"experts moved, {role} left", left(order, role), control=True)
+    yield Check("hidden units moved, up projection left", left(units, "up"), control=True)
+    if model.groups > 1:
+        torn = {i: PARTS["expert order"](layer.random(generator), still.layers[i]) for i, layer in layers.items()}
+        yield Check("experts moved across their groups", left(torn), control=True)
+    if not facts.units[""].sign and facts.units[""].order:
+        flipped = {i: replace(own, unit_scale=-own.unit_scale) for i, own in still.layers.items()}
+        yield Check("signs that the hidden units do not allow", left(flipped), control=True)
+    moved = run({index: Translated(layer) for index, layer in layers.items()})
+    yield Check(f"router translated ({facts.router})", moved, control=facts.router != "softmax")
+
+
+def check_round_trip(model: MoEModel) -> None:
+    """Raises FamilyError unless every claimed tensor, read through the view and put together again, has its own bytes."""
+    for layer in model.layers.values():
+        for name in layer.claims:
+            values = torch.cat([layer.assemble(name, piece, layer) for piece in layer.pieces(name)])
+            if not torch.equal(values.view(torch.uint8), model.checkpoint.read(name).view(torch.uint8)):
+                raise FamilyError(f"{model.family.name}: {name} does not survive reading and writing")
+
+
+def check_accounting(model: MoEModel, written: Path) -> None:
+    """Raises FamilyError unless a rewritten checkpoint has the same keys, shapes, dtypes, and the same bytes outside."""
+    with Checkpoint.open(written) as other:
+        seen, expected = (
+            {name: (info.dtype, info.shape, info.shard) for name, info in checkpoint.tensors.items()}
+            for checkpoint in (other, model.checkpoint)
+        )
+        if seen != expected:
+            raise FamilyError(f"{model.family.name}: the rewritten checkpoint has other tensors")
+        for name in model.outside:
+            if not torch.equal(other.read(name).view(torch.uint8), model.checkpoint.read(name).view(torch.uint8)):
+                raise FamilyError(f"{model.family.name}: {name} lies outside the MoE blocks and was changed")
+
+
+def write(stream: ModelStream, output: Path) -> Path:
+    """A whole checkpoint folder from a stream."""
+    with at_work(output) as workplace, writing(workplace, durable=False) as writer:
+        assert writer is not None
+        writer.write_tensors(stream, quiet=True)
+        writer.write_checkpoint_files(stream.template)
+    return output
+
+
+def reloaded(built: PreTrainedModel, folder: Path) -> Tensor:
+    """Outputs of what transformers loads from a folder; raises FamilyError if it does not find all of it."""
+    model_class: Any = type(built)
+    with foreign(model_class, "cannot load its own rewritten checkpoint"):
+        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    problems = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if problems:
+        raise FamilyError(f"{type(built).__name__} does not load its own rewritten checkpoint: {problems[0]}")
+    return outputs(model.eval())
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, relative to the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())

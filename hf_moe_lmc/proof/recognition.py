@@ -1,0 +1,93 @@
+"""From a checkpoint to its model: by the data of a known family, or by a description that is derived and proved first."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.reading import model_type, read_config, read_model
+from hf_moe_lmc.moe.registry import families, get_family, refusals
+from hf_moe_lmc.runtime.notices import warn
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.proof.checks import SelfTest
+
+_PROVED: dict[str, MoEFamily] = {}  # derived families by what was proved: the configuration
+
+
+def recognise(checkpoint: Checkpoint) -> MoEModel:
+    """Recognises a checkpoint; one of a model type that no data file describes, by a derived family.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+        FamilyError: the model type is refused, its family cannot be derived or fails its self-test, or the tensors do not
+            form the blocks that the family describes.
+    """
+    family, _ = family_of(checkpoint)
+    return read_model(checkpoint, family)
+
+
+def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
+    """The family of a checkpoint, derived and proved if need be, and its configuration; see `recognise`."""
+    config = read_config(checkpoint)
+    name = model_type(config)
+    if name in families().keys() | refusals().keys():
+        return get_family(name, checkpoint.name), config
+    key = config.to_json_string(use_diff=False)
+    if key not in _PROVED:
+        family, proof = _derived(config, checkpoint.name)
+        if not proof.passed:
+            raise FamilyError(
+                f"{checkpoint.name}: no data file describes model type {name!r}, and the description derived from transformers "
+                f"fails its self-test, so nothing is done with it:\n{proof.table()}"
+            )
+        warn(_notice(checkpoint.name, name, proof))
+        _PROVED[key] = family
+    return _PROVED[key], config
+
+
+def _derived(config: PreTrainedConfig, where: str) -> tuple[MoEFamily, SelfTest]:
+    """A description derived for `config`, and the self-test of its twin for the miniature."""
+    from hf_moe_lmc.proof.checks import prove
+    from hf_moe_lmc.proof.derivation import derive  # with transformers' models behind it, which most commands do not need
+    from hf_moe_lmc.proof.small_config import shrink
+
+    family = derive(config, where)
+    small = shrink(config)
+    twin = derive(small, where)
+    for what in ("weights", "router", "units", "bank_units"):
+        if getattr(twin, what) != getattr(family, what):
+            raise FamilyError(f"{where}: the description derived for a miniature has other {what}; register a family (README)")
+    return family, prove(twin, small)
+
+
+def selftest(model: str | os.PathLike[str]) -> SelfTest:
+    """Proves on a small random model of the same configuration that this checkpoint's symmetry is understood.
+
+    Args:
+        model: a local folder or a Hub id; only its configuration is read.
+
+    Raises:
+        InputError: not a checkpoint that this package reads; the message says why.
+    """
+    from hf_moe_lmc.proof.checks import prove  # see `_derived`
+
+    with Checkpoint.open(model) as checkpoint:
+        config = read_config(checkpoint)
+        name = model_type(config)
+        if name in families().keys() | refusals().keys():
+            return prove(get_family(name, checkpoint.name), config)
+        return _derived(config, checkpoint.name)[1]
+
+
+def _notice(where: str, name: str, proof: SelfTest) -> str:
+    return (
+        f"{where}: no data file describes model type {name!r}; its description was derived from transformers and passed "
+        f"{len(proof.checks)} checks on a small random model (hf-moe-lmc selftest shows them)"
+    )

@@ -1,0 +1,103 @@
+"""Model cards: what a published checkpoint is, what it was made from, and how. No local path appears in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+from huggingface_hub import ModelCardData, RepoCard
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.source import Repository
+
+PROJECT = "hf_moe_lmc"
+PAPER = "https://arxiv.org/abs/2509.11348"
+
+
+def model_card(
+    *,
+    title: str,
+    summary: str,
+    inputs: Mapping[str, Checkpoint],
+    base: Sequence[Checkpoint],
+    relation: str,
+    command: str,
+    alignment: Mapping[str, float] | None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        inputs: the checkpoints by the letters that summary and command use.
+        base: those of them that become `base_model` (Hub ids only).
+        relation: the Hub's `base_model_relation`.
+        alignment: totals of the alignment, where one was computed.
+    """
+    data = ModelCardData(
+        base_model=[one.source.repo_id for one in base if isinstance(one.source, Repository)] or None,
+        base_model_relation=relation if any(isinstance(one.source, Repository) for one in base) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=_common_license(base),
+        tags=[*(["merge"] if relation == "merge" else []), "moe", "mixture-of-experts", PROJECT],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {title}\n",
+        f"{summary}\n",
+        "| | checkpoint | revision or fingerprint |\n|---|---|---|\n"
+        + "\n".join(f"| {letter} | {_link(one)} | `{_version(one)}` |" for letter, one in inputs.items())
+        + "\n",
+    ]
+    if alignment:
+        parts.append(_statistics(alignment))
+    parts.append(
+        f"## How it was made\n\n```\n{command}\n```\n\nMatching of experts and hidden units as in "
+        f"[On Linear Mode Connectivity of Mixture-of-Experts Architectures]({PAPER}), with {PROJECT}.\n"
+    )
+    if data.license is None:
+        parts.append(
+            "## Licence\n\nNot stated here: the inputs name no common licence. Their terms hold; "
+            "add the licence before publishing.\n"
+        )
+    return "\n".join(parts)
+
+
+def _statistics(totals: Mapping[str, float]) -> str:
+    return (
+        "## Alignment of B to A\n\n| | |\n|---|---|\n"
+        f"| experts moved | {totals['experts_moved']} of {totals['experts']} |\n"
+        f"| hidden units moved | {totals['units_moved']} of {totals['units']} |\n"
+        f"| signs flipped | {totals['signs']} |\n"
+        f"| experts whose scales were kept | {totals['scales_kept']} |\n"
+        f"| distance of the expert weights, relative to A: before | {totals['relative_distance_before']:.4f} |\n"
+        f"| after the order of the experts | {totals['relative_distance_after_order']:.4f} |\n"
+        f"| after the hidden units | {totals['relative_distance_after_units']:.4f} |\n\n"
+        "Per layer: `alignment/alignment.json`.\n"
+    )
+
+
+def _link(checkpoint: Checkpoint) -> str:
+    if isinstance(checkpoint.source, Repository):
+        return f"[{checkpoint.source.repo_id}](https://huggingface.co/{checkpoint.source.repo_id})"
+    return f"{checkpoint.display_name} (local)"
+
+
+def _version(checkpoint: Checkpoint) -> str:
+    return checkpoint.source.commit or checkpoint.fingerprint()[:16]
+
+
+def _common_license(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """The licence that all cards name; None where one names none, or another."""
+    found = {_license(checkpoint) for checkpoint in checkpoints}
+    return found.pop() if len(found) == 1 else None
+
+
+def _license(checkpoint: Checkpoint) -> str | None:
+    if "README.md" not in checkpoint.source.files():
+        return None
+    try:
+        card = RepoCard(checkpoint.source.path("README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):  # a card that the Hub could not read either names no licence
+        return None
+    named = card.data.get("license")
+    return named if isinstance(named, str) else None

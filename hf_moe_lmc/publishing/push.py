@@ -1,0 +1,95 @@
+"""The way to the Hub: a finished folder in one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HFValidationError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from hf_moe_lmc.checkpoints.source import Folder, _hub_errors, _one_line
+from hf_moe_lmc.errors import HubError, InputError
+
+
+def check_publishable(repo_id: str | None) -> None:
+    """Raises InputError, before any work, for a REPO_ID that the Hub would not take; None is fine."""
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise InputError(f"{repo_id}: not a Hub id to publish under ({_one_line(error)})") from error
+
+
+def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
+    """`push` at the end of other work: a failure says that the work itself is done."""
+    try:
+        push(output, repo_id, private=private)
+    except HubError as error:
+        raise HubError(f"{error}\n{output} is finished; publish it with: hf-moe-lmc push {output} {repo_id}") from error
+
+
+def _finished_files(root: Path) -> list[str]:
+    """The files of a finished checkpoint folder; InputError where something is missing."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder to publish")
+    found = Folder(root).files()
+    if any(file.startswith(".partial/") for file in found):
+        raise InputError(f"{root}: unfinished (it holds .partial); make it anew before publishing")
+    files = [file for file in found if not file.startswith(".")]
+    for needed, what in (("README.md", "the card"), ("config.json", "the configuration")):
+        if needed not in files:
+            raise InputError(f"{root}: {needed} ({what}) is missing; publish a folder that align or merge finished")
+    shards = {file for file in files if file.endswith(".safetensors") and "/" not in file}
+    index = root / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else shards
+    if not shards or listed - shards:
+        raise InputError(f"{root}: {'no weights' if not shards else 'missing ' + ', '.join(sorted(listed - shards))}")
+    return files
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Publishes a finished folder, with its card, in one commit, so that no half of it is ever visible.
+
+    Args:
+        folder: what `align` or `merge` wrote.
+        repo_id: OWNER/NAME; created where it does not exist.
+        revision: branch to commit to; created where it does not exist.
+        create_pr: open a pull request instead of committing to the branch.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        InputError: the folder is unfinished, or has no card.
+        HubError: the Hub cannot be reached, or refused.
+    """
+    check_publishable(repo_id)
+    root = Path(folder)
+    files = _finished_files(root)
+    api = HfApi(token=token)
+    with _hub_errors(repo_id, writing=True):
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(created.repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            created.repo_id,
+            [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(root / file)) for file in files],
+            commit_message=commit_message or "Upload a checkpoint aligned by hf_moe_lmc",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url

@@ -1,0 +1,22 @@
+"""Warnings that point at the line outside this package that called it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+
+from hf_moe_lmc.errors import MoELMCWarning
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def warn(message: str) -> None:
+    """Warns (MoELMCWarning), at the caller of the outermost function of this package."""
+    level = outermost = 1
+    frame: FrameType | None = sys._getframe(0)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+            outermost = level
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, MoELMCWarning, stacklevel=outermost + 1)

@@ -1,0 +1,1 @@
+"""The group elements: permutations, signs and scales of experts and hidden units."""

@@ -1,0 +1,240 @@
+"""What a checkpoint is, from its configuration and shard headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.source import Repository
+from hf_moe_lmc.moe.layer import Bank, MoELayer
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.notation import (
+    EXPERT_ROLES,
+    EXPERT_VECTORS,
+    UnitKind,
+    is_expert_role,
+)
+from hf_moe_lmc.proof.recognition import recognise
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The facts that `inspect` reports; `symmetry` describes the group of one MoE layer in words.
+
+    Sizes and the router are those of the first MoE layer.
+
+    Attributes:
+        text_model_type: model type of the text tower; that of the model itself where it is not a composite one.
+        tower: what the keys of a composite model's text tower begin with; None where the model is not a composite one.
+        moe_layers: numbers of the MoE layers; those from num_layers on are for multi-token prediction.
+        unit_kinds: what hidden units of the experts allow, of all layers; shared_kinds: those of the shared expert.
+        banks: sizes and unit kind of further banks of experts, by name.
+        companions: roles that move with the experts, besides their weights and router rows.
+        quantisation: method of a quantised checkpoint (`fp8`, `mxfp4`): whole experts can change places, nothing else.
+        layouts: how the experts lie on disk, `per-expert` or `fused` tensors.
+        dtypes: bytes by dtype.
+    """
+
+    source: str
+    commit: str | None
+    family: str
+    model_type: str
+    text_model_type: str
+    tower: str | None
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    router: str
+    expert_groups: int
+    shared_units: int
+    shared_kinds: tuple[str, ...]
+    units: int
+    unit_kinds: tuple[str, ...]
+    width: int
+    banks: Mapping[str, Mapping[str, Any]]
+    companions: tuple[str, ...]
+    quantisation: str | None
+    layouts: tuple[str, ...]
+    dtypes: dict[str, int]
+    bytes: int
+    tensors: int
+    shards: int
+    symmetry: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    def table(self) -> str:
+        """The facts for a terminal."""
+        extra = [index for index in self.moe_layers if index >= self.num_layers]
+        layers = f"{len(self.moe_layers) - len(extra)} of {self.num_layers} layers"
+        dtypes = ", ".join(f"{dtype} {size / 1e9:.3f}" for dtype, size in self.dtypes.items())
+        of = self.model_type + (f", text tower {self.text_model_type}" if self.tower is not None else "")
+        banks = [
+            f"{name}: {bank['experts']} expert{'s' if bank['experts'] > 1 else ''}"
+            + (f", {bank['units']} units ({bank['unit_kind']})" if bank["units"] else "")
+            for name, bank in self.banks.items()
+        ]
+        shared = f"{self.shared_units} hidden units ({' or '.join(self.shared_kinds)})"
+        rows = {
+            "checkpoint": self.source + (f" at {self.commit[:12]}" if self.commit else ""),
+            "family": f"{self.family} (model type {of})",
+            "text tower": f"{self.tower}*; everything else is copied" if self.tower else "",
+            "MoE layers": layers + (f", and for multi-token prediction {', '.join(map(str, extra))}" if extra else ""),
+            "experts": f"{self.experts}, top-{self.top_k}, {self.router} router",
+            "further banks": "; ".join(banks),
+            "expert groups": f"{self.expert_groups} that bind" if self.expert_groups > 1 else "none that bind",
+            "hidden units": f"{self.units} per expert ({' or '.join(self.unit_kinds)}), width {self.width}",
+            "shared expert": shared if self.shared_units else "none",
+            "quantisation": f"{self.quantisation}: only whole experts move" if self.quantisation else "",
+            "on disk": f"{' and '.join(self.layouts)} tensors; {self.tensors} tensors in {self.shards} shard(s)",
+            "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
+            "symmetry": self.symmetry[0],
+        }
+        lines = [f"{name:<14} {value}" for name, value in rows.items() if value]
+        return "\n".join([*lines, *(f"{'':<14} {line}" for line in self.symmetry[1:])])
+
+
+def inspect(model: str | os.PathLike[str]) -> Inspection:
+    """Describes a local folder or a Hub id (OWNER/NAME[@REVISION]); of a Hub id, only headers are downloaded.
+
+    Raises:
+        InputError: not a checkpoint that this package reads; the message says why.
+    """
+    with Checkpoint.open(model) as checkpoint:
+        return _describe(recognise(checkpoint))
+
+
+def _describe(model: MoEModel) -> Inspection:
+    checkpoint = model.checkpoint
+    dtypes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + info.nbytes
+    layouts = {
+        "per-expert" if claim.template.is_per_expert else "fused"
+        for layer in model.layers.values()
+        for claim in layer.claims.values()
+        if is_expert_role(claim.template.spec.roles[0])  # of a quantised part: the role of its weight
+    }
+    composite = model.text_config is not model.config
+    every, first = model.layers.values(), next(iter(model.layers.values()))
+    return Inspection(
+        source=checkpoint.name,
+        commit=checkpoint.source.commit if isinstance(checkpoint.source, Repository) else None,
+        family=model.family.name,
+        model_type=str(checkpoint.config["model_type"]),
+        text_model_type=str(model.text_config.model_type),
+        tower=model.towers[0] if composite else None,
+        num_layers=model.num_layers,
+        moe_layers=tuple(model.layers),
+        experts=model.sizes["expert"],
+        top_k=model.top_k,
+        router=first.facts.router,
+        expert_groups=model.groups,
+        shared_units=model.sizes.get("shared", 0),
+        shared_kinds=_distinct(layer.units["shared"].name for layer in every if layer.sizes.get("shared")),
+        units=model.sizes["unit"],
+        unit_kinds=_distinct(layer.units[""].name for layer in every),
+        width=model.sizes["model"],
+        banks={
+            name: {"experts": bank.experts, "units": bank.unit_count, "unit_kind": bank.kind.name}
+            for name, bank in first.banks.items()
+            if name
+        },
+        companions=_distinct(
+            role
+            for layer in every
+            for role in layer.banks[""].roles
+            if role in (*EXPERT_VECTORS, "expert_table") and role != "router"
+        ),
+        quantisation=model.quantisation.method if model.quantisation else None,
+        layouts=tuple(sorted(layouts, reverse=True)),
+        dtypes=dtypes,
+        bytes=checkpoint.nbytes,
+        tensors=len(checkpoint.tensors),
+        shards=len(checkpoint.shards),
+        symmetry=_symmetry_in_words(model),
+    )
+
+
+def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:
+    """The group, a line for each part; of lines that only some layers have, with the layers."""
+    layers: dict[str, list[int]] = {}
+    place: dict[str, int] = {}
+    for index, layer in model.layers.items():
+        for position, line in enumerate(_layer_in_words(layer, model.groups)):
+            layers.setdefault(line, []).append(index)
+            place[line] = min(position, place.get(line, position))
+    lines = [
+        line + (f" ({_ranges(layers[line])})" if len(layers[line]) < len(model.layers) else "")
+        for line in sorted(layers, key=lambda line: place[line])
+    ]
+    if model.quantisation:
+        lines.append(f"nothing finer than whole experts: anything else in {model.quantisation.method} would need new scales")
+    return tuple(lines)
+
+
+def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
+    for bank in layer.banks.values():
+        yield _order_in_words(bank, groups)
+    if "expert_table" in layer.roles:
+        yield "the expert table, renamed to follow the experts"
+    for bank in layer.banks.values() if not layer.quantisation else ():
+        if bank.unit_count:
+            of = f"each expert of bank {bank.name}" if bank.name else "each expert"
+            yield _units_in_words(of, bank.unit_count, bank.kind)
+    shared = layer.banks[""].shared_count
+    if shared and not layer.quantisation:
+        same = layer.units["shared"] is layer.units[""]
+        likewise = f"hidden units of the shared expert likewise (S_{shared})"
+        yield likewise if same else _units_in_words("the shared expert", shared, layer.units["shared"])
+    if layer.facts.router == "softmax":
+        yield "one vector added to all router rows (left alone: it cannot change a barrier)"
+    else:
+        yield f"no translation of the router ({layer.facts.router})"
+
+
+def _order_in_words(bank: Bank, groups: int) -> str:
+    along = [role.replace("_", " ") for role in bank.roles if role in EXPERT_VECTORS and role != "router"]
+    if any(role in EXPERT_ROLES and role.endswith("_bias") for role in bank.roles):
+        along.append("biases")
+    if any(is_expert_role(role) and role.endswith("_scales") for role in bank.roles):
+        along.append("scales of its quantised weights")
+    along = ["router row", *along]
+    each = f"each with its {', '.join(along[:-1])}{' and ' if along[1:] else ''}{along[-1]}"
+    number = bank.experts
+    if not bank.name and groups > 1:
+        size = number // groups
+        return f"experts move within their group of {size} and with it among {groups} groups (S_{size} wr S_{groups}), {each}"
+    if not bank.name:
+        return f"experts in any order (S_{number}), {each}"
+    if number == 1:
+        return f"the one expert of bank {bank.name} stays where it is"
+    return f"experts of bank {bank.name} in any order among themselves (S_{number}), {each}"
+
+
+def _units_in_words(whose: str, number: int, kind: UnitKind) -> str:
+    if not kind.order:
+        return f"hidden units of {whose} stay where they are"
+    return f"hidden units of {whose} in any order (S_{number}), {kind.words}"
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers of layers, runs shortened: layers 0-2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"layer{'s' if numbers[1:] else ''} {listed}"

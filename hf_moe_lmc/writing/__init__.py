@@ -1,0 +1,1 @@
+"""Checkpoints written: streamed, interpolated, whole or not there."""

@@ -1,0 +1,149 @@
+"""Shards on their way to disk, written by threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.checkpoints.checkpoint import (
+    Checkpoint,
+    Shard,
+    TensorInfo,
+)
+from hf_moe_lmc.writing.spans import Scratch, Span
+from hf_moe_lmc.writing.workplace import (
+    UNFINISHED,
+    Kept,
+)
+
+WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of what belongs to one expert
+FLUSH_SECONDS = 0.25  # how often what has been written is sent on to the disk, which then need not be waited for at the end
+
+
+class _ShardFile:
+    """One shard on its way: whole when everybody who holds it has let go."""
+
+    def __init__(self, kept: Kept, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
+        self.shard = shard
+        self._infos = [template.tensors[name] for name in shard.tensors]
+        self._path = kept.path(shard.name)
+        self._unfinished = self._path.with_name(self._path.name + UNFINISHED)
+        self._durable = durable
+        self._descriptor = -1
+        self._holders = 1  # who hands out its ranges
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Makes the file at its full size, so that a full disk shows before anything is computed; writes the header."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        _allocate(self._descriptor, self.shard.size)
+        _write_all(self._descriptor, memoryview(self.shard.header), 0)
+
+    def hold(self) -> None:
+        with self._lock:
+            self._holders += 1
+
+    def write(self, span: Span, values: Tensor) -> None:
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        _write_all(self._descriptor, data, span.start)
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                if self._durable:
+                    os.fsync(self._descriptor)
+                self._close()
+                self._unfinished.replace(self._path)
+
+    def flush(self) -> None:
+        """Sends what has been written to the disk."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.fdatasync(self._descriptor)
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def tensor_at(self, position: int) -> TensorInfo:
+        return next(info for info in self._infos if info.start <= position < info.start + info.nbytes)
+
+
+def _in_parallel(
+    jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile], stop: threading.Event, *, threads: int
+) -> None:
+    """Runs all jobs in a few threads; the first failure, an interrupt or `stop` ends them all. `files` are flushed meanwhile.
+
+    Args:
+        threads: those of torch, as they are to be afterwards.
+    """
+    workers = worker_count()
+    taking = threading.Lock()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # of this thread: the jobs themselves are what runs in parallel
+        scratch = Scratch()
+        while not stop.is_set():
+            with taking:
+                job = next(jobs, None)
+            if job is None:
+                return
+            job(scratch)
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            stop.set()
+            raise
+
+    def flush() -> None:
+        while not stop.wait(FLUSH_SECONDS):
+            for file in files:
+                file.flush()
+
+    try:
+        with ThreadPoolExecutor(workers + 1) as pool:
+            flushing = pool.submit(flush)
+            working = [pool.submit(guarded) for _ in range(workers)]
+            try:
+                for one in working:
+                    one.result()
+            finally:
+                stop.set()
+            flushing.result()
+    finally:
+        torch.set_num_threads(threads)
+        for file in files:
+            file.abandon()
+
+
+def worker_count() -> int:
+    """Threads that compute and write."""
+    return max(2, min(WORKERS, os.cpu_count() or 1))
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, position)
+        data = data[written:]
+        position += written

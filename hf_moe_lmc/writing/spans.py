@@ -1,0 +1,199 @@
+"""Ranges of an output shard, each computed when it is written: bytes copied, or interpolated between two checkpoints.
+
+Tensors that lie one after the other, in the output and in all that it is made from, are one range, however small they are;
+ranges are cut to a bounded size. So the work is that of the bytes, whatever the number and the size of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.errors import MismatchError
+from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
+
+SPAN = 8 << 20  # most bytes of one range outside the MoE blocks
+
+
+@dataclass
+class Scratch:
+    """Buffers that one thread uses again and again."""
+
+    _buffers: list[Tensor] = field(default_factory=list)
+
+    def take(self, which: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Buffer number `which` as [count] of a dtype, with whatever it held before."""
+        nbytes = count * dtype.itemsize
+        while len(self._buffers) <= which:
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[which].numel() < nbytes:
+            self._buffers[which] = torch.empty(max(nbytes, SPAN), dtype=torch.uint8)
+        return self._buffers[which][:nbytes].view(dtype)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous range of one shard of an output.
+
+    Attributes:
+        start: its first byte in the file.
+        count: its elements.
+        dtype: in which they are written.
+        compute: their values, one row, in that dtype or a wider one; valid until the same scratch is used again.
+    """
+
+    start: int
+    count: int
+    dtype: torch.dtype
+    compute: Callable[[Scratch], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Values for tensors of a checkpoint, under its names, in its shapes."""
+
+    def spans(self, names: Sequence[str]) -> Iterator[Span]:
+        """All bytes of some tensors of one shard, named in file order."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, flat, not yet cast to the checkpoint's dtype."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The values of a checkpoint itself."""
+
+    checkpoint: Checkpoint
+
+    def spans(self, names: Sequence[str]) -> Iterator[Span]:
+        for run in _runs([self.checkpoint.tensors[name] for name in names]):
+            for first, count in _steps(run):
+                yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._copy, run, first, count))
+
+    def _copy(self, run: _Run, first: int, count: int, scratch: Scratch) -> Tensor:
+        values = scratch.take(0, count, run.dtype)
+        self.checkpoint.fill(values, run.shard, run.start + first * run.dtype.itemsize)
+        return values
+
+    def read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name)
+
+
+@dataclass(frozen=True)
+class Interpolated:
+    """The point `t` between two checkpoints that hold the same tensors, in the dtypes of `a`."""
+
+    a: Checkpoint
+    b: Checkpoint
+    t: float
+
+    def spans(self, names: Sequence[str]) -> Iterator[Span]:
+        of_a = [self.a.tensors[name] for name in names]
+        for run in _runs(of_a, [self.b.tensors[name] for name in names]):
+            for first, count in _steps(run):
+                yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._blend, run, first, count))
+
+    def _blend(self, run: _Run, first: int, count: int, scratch: Scratch) -> Tensor:
+        assert run.partner is not None
+        of_a, of_b = scratch.take(0, count, run.dtype), scratch.take(1, count, run.partner.dtype)
+        floating = run.dtype.is_floating_point
+        if self.t != 1 or not floating:
+            self.a.fill(of_a, run.shard, run.start + first * run.dtype.itemsize)
+        if self.t != 0 or not floating:
+            self.b.fill(of_b, run.partner.shard, run.partner.start + first * run.partner.dtype.itemsize)
+        try:
+            interpolate_into(of_a, of_a, of_b, self.t)
+        except MismatchError as error:
+            raise MismatchError(f"{run.locate(first, of_a, of_b)}: {error}") from error
+        return of_a
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return interpolate(self.a.read(name), self.b.read(name), self.t)
+        except MismatchError as error:
+            raise MismatchError(f"{name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class PlainStream:
+    """The checkpoint that lies at `t` between two that hold the same tensors, whatever these are."""
+
+    a: Checkpoint
+    b: Checkpoint
+    t: float
+
+    @property
+    def template(self) -> Checkpoint:
+        return self.a
+
+    def spans(self, shard: Shard) -> Iterator[Span]:
+        return Interpolated(self.a, self.b, self.t).spans(shard.tensors)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tensors of one dtype that lie one after the other, and do so in a partner as well.
+
+    Attributes:
+        start: first byte in the file of `shard`.
+        members: names, with the number of elements before each.
+        partner: the same elements elsewhere.
+    """
+
+    shard: str
+    start: int
+    dtype: torch.dtype
+    members: list[tuple[str, int]]
+    count: int
+    partner: TensorInfo | None
+
+    def locate(self, first: int, of_a: Tensor, of_b: Tensor) -> str:
+        """The tensor of the first element in which two ranges that begin at `first` differ."""
+        at = first + int((of_a != of_b.to(of_a.dtype)).nonzero()[0])
+        return [name for name, before in self.members if before <= at][-1]
+
+
+def _runs(tensors: Sequence[TensorInfo], partners: Sequence[TensorInfo] | None = None) -> Iterator[_Run]:
+    """Joins tensors of one shard, given in file order, as far as they and their partners are contiguous."""
+    begun: list[int] = []
+
+    def run() -> _Run:
+        first = tensors[begun[0]]
+        members, count = [], 0
+        for i in begun:
+            members.append((tensors[i].name, count))
+            count += tensors[i].numel
+        return _Run(first.shard, first.start, first.dtype, members, count, partners[begun[0]] if partners else None)
+
+    for i, info in enumerate(tensors):
+        joined = bool(begun) and _follows(tensors[begun[-1]], info)
+        if joined and partners:
+            joined = _follows(partners[begun[-1]], partners[i])
+        if begun and not joined:
+            yield run()
+            begun = []
+        begun.append(i)
+    if begun:
+        yield run()
+
+
+def _follows(before: TensorInfo, info: TensorInfo) -> bool:
+    same = before.shard == info.shard and before.dtype == info.dtype
+    return same and before.start + before.nbytes == info.start
+
+
+def _steps(run: _Run) -> Iterator[tuple[int, int]]:
+    """(first element, number of elements) of ranges of a bounded size; none of an empty run."""
+    widest = max(run.dtype.itemsize, run.partner.dtype.itemsize if run.partner else 0)
+    step = SPAN // widest
+    for first in range(0, run.count, step):
+        yield first, min(step, run.count - first)

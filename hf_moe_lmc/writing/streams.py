@@ -1,0 +1,142 @@
+"""Checkpoints that are computed as they are read: a model in other coordinates, and the points between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
+from hf_moe_lmc.checkpoints.quantisation import WAY_OUT
+from hf_moe_lmc.errors import CheckpointError, MismatchError
+from hf_moe_lmc.moe.layer import LayerSource, MoELayer, Piece
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.symmetry.group import LayerSymmetry
+from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
+from hf_moe_lmc.writing.spans import (
+    Copied,
+    Interpolated,
+    Scratch,
+    Span,
+    TensorSource,
+)
+
+
+@dataclass(frozen=True)
+class ModelStream:
+    """A checkpoint in the layout of `model` with the values of other sources, computed piece by piece.
+
+    Attributes:
+        layers: where the values of each MoE layer come from.
+        outside: where those of the tensors outside the MoE blocks come from.
+    """
+
+    model: MoEModel
+    layers: Mapping[int, LayerSource]
+    outside: TensorSource
+
+    @property
+    def template(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    def spans(self, shard: Shard) -> Iterator[Span]:
+        outside: list[str] = []
+        for name in shard.tensors:
+            layer = self.model.layer_of.get(name)
+            if layer is None:
+                outside.append(name)
+                continue
+            yield from self.outside.spans(outside)
+            outside = []
+            info = self.template.tensors[name]
+            for piece in layer.pieces(name):
+                start = info.start + piece.first * info.dtype.itemsize
+                yield Span(start, piece.count, info.dtype, partial(self._assemble, layer, name, piece))
+        yield from self.outside.spans(outside)
+
+    def _assemble(self, layer: MoELayer, name: str, piece: Piece, _: Scratch) -> Tensor:
+        return layer.assemble(name, piece, self.layers[layer.index])
+
+
+def whole(stream: ModelStream, name: str) -> Tensor:
+    """One tensor of a stream in its shape, not yet cast to the dtype of the template."""
+    info = stream.template.tensors[name]
+    layer = stream.model.layer_of.get(name)
+    if layer is None:
+        return stream.outside.read(name).view(info.shape)
+    values = torch.empty(0, dtype=info.dtype)
+    for piece in layer.pieces(name):
+        part = layer.assemble(name, piece, stream.layers[layer.index])
+        if piece.count == info.numel:
+            return part.view(info.shape)
+        if values.numel() < info.numel:
+            values = reused(info.numel, part.dtype)
+        values[piece.first : piece.first + piece.count] = part
+    return values.view(info.shape)
+
+
+def rewritten(model: MoEModel, elements: Mapping[int, LayerSymmetry]) -> ModelStream:
+    """`model` in the coordinates that group elements give it; tensors outside the MoE blocks byte for byte."""
+    return ModelStream(model, model.acted(elements), Copied(model.checkpoint))
+
+
+@dataclass(frozen=True)
+class InterpolatedLayer:
+    """A point on the line between two MoE blocks, those of layer `index`.
+
+    Attributes:
+        rounded: values of one dtype are returned in it, as if cast once; else in float32.
+    """
+
+    index: int
+    a: LayerSource
+    b: LayerSource
+    t: float
+    rounded: bool = False
+
+    def read(self, role: str, expert: int | None = None) -> Tensor:
+        a, b = self.a.read(role, expert), self.b.read(role, expert)
+        try:
+            if not (self.rounded and a.dtype == b.dtype):
+                return interpolate(a, b, self.t)
+            out = _like(a)
+            interpolate_into(out, a, b, self.t)
+            return out
+        except MismatchError as error:
+            raise MismatchError(f"layer {self.index}: {role}: {error}") from error
+
+
+def _like(values: Tensor) -> Tensor:
+    """Memory for values of this shape, laid out as they are."""
+    if values.ndim == 2 and values.stride(0) < values.stride(1):
+        return reused(values.numel(), values.dtype).view(values.shape[1], values.shape[0]).t()
+    return reused(values.numel(), values.dtype).view(values.shape)
+
+
+def interpolated(
+    a: MoEModel, b: MoEModel, elements: Mapping[int, LayerSymmetry], t: float, *, rounded: bool = False
+) -> ModelStream:
+    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
+
+    Args:
+        rounded: it is to be written: no wider copies where A and B share a dtype.
+    """
+    acted = b.acted(elements)
+    layers: dict[int, LayerSource] = {
+        index: InterpolatedLayer(index, layer, acted[index], t, rounded) for index, layer in a.layers.items() if index in acted
+    }
+    return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
+
+
+def refuse_quantised(*models: MoEModel) -> None:
+    """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
+    for model in models:
+        if model.quantisation:
+            raise CheckpointError(
+                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantisation.method}), which cannot "
+                f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
+            )

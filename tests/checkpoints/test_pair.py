@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.configuration import check_counts, differing, without_foreign_switches
+from hf_moe_lmc.checkpoints.pair import check_plain_pair
+from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
+from hf_moe_lmc.verbs.align import align
+from hf_moe_lmc.verbs.inputs import open_models
+from tests import tiny
+from tests.checkpoints.test_checkpoint import truncate
+
+
+def test_a_single_fault_is_raised_as_it_is_and_several_as_one_list() -> None:
+    Faults().check()
+    faults, one = Faults(), CheckpointError("first")
+    with faults.gather():
+        raise one
+    with pytest.raises(CheckpointError) as error:
+        faults.check()
+    assert error.value is one
+    with faults.gather():
+        raise CheckpointError("second\n  with lines")
+    with pytest.raises(CheckpointError, match=r"2 faults.*\n  1\. first\n  2\. second\n       with lines") as error:
+        faults.check()
+    outer = Faults()
+    outer.add(error.value)
+    outer.add(CheckpointError("first"))  # again
+    outer.add(FamilyError("third"))
+    with pytest.raises(InputError, match=r"3 faults.*\n.*\n.*\n.*\n  3\. third") as combined:
+        outer.check()
+    assert type(combined.value) is InputError and len(combined.value.faults) == 3
+
+
+def test_of_one_kind_some_are_shown_and_every_kind_is() -> None:
+    inner, outer = Faults(), Faults()
+    for i in range(50):
+        inner.add(CheckpointError(f"shard {i}", kind="missing shards"))
+    inner.add(CheckpointError("another"))
+    for faults, count in ((inner, 51), (outer, 52)):
+        with pytest.raises(CheckpointError, match=f"{count} faults") as error:
+            faults.check()
+        lines = str(error.value).splitlines()
+        assert sum("shard " in line for line in lines) == SHOWN and any("another" in line for line in lines)
+        assert lines[-1] == "  ... and 42 more: missing shards"
+        if faults is inner:
+            outer.add(error.value)
+            outer.add(CheckpointError("one more"))
+
+
+def test_everything_wrong_with_both_and_the_output_is_in_one_list(copy: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = copy("mixtral", name="a"), copy("mixtral", "per-expert", 1, name="b")
+    truncate(a)
+    tiny.edit_config(b, quantization_config={"quant_method": "awq"})
+    (b / "model.safetensors").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(InputError) as error:
+        align(a, b, tmp_path / "out")
+    message = str(error.value)
+    assert message.startswith("4 faults; nothing has been done:\n  1. ")
+    for expected in (f"{a}/model.safetensors: truncated", "'awq'", f"{b}/model.safetensors: not a whole", "holds precious"):
+        assert expected in message
+
+
+def test_what_only_follows_from_a_fault_is_not_listed(copy: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = copy("mixtral", name="a"), copy("mixtral", name="b")
+    truncate(a)
+    with pytest.raises(CheckpointError) as error, ExitStack() as stack:
+        open_models(a, b, stack, output=tmp_path / "out")
+    assert not error.value.faults and str(error.value).startswith(f"{a}/model.safetensors: truncated")
+
+
+def test_every_damaged_layer_and_a_mismatch_of_tokenizers_are_named(copy: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = copy("mixtral", name="a"), copy("mixtral", name="b")
+
+    def change(content: dict[str, torch.Tensor]) -> None:
+        for layer in (0, 2):
+            content.pop(f"model.layers.{layer}.block_sparse_moe.gate.weight")
+
+    tiny.edit(b, change)
+    config = (b / "tokenizer_config.json").read_text()
+    (b / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<s>"'))
+    with pytest.raises(InputError, match="3 faults") as error:
+        align(a, b, tmp_path / "out")
+    for expected in ("layer 0 is not a whole", "layer 2 is not a whole", "eos_token: '</s>' (2) in A, '<s>' (1) in B"):
+        assert expected in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_pair_needs_equal_tensors_and_tokenizers(copy: Callable[..., Path], saved: Callable[..., Path]) -> None:
+    a, b = Checkpoint.open(saved("mixtral")), Checkpoint.open(saved("mixtral", "per-expert", 1))
+    assert check_plain_pair(a, b) == []
+    assert check_plain_pair(a, a) == [f"A and B hold the same weights: both are {a.name}"]
+    folder = copy("mixtral", "per-expert", 1)
+    assert "are copies of one checkpoint" in check_plain_pair(b, Checkpoint.open(folder))[0]
+
+    def change(content: dict[str, torch.Tensor]) -> None:
+        content["model.norm.weight"] = torch.ones(17)
+        content["model.layers.0.input_layernorm.weight"] = torch.ones(16, dtype=torch.int32)
+        del content["lm_head.weight"]
+        content.update({f"model.bonus.{i}": torch.ones(1) for i in range(20)})
+
+    tiny.edit(folder, change)
+    tiny.edit_config(folder, model_type="olmoe")
+    with pytest.raises(MismatchError) as error:
+        check_plain_pair(a, Checkpoint.open(folder))
+    for expected in (
+        "model type: A has 'mixtral', B has 'olmoe'",
+        "lm_head.weight: in A, not in B",
+        "model.bonus.0: in B, not in A",
+        "and 12 more",
+        "model.norm.weight: A has shape [16], B has [17]",
+        "input_layernorm.weight: A has dtype torch.float32, B has torch.int32",
+    ):
+        assert expected in str(error.value)
+
+
+def test_settings_that_differ_are_told_as_written() -> None:
+    a = {"rms_norm_eps": 1e-5, "only_a": 1, "text_config": {"hidden_size": 4}, "use_cache": True}
+    b = {"rms_norm_eps": 1e-6, "text_config": {"hidden_size": 8}, "transformers_version": "5"}
+    found = differing(a, b, only_common=True)
+    assert [line.split(" is ")[0] for line in found] == [
+        "config.json: rms_norm_eps",
+        "config.json: text_config.hidden_size",
+        "config.json: only in A: only_a; the path and a merge take A's",
+    ]
+
+
+def test_switches_to_foreign_code_go_at_every_level() -> None:
+    config = {
+        "auto_map": {"AutoConfig": "x.X"},
+        "hidden_size": 4,
+        "text_config": {
+            "auto_map": {},
+            "_attn_implementation": "someone/kernel",
+            "layers": [{"trust_remote_code": True, "a": 1}],
+        },
+        "custom_pipelines": {"task": {"impl": "x.Y"}},
+    }
+    assert without_foreign_switches(config) == {"hidden_size": 4, "text_config": {"layers": [{"a": 1}]}}
+
+
+def test_counts_that_no_model_has_are_refused() -> None:
+    check_counts("here", {"num_hidden_layers": 61, "rope_theta": 10**9, "vocab_size": 10**6, "num_experts": 512})
+    with pytest.raises(CheckpointError, match=r"text_config\.num_experts is 1000000, expected at most 10000;"):
+        check_counts("here", {"text_config": {"num_experts": 10**6}})
+    with pytest.raises(CheckpointError, match="2 faults"):
+        check_counts("here", {"num_labels": 10**9, "num_hidden_layers": -(10**4000)})

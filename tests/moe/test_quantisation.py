@@ -1,0 +1,706 @@
+"""Quantised checkpoints: whole experts move byte for byte with everything that belongs to them, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.quantisation import dequantise
+from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.quantised import check_scales
+from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.proof.miniature import build, outputs, shrink
+from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
+from hf_moe_lmc.verbs.align import align
+from hf_moe_lmc.verbs.apply import apply
+from hf_moe_lmc.verbs.barrier import barrier
+from hf_moe_lmc.verbs.merge import merge
+from hf_moe_lmc.writing.spans import Copied
+from hf_moe_lmc.writing.streams import ModelStream
+from tests import tiny
+from tests.verbs.test_alignment import Forgetful, write
+
+BLOCK = (16, 16)
+BLOCKS = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
+WHOLE = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+EXPONENTS = {**BLOCKS, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+NOTHING = "no such name"
+RIGID = "quantised .*: whole experts change places with their scales; hidden units keep theirs"
+EXPERT = re.compile(r"experts\.(\d+)\.")
+
+Parts = dict[str, Tensor]
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def by_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Each block of a matrix times its scale, block by block."""
+    result = weight.clone()
+    for i, row in enumerate(scales.tolist()):
+        for j, scale in enumerate(row):
+            result[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]] *= scale
+    return result
+
+
+def float8(weight: Tensor, block: tuple[int, int] | None, *, powers: bool = False) -> tuple[Tensor, Tensor]:
+    """A matrix (or a stack of them) in float8, and a scale per block, the last blocks cut short; a power of 2 with `powers`."""
+    if weight.ndim > 2:
+        values, scales = zip(*(float8(one, block, powers=powers) for one in weight), strict=True)
+        return torch.stack(values), torch.stack(scales)
+    rows, columns = block or weight.shape
+    largest = [[part.abs().max() / 448 for part in row.split(columns, dim=1)] for row in weight.split(rows)]
+    scales = torch.tensor(largest)
+    if powers:
+        scales = scales.log2().ceil().exp2()
+    return by_blocks(weight, 1 / scales, (rows, columns)).to(torch.float8_e4m3fn), scales
+
+
+def float4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as bytes with two FP4 values each, [rows, columns / 2], and exponents, [rows, columns / 32], from 127."""
+    largest = weight.unflatten(-1, (-1, 32)).abs().amax(dim=-1)
+    exponents = (largest / 6).log2().ceil()
+    values = weight / exponents.exp2().repeat_interleave(32, dim=-1)
+    known = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = (values.abs()[..., None] - known).abs().argmin(dim=-1) + 8 * (values < 0)
+    return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8), (exponents + 127).to(torch.uint8)
+
+
+def per_block(name: str, weight: Tensor) -> Parts:
+    values, scales = float8(weight, BLOCK)
+    return {name: values, f"{name}_scale_inv": scales}
+
+
+def halves(name: str, weight: Tensor) -> Parts:
+    """As per_block, with blocks that begin anew where the up rows do."""
+    if "gate_up" not in name:
+        return per_block(name, weight)
+    parts = [float8(half, BLOCK) for half in weight.chunk(2, dim=1)]
+    return {name: torch.cat([part[0] for part in parts], 1), f"{name}_scale_inv": torch.cat([part[1] for part in parts], 1)}
+
+
+def per_tensor(name: str, weight: Tensor) -> Parts:
+    values, scales = float8(weight, None)
+    activation = torch.rand(())  # not used when transformers dequantises
+    stem = name.removesuffix(".weight")
+    return {name: values, f"{name}_scale_inv": scales.view(()), f"{stem}.activation_scale": activation}
+
+
+def per_tensor_fused(name: str, weight: Tensor) -> Parts:
+    """As transformers writes them: one number for gate and one for up."""
+    count = 2 if "gate_up" in name else 1
+    parts = [float8(part, None) for part in weight.chunk(count, dim=1)]
+    return {
+        name: torch.cat([part[0] for part in parts], 1),
+        f"{name}_scale_inv": torch.cat([part[1] for part in parts], 1),
+        f"{name}_activation_scale": torch.rand(len(weight)),
+    }
+
+
+def vllm(name: str, weight: Tensor) -> Parts:
+    values, scales = float8(weight, None)
+    stem = name.removesuffix(".weight")
+    return {name: values, f"{stem}.weight_scale": scales.view(1), f"{stem}.input_scale": torch.rand(1)}
+
+
+def deepseek_v4(name: str, weight: Tensor) -> Parts:
+    """Routed experts in FP4, the shared one in float8; exponents as scales."""
+    stem = name.removesuffix(".weight")
+    if "shared" in name:
+        values, scales = float8(weight, BLOCK, powers=True)
+        return {name: values, f"{stem}.scale": scales.to(torch.float8_e8m0fnu)}
+    packed, exponents = float4(weight)
+    return {name: packed.view(torch.int8), f"{stem}.scale": exponents.view(torch.float8_e8m0fnu)}
+
+
+def mistral(name: str, weight: Tensor) -> Parts:
+    values, scales = float8(weight, BLOCK)
+    return {name: values, name.removesuffix("weight") + "qscale_weight": scales}
+
+
+def inkling(name: str, weight: Tensor) -> Parts:
+    values, scales = float8(weight, (1, 32), powers=True)
+    return {name: values, f"{name}_scale": (scales.log2() + 127).to(torch.uint8)}
+
+
+def mxfp4(name: str, weight: Tensor) -> Parts:
+    packed, exponents = float4(weight.transpose(1, 2).contiguous())
+    return {f"{name}_blocks": packed.unflatten(-1, (-1, 16)), f"{name}_scales": exponents}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which quantised experts lie on disk.
+
+    Attributes:
+        sizes: changes of the miniature's configuration.
+        outside: ending of the names outside the MoE blocks that are quantised as well.
+        hub: layout on the Hub, or as in memory.
+        loads: transformers dequantises it rightly without a GPU.
+    """
+
+    family: str
+    quantise: Callable[[str, Tensor], Parts]
+    declared: Mapping[str, Any]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    outside: str = "o_proj.weight"
+    hub: bool = True
+    loads: bool = True
+
+
+LAYOUTS = {
+    "qwen3_moe": Layout("qwen3_moe", per_block, BLOCKS, {"moe_intermediate_size": 48}),
+    "deepseek_v3": Layout("deepseek_v3", per_block, BLOCKS, {"moe_intermediate_size": 16}),
+    "mixtral": Layout("mixtral", per_block, BLOCKS, {"intermediate_size": 32}),
+    "one scale per tensor": Layout("mixtral", per_tensor, WHOLE, {"intermediate_size": 24}),
+    "deepseek_v4": Layout("deepseek_v4", deepseek_v4, EXPONENTS, {"moe_intermediate_size": 64}, NOTHING),
+    "mistral_large4": Layout("mistral_large4", mistral, BLOCKS, {"moe_intermediate_size": 16}, "wo.weight"),
+    "gpt_oss": Layout("gpt_oss", mxfp4, {"quant_method": "mxfp4"}, {"intermediate_size": 64}, NOTHING),
+    # what follows, transformers 5.23 reads without its scales or not at all, see `test_what_transformers_gets_wrong`
+    "blocks cut short": Layout("qwen3_moe", per_block, BLOCKS, {"moe_intermediate_size": 40}, loads=False),
+    "blocks cut short, two": Layout("deepseek_v3", per_block, BLOCKS, {"moe_intermediate_size": 24}, loads=False),
+    "fused": Layout("qwen3_moe", per_block, BLOCKS, {"moe_intermediate_size": 24}, hub=False, loads=False),
+    "fused, halves": Layout("qwen3_moe", halves, BLOCKS, {"moe_intermediate_size": 24}, hub=False, loads=False),
+    "fused, one scale per tensor": Layout("qwen3_moe", per_tensor_fused, WHOLE, outside=NOTHING, hub=False, loads=False),
+    "step3p7": Layout("step3p7", per_block, BLOCKS, {"moe_intermediate_size": 24}, loads=False),
+    "inputs first": Layout("qwen3_vl_moe", per_block, BLOCKS, {"moe_intermediate_size": 24}, loads=False),
+    "vllm": Layout("qwen3_moe", vllm, {"quant_method": "fp8"}, loads=False),
+    "inkling2": Layout("inkling2", inkling, {}, {"moe_intermediate_size": 64}, NOTHING, loads=False),
+}
+LOADED = [name for name, layout in LAYOUTS.items() if layout.loads]
+SCALES = ("_scale_inv", "_scale")
+
+
+def save(layout: Layout, folder: Path, seed: int = 0) -> Path:
+    config = shrink(transformers.CONFIG_MAPPING[layout.family]())
+    for key, value in layout.sizes.items():
+        setattr(config.get_text_config(), key, value)
+    build(config, seed).save_pretrained(folder, save_original_format=layout.hub)
+
+    def quantised(name: str, weight: Tensor) -> Parts:
+        expert = re.search(r"expert|\.moe\.", name) and weight.ndim > 1 and not name.endswith(("gate.weight", "_bias"))
+        if expert or name.endswith(layout.outside):
+            return layout.quantise(name, weight)
+        return {name: weight.bfloat16() if layout.quantise is mxfp4 else weight}
+
+    def change(content: Parts) -> None:
+        for name in list(content):
+            content |= quantised(name, content.pop(name))
+
+    tiny.edit(folder, change)
+    # a configuration that transformers did not write is taken for the released Inkling 2, which declares nothing
+    tiny.edit_config(
+        folder, **({"quantization_config": layout.declared} if layout.declared else {"transformers_version": None})
+    )
+    return folder
+
+
+def plain(layout: Layout, folder: Path, output: Path) -> Path:
+    """The checkpoint dequantised by hand, for what transformers cannot read without a GPU."""
+    content, result = tiny.tensors(folder), {}
+
+    def value(name: str, weight: Tensor, scales: Tensor) -> Tensor:
+        if weight.ndim > 2:
+            return torch.stack([value(name, *pair) for pair in zip(weight, scales, strict=True)])
+        if layout.quantise in (halves, per_tensor_fused) and "gate_up" in name:
+            return torch.cat([value("", *pair) for pair in zip(weight.chunk(2), scales.chunk(2), strict=True)])
+        if scales.numel() == 1:
+            return weight * scales.view(())
+        return by_blocks(weight, scales, (1, 32) if layout.quantise is inkling else BLOCK)
+
+    used = set()
+    for name, weight in content.items():
+        if weight.dtype == torch.float8_e4m3fn:
+            stem = name.removesuffix(".weight")
+            beside = next(other for end in SCALES for other in (name + end, stem + end) if other in content)
+            scales = content[beside].float()
+            scales = (scales - 127).exp2() if content[beside].dtype == torch.uint8 else scales
+            result[name] = value(name, weight.float(), scales)
+            used.add(beside)
+        elif not name.endswith(("activation_scale", "input_scale")):
+            result[name] = weight
+    result = {name: tensor for name, tensor in result.items() if name not in used}
+    output.mkdir()
+    save_file(result, output / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_version"] = transformers.__version__  # see `save`
+    config.pop("quantization_config", None)
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved checkpoints by layout, each made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save(LAYOUTS[name], tmp_path_factory.mktemp("quantised") / "model")
+        return made[name]
+
+    return get
+
+
+def read(folder: Path) -> MoEModel:
+    return read_model(Checkpoint.open(folder))
+
+
+def random_orders(model: MoEModel, seed: int = 0) -> ModelSymmetry:
+    return model.random(torch.Generator().manual_seed(seed))
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, config.architectures[0])
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **{"dtype": torch.float32, **options})
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def computed(layout: Layout, folder: Path) -> Tensor:
+    """What transformers computes with a checkpoint that it dequantises by itself, or that was dequantised by hand."""
+    if layout.loads:
+        return outputs(load(folder))
+    return outputs(load(plain(layout, folder, folder.with_name(f"{folder.name}-plain"))))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    one, other = tiny.tensors(a), tiny.tensors(b)
+    return one.keys() == other.keys() and all(torch.equal(as_bytes(one[name]), as_bytes(other[name])) for name in one)
+
+
+def moved_by_hand(model: MoEModel, symmetry: ModelSymmetry) -> Parts:
+    """The bytes of the MoE blocks after a move of whole experts, without the package's view of them."""
+    stored, result = tiny.tensors(model.checkpoint.source.root), {}
+    for index, layer in model.layers.items():
+        order = symmetry.layers[index].expert_order
+        for name in layer.claims:
+            if match := EXPERT.search(name):
+                source = f"{name[: match.start(1)]}{order[int(match[1])]}{name[match.end(1) :]}"
+                result[name] = as_bytes(stored[source])
+            elif name.endswith("tid2eid"):
+                result[name] = as_bytes(order.argsort()[stored[name]])
+            elif "share" in name:
+                result[name] = as_bytes(stored[name])
+            else:
+                result[name] = torch.cat([as_bytes(stored[name][expert]) for expert in order])
+    return result
+
+
+# --- what works -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_whole_experts_move_with_everything_that_belongs_to_them(
+    quantised: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    layout, folder = LAYOUTS[name], quantised(name)
+    model = read(folder)
+    symmetry = random_orders(model)
+    assert symmetry.is_lossless and symmetry != model.identity()
+    apply(symmetry, folder, tmp_path / "moved")
+
+    stored, written = tiny.tensors(folder), tiny.tensors(tmp_path / "moved")
+    expected = moved_by_hand(model, symmetry)
+    assert stored.keys() == written.keys() and expected.keys() == model.layer_of.keys()
+    for key, tensor in stored.items():
+        assert (written[key].dtype, written[key].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(as_bytes(written[key]), expected.get(key, as_bytes(tensor))), key
+    apply(symmetry, tmp_path / "moved", tmp_path / "back", inverse=True)
+    assert same_bytes(folder, tmp_path / "back")
+
+    before = computed(layout, folder)
+    assert tiny.relative_difference(computed(layout, tmp_path / "moved"), before) < 1e-5
+    # the controls: scales left behind, values left behind, routers left behind
+    acted = model.acted(symmetry.layers)
+    for pattern in (".*_scales", "(gate|up|down|.*_blocks)", "router"):
+        roles = tuple(role for layer in model.layers.values() for role in layer.roles if re.fullmatch(pattern, role))
+        layers = {i: Forgetful(acted[i], model.layers[i], roles) for i in acted}
+        wrong = write(ModelStream(model, layers, Copied(model.checkpoint)), tmp_path / f"without {roles[0]}")
+        assert tiny.relative_difference(computed(layout, wrong), before) > 1e-3, roles
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_values_are_those_that_transformers_computes(quantised: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    layout, folder = LAYOUTS[name], quantised(name)
+    model = read(folder)
+    if layout.loads:
+        load(folder).save_pretrained(tmp_path / "plain", save_original_format=False)
+    else:
+        plain(layout, folder, tmp_path / "plain")
+    dequantised = read(tmp_path / "plain")
+    assert dequantised.quantisation is None and model.quantisation is not None
+    count = 0
+    for index, layer in dequantised.layers.items():
+        for bank, other in zip(layer.banks.values(), model.layers[index].banks.values(), strict=True):
+            assert (bank.unit_count, bank.shared_count, bank.width) == (other.unit_count, other.shared_count, other.width)
+            assert set(bank.roles) <= set(other.roles)
+            for role in ("gate", "up", "down", "shared_gate", "shared_up", "shared_down"):
+                for expert in (None,) if "shared" in role else range(bank.experts):
+                    if role in bank.roles:
+                        assert torch.equal(bank.read(role, expert).float(), other.read(role, expert)), (index, role, expert)
+                        count += 1
+    assert count >= 12 * 3 * 2
+    # orders found on one are good for the other
+    symmetry = random_orders(model)
+    apply(symmetry, tmp_path / "plain", tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [*((name, "expert") for name in LAYOUTS), ("deepseek_v3", "gate"), ("gpt_oss", "best")]
+)
+def test_align_recovers_a_planted_order(quantised: Callable[[str], Path], tmp_path: Path, name: str, order: Any) -> None:
+    a = quantised(name)
+    planted = random_orders(read(a), seed=4)
+    apply(planted, a, tmp_path / "b")
+    with pytest.warns(UserWarning, match=RIGID):
+        alignment = align(a, tmp_path / "b", tmp_path / "out", order=order)
+    assert alignment.symmetry == planted.inverse()
+    assert same_bytes(a, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "alignment" / "alignment.json").read_text())
+    assert report["totals"]["experts_moved"] > 0 == report["totals"]["units_moved"] == report["totals"]["signs"]
+    assert re.search(RIGID, report["warnings"][0]) and report["lossless"]
+    assert report["totals"]["relative_distance_after_units"] == 0
+
+
+def test_two_layouts_of_quantised_experts_are_aligned(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    """Blocks run on from gate to up in one and not in the other, so the weights differ a little."""
+    a = quantised("fused")
+    b = save(replace(LAYOUTS["fused"], hub=True), tmp_path / "b")
+    planted = random_orders(read(b), seed=6)
+    apply(planted, b, tmp_path / "moved")
+    with pytest.warns(UserWarning, match=RIGID):
+        alignment = align(a, tmp_path / "moved", tmp_path / "out", order="expert")
+    assert alignment.symmetry == planted.inverse()
+    assert 0 < alignment.totals()["relative_distance_after_units"] < 0.03
+    assert same_bytes(b, tmp_path / "out")
+
+
+def test_what_is_compared_are_values_and_not_codes(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    a = quantised("mixtral")
+    planted = random_orders(read(a), seed=5)
+    apply(planted, a, tmp_path / "b")
+
+    def other_codes(content: Parts) -> None:
+        for name in [name for name in content if f"{name}_scale_inv" in content and "experts.1." in name]:
+            content[name] = (content[name].float() / 4).clamp(-448, 448).to(torch.float8_e4m3fn)
+            content[f"{name}_scale_inv"] *= 4
+
+    tiny.edit(tmp_path / "b", other_codes)
+    with pytest.warns(UserWarning, match=RIGID):
+        alignment = align(a, tmp_path / "b", tmp_path / "out", order="expert")
+    assert alignment.symmetry == planted.inverse()
+    assert 0 < alignment.totals()["relative_distance_after_units"] < 0.01  # the smallest numbers lost a bit
+    assert alignment.totals()["relative_distance_before"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_a_fine_tune_is_aligned_by_whole_experts_only(quantised: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Other weights, the same form: whatever order comes out, it is lossless and within the groups."""
+    a = quantised(name)
+    b = save(LAYOUTS[name], tmp_path / "b", seed=1)
+    with pytest.warns(UserWarning, match=RIGID), pytest.warns(UserWarning, match="the two models are unrelated"):
+        alignment = align(a, b, tmp_path / "out")
+    model = read(b)
+    model.check_symmetry(alignment.symmetry)
+    assert alignment.symmetry.is_lossless and alignment.totals()["units_moved"] == 0
+    assert tiny.relative_difference(outputs(load(tmp_path / "out")), outputs(load(b))) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "quantization"), [("deepseek_v3", FineGrainedFP8Config), ("gpt_oss", Mxfp4Config)])
+def test_the_way_out_leads_out(quantised: Callable[[str], Path], tmp_path: Path, name: str, quantization: Any) -> None:
+    folder = quantised(name)
+    model = load(folder, dtype="bfloat16", quantization_config=quantization(dequantize=True))
+    model.save_pretrained(tmp_path / "way", save_original_format=False)
+    way = read(tmp_path / "way")
+    assert way.quantisation is None
+    assert {way.checkpoint.tensors[key].dtype for key in way.layer_of} <= {torch.bfloat16, torch.float32}
+    before = outputs(load(folder))
+    assert tiny.relative_difference(outputs(load(tmp_path / "way")), before) < 0.1  # bfloat16
+    moved = way.random(torch.Generator().manual_seed(0), scale=1.0)
+    assert not torch.equal(moved.layers[1].unit_order, way.identity().layers[1].unit_order)
+    apply(moved, tmp_path / "way", tmp_path / "moved")
+    merge(tmp_path / "way", tmp_path / "moved", tmp_path / "merged")
+
+
+def test_what_transformers_gets_wrong(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    """If this fails, transformers has mended something: the way out is wider than its words say."""
+    for name, folder in (("two", quantised("blocks cut short, two")), ("fused", quantised("fused"))):
+        config = AutoConfig.from_pretrained(folder)
+        found = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
+        right = load(plain(LAYOUTS["fused" if name == "fused" else "blocks cut short, two"], folder, tmp_path / name))
+        assert tiny.relative_difference(outputs(found), outputs(right)) > 1e-2
+    with pytest.raises(RuntimeError, match="automatic conversion"):
+        load(quantised("blocks cut short"))
+    with pytest.raises(ValueError, match="Undefined Operation"):
+        load(quantised("mixtral")).save_pretrained(tmp_path / "again")
+
+
+def test_the_values_agree_with_transformers_own_functions() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    own = Fp8Dequantize(None)
+    for block in ((16, 32), (1, 32), (32, 64)):
+        for powers in (False, True):
+            values, scales = float8(weight, block, powers=powers)
+            forms = [scales, *([scales.to(torch.float8_e8m0fnu), (scales.log2() + 127).to(torch.uint8)] if powers else [])]
+            for form in forms:
+                expected = own._dequantize_one(values, form, torch.float32)
+                assert torch.equal(dequantise(values, form, block), expected)
+    packed, exponents = float4(weight)
+    expected = own._dequantize_one(packed.view(torch.int8), exponents, torch.float32)
+    assert torch.equal(dequantise(packed.view(torch.int8), exponents.view(torch.float8_e8m0fnu), (1, 32)), expected)
+    blocks = packed.unflatten(-1, (-1, 16))
+    stacked = convert_moe_packed_tensors(blocks[None], exponents[None], dtype=torch.float32)
+    assert torch.equal(dequantise(blocks, exponents, (1, 32)), stacked[0].T)
+    assert torch.equal(stacked[0].T, expected) and (expected - weight).abs().max() < 1
+    # every code, and scales at both ends
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 2, 16)
+    ends = torch.tensor([[0, 254]] * 8, dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(codes[None], ends[None], dtype=torch.float32)[0].T
+    assert torch.equal(dequantise(codes, ends, (1, 32)), expected)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_whatever_would_need_new_scales_is_refused_with_a_way_out(
+    quantised: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = quantised(name)
+    load(folder).save_pretrained(tmp_path / "plain", save_original_format=False)
+    finer = read(tmp_path / "plain").random(torch.Generator().manual_seed(0), scale=1.0)
+    with pytest.raises(SymmetryError, match=r"(?s)is quantised .*hidden units change places.*dequantize=True") as refusal:
+        apply(finer, folder, tmp_path / "out")
+    assert "save_original_format=False" in str(refusal.value)
+    still = {i: LayerSymmetry.identity(*layer.sizes.values()) for i, layer in finer.layers.items()}
+    signs = {i: replace(layer, unit_scale=-layer.unit_scale) for i, layer in still.items()}
+    with pytest.raises(SymmetryError, match=r"would need new scales.*\n.*hidden units change sign"):
+        apply(ModelSymmetry(finer.family, 1, signs), folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"cannot be interpolated; align and apply can.*dequantize=True"):
+        merge(folder, folder, tmp_path / "out")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(CheckpointError, match=r"cannot be interpolated; align and apply can.*dequantize=True"):
+        barrier(folder, folder, tmp_path / "out", text=tmp_path / "text")
+    with pytest.raises(MismatchError, match=r"quantisation: A has .*B has None"):
+        align(folder, tmp_path / "plain", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def drop(*patterns: str) -> Callable[[Parts], None]:
+    def change(content: Parts) -> None:
+        for name in [name for name in content if any(re.search(pattern, name) for pattern in patterns)]:
+            del content[name]
+
+    return change
+
+
+def recast(pattern: str, dtype: torch.dtype) -> Callable[[Parts], None]:
+    def change(content: Parts) -> None:
+        content.update({name: tensor.to(dtype) for name, tensor in content.items() if re.search(pattern, name)})
+
+    return change
+
+
+def reshape(pattern: str, view: Callable[[Tensor], Tensor]) -> Callable[[Parts], None]:
+    def change(content: Parts) -> None:
+        content.update({name: view(tensor) for name, tensor in content.items() if re.search(pattern, name)})
+
+    return change
+
+
+def no_experts_weight(content: Parts) -> None:
+    """One expert in bfloat16, without scales."""
+    drop(r"layers\.1\..*experts\.3\..*_scale_inv")(content)
+    recast(r"layers\.1\..*experts\.3\.", torch.bfloat16)(content)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Parts], None], str]] = {
+    "scales of one expert": (
+        "qwen3_moe",
+        drop(r"layers\.1\..*experts\.3\.up_proj\.weight_scale_inv"),
+        r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight_scale_inv",
+    ),
+    "scales of the shared expert": (
+        "deepseek_v3",
+        drop(r"layers\.2\..*shared_experts\.up_proj\.weight_scale_inv"),
+        r"missing: model\.layers\.2\.mlp\.shared_experts\.up_proj\.weight_scale_inv",
+    ),
+    "scales outside": (
+        "qwen3_moe",
+        drop(r"layers\.1\.self_attn\.o_proj\.weight_scale_inv"),
+        r"missing: model\.layers\.1\.self_attn\.o_proj\.weight_scale_inv",
+    ),
+    "all scales": ("mixtral", drop("_scale_inv"), r"missing: .*experts\.0\.w1\.weight_scale_inv"),
+    "values of one expert": (
+        "qwen3_moe",
+        drop(r"layers\.1\..*experts\.3\.up_proj\.weight$"),
+        r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight \(the values",
+    ),
+    "a whole weight": (
+        "qwen3_moe",
+        drop(r"layers\.1\..*experts\.3\.up_proj"),
+        r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight \(up\)",
+    ),
+    "scales of FP4": (
+        "deepseek_v4",
+        drop(r"layers\.1\.ffn\.experts\.2\.w3\.scale"),
+        r"missing: model\.layers\.1\.ffn\.experts\.2\.w3\.weight_scale_inv",
+    ),
+    "mxfp4 scales": ("gpt_oss", drop(r"0\..*down_proj_scales"), r"missing: model\.layers\.0\.mlp\.experts\.down_proj_scales"),
+    "mxfp4 blocks": ("gpt_oss", drop(r"0\..*down_proj_blocks"), r"missing: model\.layers\.0\.mlp\.experts\.down_proj_blocks"),
+    "a fused weight's scales": (
+        "fused",
+        drop(r"0\..*gate_up_proj_scale"),
+        r"missing: .*0\.mlp\.experts\.gate_up_proj_scale_inv",
+    ),
+    "an expert in bfloat16": (
+        "qwen3_moe",
+        no_experts_weight,
+        r"of torch.float8_e4m3fn, but .* of torch.bfloat16; they cannot change places",
+    ),
+    "scales beside bfloat16": ("qwen3_moe", recast(r"experts.*weight$", torch.bfloat16), "which is not quantised"),
+    "a quantised router": (
+        "qwen3_moe",
+        recast(r"mlp\.gate\.weight$", torch.float8_e4m3fn),
+        r"missing: .*gate\.weight_scale_inv",
+    ),
+    "a scaled router": (
+        "qwen3_moe",
+        lambda content: content.update(per_block("model.layers.0.mlp.gate.weight", content["model.layers.0.mlp.gate.weight"])),
+        "a quantised router: moving its rows would need new scales",
+    ),
+    "scales of other blocks": (
+        "qwen3_moe",
+        reshape(r"experts.*_scale_inv", lambda tensor: tensor[:1]),
+        r"do not fit a weight .* in blocks of \[16, 16\]",
+    ),
+    "one expert's scale in another form": (
+        "one scale per tensor",
+        reshape(r"experts\.3\..*_scale_inv", lambda tensor: tensor.view(1)),
+        r"\[1\] of torch.float32, but .*cannot change places",
+    ),
+    "an activation scale that others have": (
+        "one scale per tensor",
+        drop(r"experts\.3\.w1\.activation_scale"),
+        r"expert 3 lacks what another has: .*w1\.activation_scale",
+    ),
+    "one scale for all experts": (
+        "fused, one scale per tensor",
+        reshape(r"_scale_inv", lambda tensor: tensor.view(-1)[:1]),
+        r"expected one for each of the 12 experts",
+    ),
+    "scales in integers": ("qwen3_moe", recast("_scale_inv", torch.int32), "expected floats, or exponents in uint8"),
+    "an int8 tensor that is not FP4": (
+        "qwen3_moe",
+        recast(r"layers\.0\..*experts\.3\.up_proj\.weight$", torch.int8),
+        r"\[48, 32\] of torch.int8 an expert, expected bytes \[48, 16\]",
+    ),
+    "scales of a bias": (
+        "deepseek_v3",
+        lambda content: content.update({"model.layers.1.mlp.gate.e_score_correction_bias_scale_inv": torch.ones(12)}),
+        r"e_score_correction_bias_scale_inv: not a tensor of an MoE block",
+    ),
+    "scales of a router in float32": (
+        "deepseek_v3",
+        lambda content: content.update({"model.layers.1.mlp.gate.scale": torch.ones(12)}),
+        r"mlp\.gate\.scale: not a tensor of an MoE block",
+    ),
+    "an unknown companion": (
+        "qwen3_moe",
+        lambda content: content.update({"model.layers.0.mlp.experts.0.up_proj.zero_point": torch.zeros(1)}),
+        r"up_proj\.zero_point: not a tensor of an MoE block",
+    ),
+    "two kinds of scales": (
+        "qwen3_moe",
+        lambda content: content.update({"model.layers.0.mlp.experts.0.up_proj.scale": torch.ones(3, 2)}),
+        "up_scales is given twice",
+    ),
+    "float8 under mxfp4": ("gpt_oss", recast("down_proj_bias", torch.float8_e4m3fn), "config.json declares mxfp4"),
+    "a float8 bias": ("deepseek_v3", recast("correction_bias", torch.float8_e4m3fn), "expected floats of 16 bits or more"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(quantised: Callable[[str], Path], tmp_path: Path, damage: str) -> None:
+    name, change, message = DAMAGE[damage]
+    folder = shutil.copytree(quantised(name), tmp_path / "damaged")
+    tiny.edit(folder, change)
+    with pytest.raises(FamilyError, match=message):
+        apply(random_orders(read(quantised(name))), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_quantised_weights_that_are_not_declared_are_refused(
+    quantised: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(quantised(name), tmp_path / "undeclared")
+    tiny.edit_config(folder, quantization_config=None)
+    with pytest.raises(FamilyError, match=r"declares no quantisation, but these are quantised:\n.*\n(.*\n)*Restore"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_declaration_without_quantised_weights_is_refused(
+    quantised: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    load(quantised(name)).save_pretrained(tmp_path / "plain", save_original_format=False)
+    tiny.edit_config(tmp_path / "plain", quantization_config=LAYOUTS[name].declared)
+    with pytest.raises(FamilyError, match="but none is, and none has scales; remove quantization_config"):
+        read(tmp_path / "plain")
+
+
+def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: Callable[[str], Path]) -> None:
+    with Checkpoint.open(quantised("qwen3_moe")) as checkpoint:
+        name = "model.layers.0.self_attn.o_proj.weight"
+        check_scales(checkpoint, checkpoint.quantisation, list(checkpoint.tensors))
+        with pytest.raises(FamilyError, match=rf"declares no quantisation.*\n  {name}\n"):
+            check_scales(checkpoint, None, [name])
+        del checkpoint.tensors[f"{name}_scale_inv"]
+        with pytest.raises(FamilyError, match=f"missing: {name}_scale_inv"):
+            check_scales(checkpoint, checkpoint.quantisation, [name])
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        {"quant_method": "fbgemm_fp8"},
+        {"quant_method": "fp8", "weight_block_size": [0, 128]},
+        {"quant_method": "fp8", "weight_block_size": 128},
+        {"load_in_8bit": True},
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_other_methods_are_refused(quantised: Callable[[str], Path], tmp_path: Path, declared: Any, nested: bool) -> None:
+    folder = shutil.copytree(quantised("qwen3_moe"), tmp_path / "other")
+    text = {"text_config": {"quantization_config": declared}, "quantization_config": None}
+    tiny.edit_config(folder, **(text if nested else {"quantization_config": declared}))
+    with pytest.raises(CheckpointError, match=r"declares quantised weights .*Use the model that it was quantised from"):
+        Checkpoint.open(folder)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses
+from hf_moe_lmc.perplexity.windows import Windows
+
+
+def report(naive: list[float] | None, aligned: list[float]) -> BarrierReport:
+    """Losses per token on one window of four predicted tokens."""
+    windows = Windows((torch.arange(5),), (0,), 5, False, 5)
+    losses = {"aligned": 4 * torch.tensor(aligned, dtype=torch.float64)[:, None]}
+    if naive is not None:
+        losses["naive"] = 4 * torch.tensor(naive, dtype=torch.float64)[:, None]
+    return BarrierReport(
+        a={"source": "org/a"},
+        b={"source": "org/b"},
+        evaluation={**windows.describe(), "dtype": "float32"},
+        matching={},
+        windows=windows,
+        losses=losses,
+        t=(0.0, 0.5, 1.0),
+        seconds=1.0,
+    )
+
+
+def test_the_share_of_the_naive_barrier_is_said_only_where_there_is_one() -> None:
+    good = report([1.0, 3.0, 1.0], [1.0, 1.5, 1.0])
+    assert good.percent_of_naive == pytest.approx(25) and good.endpoint_change == 0
+    assert "25.0 % of the naive barrier" in good.sentence("aligned") and "25.0 %" in good.to_markdown()
+    for other in (report(None, [1.0, 1.5, 1.0]), report([1.0, 1.0005, 1.0], [1.0, 1.0, 1.0])):
+        assert other.percent_of_naive is None
+        assert "% of" not in other.sentence("aligned") and "% of" not in other.to_markdown()
+
+
+def test_the_table_has_a_row_for_each_point() -> None:
+    lines = report([1.0, 3.0, 1.0], [1.0, 1.5, 1.0]).table().splitlines()
+    assert lines[0].split() == ["t", "aligned", "nll", "perplexity", "naive", "nll", "perplexity"]
+    assert lines[2].split() == ["0.500", "1.5000", "4.4817", "3.0000", "20.0855"]
+    assert any(line.startswith("barrier, naive path: 2.0000 nats per token at t = 0.5") for line in lines)
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_json(tmp_path: Path) -> None:
+    broken = report([1.0, float("inf"), 1.0], [1.0, float("nan"), 1.0])
+    found = json.loads(broken.to_json(), parse_constant=pytest.fail)
+    assert found["paths"]["naive"]["nll"] == [1.0, None, 1.0] and found["paths"]["naive"]["barrier"] is None
+    assert found["summary"]["aligned_percent_of_naive"] is None
+    broken.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000 and "<svg" in (tmp_path / "plot.svg").read_text()
+    assert found["paths"]["naive"]["barrier_interval"] is None  # one window: nothing to resample
+    assert "nothing to resample" in broken.to_markdown() and found["statistics"]["clusters"] == 1
+
+
+def on_documents(count: int = 12, **more: object) -> BarrierReport:
+    """Two windows of four predicted tokens in each document; naive barrier about 1, aligned about 0.2, at nine points."""
+    generator = np.random.default_rng(0)
+    owners = tuple(i // 2 for i in range(2 * count))
+    t = tuple(i / 8 for i in range(9))
+    level = generator.normal(3, 0.5, count).repeat(2)
+    rise = generator.normal(1, 0.1, count).repeat(2)
+    shape = 4 * np.array(t) * (1 - np.array(t))
+    losses = {
+        name: torch.from_numpy(4 * (level + height * shape[:, None] * rise))
+        for name, height in (("aligned", 0.2), ("naive", 1.0))
+    }
+    windows = Windows(
+        tuple(torch.arange(5) for _ in owners), owners, 5, False, 5 * len(owners), bytes_scored=(16,) * len(owners)
+    )
+    return BarrierReport(
+        a={"source": "org/a"}, b={"source": "org/b"}, evaluation={**windows.describe(), "dtype": "float32"}, matching={},
+        windows=windows, losses=losses, t=t, seconds=1.0, **more,
+    )  # fmt: skip
+
+
+def test_the_numbers_of_a_path_have_intervals() -> None:
+    report = on_documents()
+    found = json.loads(report.to_json())
+    for name in ("naive", "aligned"):
+        path = found["paths"][name]
+        for key in ("barrier", "area"):
+            low, high = path[f"{key}_interval"]
+            assert low < path[key] < high
+        assert all(low < nll < high for nll, (low, high) in zip(path["nll"], path["nll_interval"], strict=True))
+        assert path["barrier_worse_end"] == pytest.approx(path["barrier"], abs=1e-9)
+        assert path["barrier_perplexity_ratio"] == pytest.approx(math.exp(path["barrier"]))
+        assert path["bits_per_byte"] == pytest.approx([nll * 4 / 16 / math.log(2) for nll in path["nll"]])
+    summary = found["summary"]
+    low, high = summary["difference_interval"]
+    assert summary["difference"] == pytest.approx(found["paths"]["naive"]["barrier"] - found["paths"]["aligned"]["barrier"])
+    assert low < summary["difference"] < high
+    statistics = found["statistics"]
+    facts = {"unit": "document", "clusters": 12, "replicates": 2000, "level": 0.95, "seed": 0, "note": None}
+    assert facts.items() <= statistics.items() and "bootstrap" in statistics["method"]
+    assert "layerwise" not in found and "routing" not in found and found["warnings"] == []
+    text = report.to_markdown()
+    assert "over 12 documents" in text and "bits per byte" in text and f"[{low:.4f}, {high:.4f}]" in text
+    assert f"[{low:.4f}, {high:.4f}]" in report.table() and "95 % intervals over 12 documents" in report.table()
+    assert found == json.loads(on_documents().to_json())  # seeded
+
+
+def test_one_document_is_said() -> None:
+    text = on_documents(1).to_markdown()
+    assert "over 2 windows" in text and "as if they were independent" in text
+
+
+def test_a_peak_between_points_of_the_grid_is_warned_of() -> None:
+    coarse = report([1.0, 3.0, 1.0], [1.0, 1.0, 1.0])
+    assert len(coarse.warnings) == 1 and coarse.warnings[0].startswith("naive path: the barrier may be higher")
+    assert "**Warning.** Naive path" in coarse.to_markdown() and "--refine" in coarse.to_markdown()
+    assert coarse.to_dict()["warnings"] == coarse.warnings
+
+
+def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path) -> None:
+    t = (0.0, 0.5, 1.0)
+    spans = [(0, 0), (1, 1), (0, 1)]
+    of_layer = {span: LayerLosses(t, on_documents().losses["aligned"][[0, 4, 8]] * (1 + sum(span))) for span in spans}
+    routing = [
+        {"path": "aligned", "t": at, "layer": layer, "load": [0.25, 0.75], "agreement_a": 1 - at / 2, "agreement_b": at,
+         "entropy": 0.5}
+        for at in t
+        for layer in (0, 1)
+    ]  # fmt: skip
+    full = on_documents(layerwise=of_layer, routing=routing)
+    found = json.loads(full.to_json())
+    assert [entry.get("layer", entry.get("layers")) for entry in found["layerwise"]] == [0, 1, [0, 1]]
+    assert found["routing"] == routing
+    low, high = found["layerwise"][1]["barrier_interval"]
+    assert low < found["layerwise"][1]["barrier"] < high and found["layerwise"][1]["t"] == list(t)
+    text = full.to_markdown()
+    assert "## Layer by layer" in text and "| 0-1 | " in text and "## Routing along the path" in text
+    full.plot(tmp_path / "barrier.png")
+    names = {"barrier", "layerwise", "routing-aligned", "load-aligned"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert all(f"({path.name})" in text for path in tmp_path.glob("*.png"))
+    on_documents(layerwise=of_layer, routing=routing).plot(tmp_path / "again.png")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "barrier.svg").read_bytes()
