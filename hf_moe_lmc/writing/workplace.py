@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Kept:
         return OutputError(f"{self.path(name + ENDING)}: cannot be continued from ({error}); start afresh with --no-resume")
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
 @dataclass(frozen=True)
 class Workplace:
     """The folder of one output while one call holds its lock.
@@ -101,7 +107,7 @@ class Workplace:
 
     def kept(self, kind: str, facts: Mapping[str, Any]) -> Kept:
         """Results that belong to `facts`: whatever of inputs and options a result depends on, JSON."""
-        facts = {**facts, "versions": {name: version(name) for name in PACKAGES}}
+        facts = {**facts, "versions": _versions()}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return Kept(self.folder / f"{kind}-{key}")
 
