@@ -21,18 +21,13 @@ if TYPE_CHECKING:
     from hf_moe_lmc.proof.recognition import selftest
     from hf_moe_lmc.publishing.push import push
     from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-    from hf_moe_lmc.verbs.align import align
-    from hf_moe_lmc.verbs.apply import apply
-    from hf_moe_lmc.verbs.barrier import barrier
+    from hf_moe_lmc.verbs.align import align, plan_align
+    from hf_moe_lmc.verbs.apply import apply, plan_apply
+    from hf_moe_lmc.verbs.barrier import barrier, plan_barrier
     from hf_moe_lmc.verbs.inspect import Inspection, inspect
     from hf_moe_lmc.verbs.loading import load_interpolated
-    from hf_moe_lmc.verbs.merge import merge
-    from hf_moe_lmc.verbs.planning import (
-        Plan,
-        plan_align,
-        plan_apply,
-        plan_merge,
-    )
+    from hf_moe_lmc.verbs.merge import merge, plan_merge
+    from hf_moe_lmc.verbs.planning import Plan
 
 # Resolved on first use: torch and transformers take seconds to import, and a usage message needs neither.
 _HOMES = {
@@ -56,9 +51,10 @@ _HOMES = {
     "load_interpolated": "verbs.loading",
     "known_families": "moe.catalogue",
     "merge": "verbs.merge",
-    "plan_align": "verbs.planning",
-    "plan_apply": "verbs.planning",
-    "plan_merge": "verbs.planning",
+    "plan_align": "verbs.align",
+    "plan_barrier": "verbs.barrier",
+    "plan_apply": "verbs.apply",
+    "plan_merge": "verbs.merge",
     "push": "publishing.push",
     "register": "moe.registry",
     "selftest": "proof.recognition",
@@ -87,6 +83,7 @@ __all__ = [
     "merge",
     "plan_align",
     "plan_apply",
+    "plan_barrier",
     "plan_merge",
     "push",
     "register",

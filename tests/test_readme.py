@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hf_moe_lmc
-from hf_moe_lmc.cli.command_line import _parser
+from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.moe.family import MoEFamily
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ def test_the_commands_parse_and_the_links_lead_somewhere() -> None:
     commands = re.findall(r"^hf-moe-lmc ((?:.*\\\n)*.*)", README, re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
-        _parser().parse_args(command.replace("\\\n", " ").split())
+        parser().parse_args(command.replace("\\\n", " ").split())
     for path in re.findall(r"(?:\]\(|bash )((?:model_cards|scripts|docs|hf_moe_lmc)/[\w./-]+)", README):
         assert (ROOT / path).exists(), path
 
@@ -43,7 +43,7 @@ def test_every_module_has_its_place_on_the_map_and_every_verb_is_described() -> 
     table = README[README.index("### Where things live") : README.index("## Families")]
     assert not [module for module in modules if f"`{module}`" not in table]
     assert all(f"lmc.{verb}(" in README or f"`{verb}" in README for verb in hf_moe_lmc.__all__ if verb.islower())
-    verbs = next(action for action in _parser()._actions if action.choices is not None).choices
+    verbs = next(action for action in parser()._actions if action.choices is not None).choices
     assert not [verb for verb in verbs if not re.search(rf"^\| `{verb}[ `]", README, re.MULTILINE)]
 
 

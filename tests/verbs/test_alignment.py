@@ -219,6 +219,7 @@ def with_mtp_layer(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:A and B hold the same")
 def test_multi_token_prediction_layers_are_moe_layers_like_any_other(copy: Callable[..., Path], tmp_path: Path) -> None:
     a = with_mtp_layer(copy("deepseek_v3", name="a"), 0)
     model = read(a)

@@ -10,10 +10,10 @@ import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
-from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.perplexity import figures
 from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
@@ -259,10 +259,10 @@ def test_a_composite_model_is_evaluated_through_its_text(tmp_path: Path, case: s
     points = [Point("naive", t) for t in (0.0, 0.5, 1.0)]
     model_class = language_model_class(a)
     options = EvaluationOptions(model_class=model_class, batch_size=2)
-    losses, _ = evaluate(a, b, {"naive": b.identity()}, points, windows, options)
+    losses, _ = Evaluator(a, b, windows, options).evaluate({"naive": b.identity()}, points)
     for i, folder in enumerate(folders):
         model = model_class.from_pretrained(folder, dtype=torch.float32)
-        logits = model(input_ids=rows).logits[:, :-1]
+        logits = text_reader(model)(input_ids=rows).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").sum(1)
         assert torch.allclose(losses[2 * i].float(), expected, rtol=1e-4)
 
