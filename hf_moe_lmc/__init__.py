@@ -1,7 +1,8 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
 The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
-`barrier`, `merge`, `push`, `demo`. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
+`barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of their verb
+and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
 `BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`. A new family of models is a `MoEFamily`, made known with `register`.
 """
 
@@ -9,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_moe_lmc.errors import InputError, MoELMCError
+    from hf_moe_lmc.errors import ForeignError, InputError, MoELMCError, MoELMCWarning
     from hf_moe_lmc.example.demo import demo
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.moe.catalogue import Catalogue, known_families
@@ -29,17 +30,21 @@ if TYPE_CHECKING:
     from hf_moe_lmc.verbs.merge import merge, plan_merge
     from hf_moe_lmc.verbs.planning import Plan
 
+__version__ = "0.1.0"
+
 # Resolved on first use: torch and transformers take seconds to import, and a usage message needs neither.
 _HOMES = {
     "Alignment": "matching.alignment",
     "BarrierCurve": "perplexity.curve",
     "BarrierReport": "perplexity.report",
     "Catalogue": "moe.catalogue",
+    "ForeignError": "errors",
     "InputError": "errors",
     "Inspection": "verbs.inspect",
     "LayerSymmetry": "symmetry.group",
     "MoEFamily": "moe.family",
     "MoELMCError": "errors",
+    "MoELMCWarning": "errors",
     "ModelSymmetry": "symmetry.group",
     "Plan": "verbs.planning",
     "SelfTest": "proof.checks",
@@ -65,11 +70,13 @@ __all__ = [
     "BarrierCurve",
     "BarrierReport",
     "Catalogue",
+    "ForeignError",
     "InputError",
     "Inspection",
     "LayerSymmetry",
     "MoEFamily",
     "MoELMCError",
+    "MoELMCWarning",
     "ModelSymmetry",
     "Plan",
     "SelfTest",

@@ -6,10 +6,10 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
+from hf_moe_lmc import __version__
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         description="Align, interpolate and merge Mixture-of-Experts language models. "
         "MODEL, A and B are local folders or Hub ids, OWNER/NAME[@REVISION].",
     )
-    whole.add_argument("--version", action="version", version=f"%(prog)s {version('hf_moe_lmc')}")
+    whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = whole.add_subparsers(required=True, metavar="VERB")
     for name, (describe, description) in VERBS.items():
         verb = verbs.add_parser(
