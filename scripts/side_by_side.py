@@ -2,8 +2,9 @@
 
     python scripts/side_by_side.py REVISION -o scripts/side_by_side.json [--rounds 5]
 
-Two Mixtral checkpoints of about 0.8 GB (bfloat16, several shards; B is A with its experts shuffled, and noise) are made once. In each round each verb runs at both commits, one after the other, each in a fresh interpreter, in alternating order.
-Times are of whole processes, imports included; what counts is the median of the ratios within a round.
+Two Mixtral checkpoints of about 0.8 GB are made once: bfloat16, several shards; B is A with its experts shuffled, and noise. In
+each round each verb runs at both commits, one after the other, each in a fresh interpreter, in alternating order. Times are of
+whole processes, imports included; what counts is the median of the ratios within a round.
 """
 
 from __future__ import annotations
