@@ -2,6 +2,6 @@
 # Renews all of README.md and docs/ that is generated and takes no long run. PYTHON names another interpreter than that of .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for page in families costs command_line api architecture readme; do
-    "${PYTHON:-.venv/bin/python}" "scripts/render_$page.py"
+for script in scripts/render_*.py; do
+    [ "$script" = scripts/render_demo.py ] || "${PYTHON:-.venv/bin/python}" "$script" # the demo trains for minutes
 done
