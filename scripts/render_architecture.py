@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import grimp
-from render_readme import fill, table
+from render_readme import fill, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_moe_lmc"
@@ -150,8 +150,8 @@ def rooms_map() -> str:
         home = ROOT / PACKAGE / room / "__init__.py" if files else ROOT / PACKAGE / f"{room}.py"
         parts.append(f"### {room}\n\n{says(home)}.\n")
         if room != DATA and files:
-            listed = [(f"[`{path.stem}`](../{PACKAGE}/{room}/{path.name})", says(path).replace("|", "\\|")) for path in files]
-            parts.append(table(("module", "what it holds"), listed))
+            listed = [(f"[`{path.stem}`](../{PACKAGE}/{room}/{path.name})", says(path)) for path in files]
+            parts.append(markdown_table(("module", "what it holds"), listed))
     return "\n".join(parts)
 
 

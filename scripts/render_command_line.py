@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from render_readme import table
+from render_readme import markdown_table
 
 from hf_moe_lmc.cli.command_line import _parser as parser
 
@@ -33,7 +33,9 @@ def markdown() -> str:
     parts = [HEAD]
     for name, verb in parsers().items():
         parts.append(f"\n## {name}\n\n{verb.description}\n\n")
-        parts.append(table(("argument", "meaning"), [_row(action) for action in verb._actions if action.dest != "help"]))
+        parts.append(
+            markdown_table(("argument", "meaning"), [_row(action) for action in verb._actions if action.dest != "help"])
+        )
     return "".join(parts)
 
 
@@ -43,7 +45,7 @@ def _row(action: argparse.Action) -> tuple[str, str]:
     name = ", ".join(f"{option} {value}".strip() for option in action.option_strings) or value
     words = (action.help or "").replace("%(default)s", str(action.default))
     needed = " (required)" if action.required and action.option_strings else ""
-    return f"`{name}`".replace("|", "\\|"), (words + needed).strip()
+    return f"`{name}`", (words + needed).strip()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from render_readme import costs, read, table
+from render_readme import costs, markdown_table, read
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "costs.md"
 
@@ -79,7 +79,7 @@ def merges(record: dict[str, Any]) -> str:
             for way, of in shown.items()
         ]
         head = ("way", "seconds", "of these imports", "ours : it", "ours : it, both without imports", "peak memory, MB")
-        parts.append(table(head, rows))
+        parts.append(markdown_table(head, rows))
     parts.append(f"\nImporting torch alone peaks at {record['imports']['torch_alone']['peak_bytes'] / 1e6:.0f} MB.\n")
     return "".join(parts)
 
@@ -92,16 +92,16 @@ def matches(*records: dict[str, Any]) -> str:
             ways = sum((Counter(layer["ways"]) for layer in result["layers"]), Counter[str]())
             rows.append(
                 (
-                    result["noise"],
+                    str(result["noise"]),
                     *(f"{statistics.median(one[verb] for one in result['rounds']):.1f}" for verb in ("align", "apply")),
                     times(result["ratio"]),
-                    len(result["rounds"]),
+                    str(len(result["rounds"])),
                     ", ".join(f"{count} {way}" for way, count in ways.items()),
                     ", ".join(sorted({layer["order_decided"] for layer in result["layers"]})),
                 )
             )
         head = ("noise", "`align`, s", "`apply`, s", "ratio", "rounds", "experts by way", "order decided by")
-        parts.append(f"\n`{record['command']}`\n\n" + table(head, rows))
+        parts.append(f"\n`{record['command']}`\n\n" + markdown_table(head, rows))
     return "".join(parts)
 
 
@@ -110,7 +110,7 @@ def sweeps(*records: dict[str, Any]) -> str:
     for record in records:
         rows = [
             (
-                one["points"],
+                str(one["points"]),
                 f"`{one['way']}`",
                 f"{one['seconds']:.1f}",
                 f"{one['outside_seconds']:.1f}" if "outside_seconds" in one else "-",
@@ -121,7 +121,9 @@ def sweeps(*records: dict[str, Any]) -> str:
             for one in record["results"]
         ]
         head = ("points", "way", "seconds", "outside", "passes", "written, GB", "peak memory, GB")
-        parts.append(f"\n{record['checkpoint_bytes'] / 1e9:.2f} GB each: `{record['command']}`\n\n" + table(head, rows))
+        parts.append(
+            f"\n{record['checkpoint_bytes'] / 1e9:.2f} GB each: `{record['command']}`\n\n" + markdown_table(head, rows)
+        )
     return "".join(parts)
 
 
@@ -131,14 +133,14 @@ def kills(record: dict[str, Any]) -> str:
         (
             f"`{one['verb']}`",
             one["output"],
-            one["trials"],
-            *(one["stood_after_the_kill"][state] for state in states),
-            one["resumed_to_the_same_bytes"],
+            str(one["trials"]),
+            *(str(one["stood_after_the_kill"][state]) for state in states),
+            str(one["resumed_to_the_same_bytes"]),
         )
         for one in record["results"]
     ]
     head = ("verb", "output", "trials", *states, "same bytes in the end")
-    return KILLS + f"\n`{record['command']}`\n\n" + table(head, rows)
+    return KILLS + f"\n`{record['command']}`\n\n" + markdown_table(head, rows)
 
 
 def markdown() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,9 +34,10 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars within cells are escaped."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in (header, *rows)]
+    return "".join([lines[0], f"| {' | '.join(['---'] * len(header))} |\n", *lines[1:]])
 
 
 def paragraph(text: str) -> str:
@@ -65,7 +66,7 @@ def protocol() -> str:
         naive = mean(pair["naive_barrier"] for pair in found["pairs"])
         left = [100 * mean(pair["barrier"][method] for pair in found["pairs"]) / naive for method in methods]
         rows.append((setting, f"{naive:.3f}", *(f"{share:.1f} %" for share in left)))
-    return table(("reinitialised", "naive barrier, nats", *methods.values()), rows)
+    return markdown_table(("reinitialised", "naive barrier, nats", *methods.values()), rows)
 
 
 def demo() -> str:
@@ -78,7 +79,7 @@ def demo() -> str:
     for pair, found in read("demo")["pairs"].items():
         naive, aligned = found["naive"]["barrier"], found["aligned"]["barrier"]
         rows.append((names[pair], f"{naive:.3f}", f"{aligned:.3f}", f"{100 * aligned / naive:.1f} %"))
-    return table(("pair", "naive barrier, nats", "aligned", "left"), rows)
+    return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows)
 
 
 def families() -> str:
@@ -100,7 +101,7 @@ def costs() -> str:
         ("`align` of unrelated experts", "the rewrite alone", cost["align", "inf"]),
         ("25 points of a path, in one pass over both checkpoints", "25 merges, written and loaded", cost["path", "merges"]),
     ]
-    return table(("work", "compared with", "times as long"), rows)
+    return markdown_table(("work", "compared with", "times as long"), rows)
 
 
 def costs_in_brief() -> str:
@@ -126,10 +127,10 @@ def _costs() -> dict[tuple[str, str], str]:
 def depth() -> str:
     """Peak memory of the evaluator by the number of layers."""
     rows = [
-        (one["layers"], f"{one['checkpoint_bytes'] / 1e9:.1f}", one["points"], f"{one['peak_bytes'] / 1e9:.1f}")
+        (str(one["layers"]), f"{one['checkpoint_bytes'] / 1e9:.1f}", str(one["points"]), f"{one['peak_bytes'] / 1e9:.1f}")
         for one in read("sweep_memory")["results"]
     ]
-    return table(("layers", "each checkpoint, GB", "points", "peak memory, GB"), rows)
+    return markdown_table(("layers", "each checkpoint, GB", "points", "peak memory, GB"), rows)
 
 
 def verbs() -> str:
@@ -141,7 +142,7 @@ def verbs() -> str:
         needed = [action for action in verb._actions if action.required or not action.option_strings]
         usage = " ".join(f"{(action.option_strings or [''])[0]} {action.metavar}".strip() for action in needed)
         rows.append((f"`{name} {usage}`".replace(" `", "`"), verb.description or ""))
-    return table(("verb", "does"), rows)
+    return markdown_table(("verb", "does"), rows)
 
 
 def order_gap() -> str:
@@ -168,14 +169,14 @@ def ways() -> str:
     """How the hidden units of an expert may have been matched."""
     from hf_moe_lmc.matching.certificate import WAYS
 
-    return table(("way", "says"), [(f"`{way}`", words) for way, words in WAYS.items()])
+    return markdown_table(("way", "says"), [(f"`{way}`", words) for way, words in WAYS.items()])
 
 
 def decided() -> str:
     """How the order of the experts may have been chosen."""
     from hf_moe_lmc.matching.blocks import DECIDED
 
-    return table(("order_decided", "says"), [(f"`{word}`", words) for word, words in DECIDED.items()])
+    return markdown_table(("order_decided", "says"), [(f"`{word}`", words) for word, words in DECIDED.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
