@@ -23,6 +23,7 @@ from safetensors import safe_open
 from hf_moe_lmc.checkpoints.checkpoint import INDEX
 from tests import tiny
 from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
+from tests.schemas import check_alignment
 
 TOKEN = "hf_tester"
 PROBE = 100_001  # bytes of a shard that the client asks for to read its header
@@ -241,6 +242,7 @@ def test_align_pulls_and_publishes_in_one_commit(
         file for file in b.files if file.endswith(".safetensors")
     }
     report = json.loads(written["alignment/alignment.json"])
+    check_alignment(report)
     assert {side: (report[side]["source"], report[side]["commit"]) for side in "ab"} == {
         "a": ("tester/a", a.oid),
         "b": ("tester/b", b.oid),
