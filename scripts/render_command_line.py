@@ -10,7 +10,7 @@ from pathlib import Path
 
 from render_readme import markdown_table
 
-from hf_moe_lmc.cli.command_line import _parser as parser
+from hf_moe_lmc.cli.parser import parser
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "command_line.md"
 HEAD = """# Command line

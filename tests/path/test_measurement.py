@@ -14,6 +14,7 @@ from hf_moe_lmc.path.measurement import _beside_the_maximum
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.verbs.barrier import barrier
+from tests.schemas import check_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 
@@ -30,6 +31,7 @@ def measure(
             patch.setattr(BarrierReport, "plot", lambda *_: None)  # tests of the report and of the path draw
             report = barrier(a, b, output, **options)
         found = json.loads((output / "report.json").read_text())
+        check_report(found)
         assert found.get("routing") == report.routing
         assert found.get("layerwise") == json.loads(report.to_json()).get("layerwise")
         return report
