@@ -82,7 +82,7 @@ def demo(given: Given) -> None:
 
 
 COMMANDS = {command.__name__: command for command in (inspect, families, selftest, align, apply, barrier, merge, push, demo)}
-SHARED = (align, apply, barrier, merge)  # the verbs that several processes may call together
+SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several processes may call together
 
 
 def _print_plan(plan: lmc.Plan) -> None:
