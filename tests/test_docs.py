@@ -26,7 +26,12 @@ from hf_moe_lmc.writing import shard_file, spans
 from tests import prose, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
+FOLDERS = {".": "*.md", "docs": "*.md", "model_cards": "README.md"}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder, pattern in FOLDERS.items()
+    for path in sorted((ROOT / folder).glob(pattern))
+}
 # Written from docstrings, schemas and data: their words are tested where they come from.
 GENERATED = ("docs/api.md", "docs/command_line.md", "docs/families.md", "docs/faults.md", "docs/report.md")
 WORDS = 25  # of a sentence, at most
@@ -217,7 +222,7 @@ def wrong_examples(module: ModuleType) -> str:
     """What is wrong with the examples in the docstrings of a module."""
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     said: list[str] = []
-    found = doctest.DocTestFinder(exclude_empty=True).find(module)
+    found = doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"lmc": hf_moe_lmc})
     for example in found:
         runner.run(example, out=said.append)
     return "".join(said) if any(one.examples for one in found) else "no examples"
@@ -307,10 +312,19 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    named = re.findall(r"`((?:hf_moe_lmc|scripts|tests|docs)/[\w./-]+)`", read(page))
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_every_page_can_be_reached() -> None:
-    for index in ("README.md", "docs/README.md"):
-        linked = {(PAGES[index].parent / link.partition("#")[0]).resolve() for link in prose.links(read(index))}
-        assert not [page for page, path in PAGES.items() if path not in linked and page not in ("README.md", "docs/README.md")]
+    linked = {
+        (PAGES[index].parent / link.partition("#")[0]).resolve()
+        for index in ("README.md", "docs/README.md")
+        for link in prose.links(read(index))
+    }
+    assert not [page for page, path in PAGES.items() if path not in linked and page != "README.md"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED])
