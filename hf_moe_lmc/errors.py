@@ -41,6 +41,14 @@ class InputError(MoELMCError):
         kind: of many faults of one kind, a list shows some and counts the rest; a fault without a kind is always shown.
         faults: the errors that this one stands for, where it stands for several.
         more: how many others of a kind there are, which were only counted.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> try:
+        ...     lmc.inspect("./no-such-model")
+        ... except lmc.InputError as error:
+        ...     print(error.exit_code, error)
+        2 ./no-such-model: no such folder (it looks like a local path, so the Hub was not asked; ...)
     """
 
     exit_code = 2

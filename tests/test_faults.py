@@ -60,11 +60,3 @@ def test_it_happens_again(script: ModuleType, prepared: Path, fault: str) -> Non
     (row,) = [row for row in script.rows() if row.fault == fault]
     recorded = next(row for rows in RECORD["sections"].values() for row in rows if row["fault"] == fault)
     assert script.attempt(row, prepared) == recorded
-
-
-def test_the_readme_quotes_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    table = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(readme) if line.startswith("| fault |"))
-    quoted = readme[start : readme.index("", start)]
-    assert len(quoted) > 6 and not set(quoted) - set(table)

@@ -1,41 +1,6 @@
 """What a barrier measurement leaves behind: report.json, tables, plots, report.md.
 
-report.json, version 1 (later versions add keys and keep these):
-
-    version     1
-    a, b        source; commit where it is a Hub repository; fingerprint
-    evaluation  text, context, stride, bos, tokens_read, tokens_scored, windows, documents, dtype, device, implementations;
-                bytes_scored: UTF-8 bytes of the scored text (None where the tokenizer does not tell positions);
-                text_hash, tokenizer_hash; convention_hash: of these two, context, stride, bos, tokens_read - two reports
-                with equal convention_hash scored the same tokens in the same contexts;
-                mode, passes, bytes_of_both, weights, activations: what it took; refined_t: points that --refine added
-    matching    the content of alignment.json, or {"symmetry": file} where one was given
-    windows     tokens: scored tokens of each window; document: the document it comes from
-    paths       naive (absent with --no-naive) and aligned, each with the lists t, nll (nats per token, token-weighted),
-                perplexity, excess (nats over the straight line), the numbers barrier (nats), barrier_t, area, and
-                window_nll: nats per token of each window, [point][window];
-                barrier_interval, area_interval: [low, high], None without anything to resample; nll_interval: one for each
-                point, pointwise; barrier_worse_end: max over t of L(t) - max(L(A), L(B)), nats; barrier_perplexity_ratio:
-                exp(barrier); bits_per_byte: of each point, None where bytes_scored is
-    summary     aligned_percent_of_naive (None where the naive barrier is no more than noise, or was not measured),
-                endpoint_change: L(B') - L(B), nats, which alignment should leave at rounding level,
-                relabelling_floor: |endpoint_change| in a dtype narrower than float32, where it is no error but the noise of
-                relabelling (None in float32), nats,
-                difference: naive barrier - aligned barrier, nats, and difference_interval (None without a naive path)
-    layerwise   with --layerwise or --layers, a list of layer, or for a range layers: [first, last], barrier,
-                barrier_interval, t, nll: only these decoder layers go from A to aligned B, all else stays A
-    routing     absent with --no-routing, or where the model does not show it (evaluation.routing_unavailable says why); else
-                one entry per path, point (t), layer and module (of the router's block within the layer): load, the share
-                of each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
-                A, or B of the same path, gives it as well (numbers of experts: the naive path has B's own); entropy, nats,
-                mean over tokens, of the softmax over all experts, or of scores divided by their sum
-    statistics  how intervals were computed: method, unit (document, or window where there is one document), clusters (how
-                many of these), replicates, level, seed, note (what weakens them, or None)
-    warnings    in words, of a maximum that the grid may have missed
-    versions    of the packages that computed it
-    seconds     of the whole measurement
-
-null stands for a number that is not finite.
+`report.schema.json` beside this module describes every key of report.json.
 """
 
 from __future__ import annotations
@@ -84,12 +49,12 @@ class BarrierReport:
 
     Attributes:
         a, b: origin of the two checkpoints.
-        evaluation, matching: see the module's documentation.
+        evaluation, matching: as in report.json, see its schema.
         windows: what was evaluated on.
         losses: by path name, float64 [point, window], nats summed over each window.
         t: the grid.
         layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
-        routing: records as in report.json, see the module's documentation; None: not recorded.
+        routing: as in report.json, see its schema; None: not recorded.
     """
 
     a: dict[str, str]

@@ -160,3 +160,19 @@ def text_source(
     if revision is not None and Path(dataset).expanduser().exists():
         raise InputError(f"dataset-revision {revision}: {dataset} is a folder here, which has no revisions; leave it out")
     return DatasetText(dataset, config, split, column, revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    split: str | None = None
+    column: str | None = None
+
+    def source(self) -> Text:
+        files = [self.text] if isinstance(self.text, str | os.PathLike) else self.text
+        return text_source(
+            files, self.dataset, self.dataset_config, self.split or "test", self.column or "text", self.dataset_revision
+        )

@@ -253,3 +253,10 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         for first in range(0, logits.shape[1], POSITIONS_AT_ONCE)
     ]
     return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None

@@ -104,6 +104,14 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         InputError: not a checkpoint that this package reads; the message says why.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> found = lmc.inspect("model-a")
+        >>> found.family, found.experts, found.top_k
+        ('mixtral', 6, 2)
+        >>> print(found.symmetry[0])
+        experts in any order (S_6), each with its router row
     """
     with Checkpoint.open(model) as checkpoint:
         return _describe(recognise(checkpoint))

@@ -107,9 +107,7 @@ class Workplace:
 
     def kept(self, kind: str, facts: Mapping[str, Any]) -> Kept:
         """Results that belong to `facts`: whatever of inputs and options a result depends on, JSON."""
-        facts = {**facts, "versions": _versions()}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        return Kept(self.folder / f"{kind}-{key}")
+        return Kept(self.folder / _kept_name(kind, facts))
 
     def output(self, facts: Mapping[str, Any]) -> Kept:
         """Where the files of the output grow; those of an output that was begun from other facts are removed.
@@ -218,6 +216,16 @@ class Workplace:
         plan = self._plan()
         if not (plan and self._is_complete(plan)):
             check_empty(self.root, shown, overwrite=self.overwrite)
+
+
+def _kept_name(kind: str, facts: Mapping[str, Any]) -> str:
+    facts = {**facts, "versions": _versions()}
+    return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}"
+
+
+def kept_files(output: str | os.PathLike[str], facts: Mapping[str, Any]) -> set[str]:
+    """Names of the files of an output that a stopped call with equal facts has written whole."""
+    return Kept(_choose(Path(output).resolve()) / _kept_name("output", facts)).files()
 
 
 @contextmanager

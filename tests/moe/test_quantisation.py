@@ -35,6 +35,7 @@ from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream
 from tests import tiny
+from tests.schemas import check_alignment
 from tests.verbs.test_alignment import Forgetful, write
 
 BLOCK = (16, 16)
@@ -380,6 +381,7 @@ def test_align_recovers_a_planted_order(quantised: Callable[[str], Path], tmp_pa
     assert alignment.symmetry == planted.inverse()
     assert same_bytes(a, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "alignment" / "alignment.json").read_text())
+    check_alignment(report)
     assert report["totals"]["experts_moved"] > 0 == report["totals"]["units_moved"] == report["totals"]["signs"]
     assert re.search(RIGID, report["warnings"][0]) and report["lossless"]
     assert report["totals"]["relative_distance_after_units"] == 0

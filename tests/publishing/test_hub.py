@@ -26,6 +26,7 @@ from tests import tiny
 from tests.conftest import TOKEN
 from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
 from tests.interpreter import COMMAND_LINE, Interpreter, Ran
+from tests.schemas import check_alignment
 
 PROBE = 100_001  # bytes of a shard that the client asks for to read its header
 
@@ -158,6 +159,7 @@ def test_align_pulls_and_publishes_in_one_commit(hub: HubServer, run: Callable[.
         file for file in b.files if file.endswith(".safetensors")
     }
     report = json.loads(written["alignment/alignment.json"])
+    check_alignment(report)
     assert {side: (report[side]["source"], report[side]["commit"]) for side in "ab"} == {
         "a": ("tester/a", a.oid),
         "b": ("tester/b", b.oid),

@@ -15,7 +15,7 @@ from hf_moe_lmc import align, apply, merge
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.matching import alignment
 from hf_moe_lmc.symmetry.group import LayerSymmetry
-from hf_moe_lmc.writing import output
+from hf_moe_lmc.writing import output, shard_file
 from hf_moe_lmc.writing.pipeline import Awaited, Stopped
 from tests import tiny
 
@@ -110,7 +110,7 @@ def test_what_ends_the_writing_ends_the_matching(
         matched.append(arguments)
         return match(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(output, "_write_all", full)
+    monkeypatch.setattr(shard_file, "_write_all", full)
     monkeypatch.setattr(alignment, "match_layer", patient)
     with pytest.raises(WriteError, match="No space left"):
         verb(*pair, tmp_path / "out")
