@@ -17,6 +17,7 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.runtime.progress import size_of
+from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.verbs.merge import open_plain
 from hf_moe_lmc.writing.output import SPARE
 from hf_moe_lmc.writing.shard_file import worker_count
@@ -78,9 +79,7 @@ class Plan:
             rows.append(
                 ("matching", f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}, meanwhile written")
             )
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
-        return "\n".join([f"{self.verb} would be possible; nothing has been written", *lines])
+        return "\n".join([f"{self.verb} would be possible; nothing has been written", *aligned(rows)])
 
 
 def plan_merge(
