@@ -18,6 +18,7 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
 )
 from hf_moe_lmc.proof.recognition import recognise
+from hf_moe_lmc.runtime.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Inspection:
             "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
             "symmetry": self.symmetry[0],
         }
-        lines = [f"{name:<14} {value}" for name, value in rows.items() if value]
-        return "\n".join([*lines, *(f"{'':<14} {line}" for line in self.symmetry[1:])])
+        facts = [(name, value) for name, value in rows.items() if value]
+        return "\n".join(aligned([*facts, *(("", line) for line in self.symmetry[1:])], least=(14,), gap=" "))
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
