@@ -1,4 +1,4 @@
-"""Memory that is used again.
+"""Memory that is used again, and how much of it is free.
 
 Fresh memory is expensive: the kernel zeroes it page by page at first touch, and takes it back as soon as a large tensor is
 gone. For the tensors of one expert that can cost more than reading a file into them, or than the sums over them. So large
@@ -14,8 +14,11 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
+
+from hf_moe_lmc.runtime.cgroups import memory_left
 
 CPU = torch.device("cpu")
 LEAST = 1 << 20  # bytes; below, the system's own allocator does as well
@@ -59,3 +62,9 @@ def _take_back(buffer: np.ndarray) -> None:
         _waiting.append(buffer)
         while len(_waiting) > WAITING and sum(one.nbytes for one in _waiting) > WAITING_BYTES:
             _waiting.popleft()
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of what the machine has free, or can free, as much as its cgroups allow."""
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
