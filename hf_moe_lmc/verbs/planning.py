@@ -17,6 +17,7 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.runtime.progress import size_of
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.verbs.merge import open_plain
 from hf_moe_lmc.writing.output import SPARE
 from hf_moe_lmc.writing.shard_file import worker_count
@@ -237,7 +238,7 @@ def _memory(models: Sequence[MoEModel], matched: bool) -> int:
 def _flops(model: MoEModel, index: int) -> int:
     """Of the full similarity of all pairs of experts that are matched in a layer."""
     layer = model.layers[index]
-    shared = 2 * 3 * layer.banks[""].shared_count ** 2 * layer.banks[""].width
+    shared = 2 * 3 * layer.shared.unit_count**2 * layer.banks[FIRST].width
     return sum(2 * bank.experts * bank.unit_count * bank.expert_numel for bank in layer.banks.values()) + shared
 
 
