@@ -42,7 +42,7 @@ from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.matching.units import Paired, UnitRows, unit_cost
 from hf_moe_lmc.runtime.memory import reused
 
-WAYS = {
+CERTIFICATES = {
     "sketch": "optimal, proved by a sketch of the gate rows",
     "wider sketch": "optimal, proved by a wider sketch of all rows",
     "partly exact": "optimal, proved by a sketch but for a few units, whose costs were computed in full",

@@ -12,6 +12,7 @@ from hf_moe_lmc.moe.notation import (
     EXPERT_ROLES,
     EXPERT_VECTORS,
     ROUTER_KINDS,
+    SHARED,
     UNIT_KINDS,
     TensorSpec,
     UnitKind,
@@ -20,6 +21,7 @@ from hf_moe_lmc.moe.notation import (
 )
 from hf_moe_lmc.moe.registry import families, refusals
 from hf_moe_lmc.runtime.tables import definitions, markdown_table, wrapped
+from hf_moe_lmc.symmetry.banks import FIRST, qualified
 
 # Width in characters at most of each column in the terminal, which has 160.
 COLUMNS = {
@@ -42,7 +44,7 @@ class BankEntry:
     """A bank of experts.
 
     Attributes:
-        name: '' for the first.
+        name: FIRST, or that of a further bank.
         experts: the group that acts on their order.
         groups: what counts the groups of experts that routing may be limited to.
         units: kinds of hidden units that a configuration can give them; empty where they have none.
@@ -192,7 +194,7 @@ def _entry(model_type: str, family: MoEFamily) -> Entry:
         family=family.name,
         router=_kinds(family.router, ROUTER_KINDS),
         banks=tuple(_bank(family, name, roles) for name in family.banks),
-        shared=_kinds(family.bank_units.get("shared", family.units), tuple(UNIT_KINDS)) if has_shared else (),
+        shared=_kinds(family.bank_units.get(SHARED, family.units), tuple(UNIT_KINDS)) if has_shared else (),
         shared_gate="shared_router" in bases,
         companions=tuple(dict.fromkeys(base.replace("_", " ") for base in companions)),
         layouts=tuple(sorted(set(_layouts(family)), key=lambda layout: (layout.startswith("fused"), layout))),
@@ -209,15 +211,14 @@ def _kinds(expression: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _bank(family: MoEFamily, name: str, roles: list[str]) -> BankEntry:
-    prefix = f"{name}." if name else ""
-    has_units = {f"{prefix}up", f"{prefix}down"} <= set(roles)
+    has_units = {qualified(name, "up"), qualified(name, "down")} <= set(roles)
     units = _kinds(family.bank_units.get(name, family.units), tuple(UNIT_KINDS)) if has_units else ()
-    size = family.sizes.get(f"{prefix}expert", family.sizes["expert"])
+    size = family.sizes.get(qualified(name, "expert"), family.sizes["expert"])
     if size == family.sizes["expert"]:
         size = "E"
     experts = "fixed" if size == "1" else f"S_{size}" if size.isalpha() else f"S_{{{size}}}"
     groups = None
-    if not name and family.groups != "1":
+    if name == FIRST and family.groups != "1":
         tree = ast.parse(family.groups, mode="eval").body
         groups = ast.unparse(tree.body if isinstance(tree, ast.IfExp) else tree)
     return BankEntry(name, experts, groups, units)
@@ -250,9 +251,9 @@ def _rules(family: MoEFamily) -> dict[str, str]:
     rules = {}
     if family.router not in ROUTER_KINDS:
         rules["router"] = family.router
-    for bank, kind in {"": family.units, **family.bank_units}.items():
+    for bank, kind in {FIRST: family.units, **family.bank_units}.items():
         if kind not in UNIT_KINDS:
-            where = {"": "experts", "shared": "the shared expert"}.get(bank, f"bank {bank}")
+            where = {FIRST: "experts", SHARED: "the shared expert"}.get(bank, f"bank {bank}")
             rules[f"hidden units of {where}"] = kind
     if family.groups != "1":
         rules["groups that bind"] = family.groups
@@ -260,7 +261,7 @@ def _rules(family: MoEFamily) -> dict[str, str]:
     for role, when in family.when.items():
         bank, base = split_role(role)
         fixed = role in family.weights  # a fixed tensor, by its key
-        words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank else "")
+        words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank != FIRST else "")
         roles.setdefault(when or "", []).append(words)
     return {**rules, **{f"presence of {', '.join(names)}": when for when, names in roles.items()}}
 

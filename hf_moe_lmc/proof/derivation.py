@@ -35,6 +35,7 @@ from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.notation import (
+    SHARED,
     UNIT_KINDS,
     TensorSpec,
     UnitKind,
@@ -45,13 +46,14 @@ from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.checks import (
     HOLDS,
     LAYOUTS,
-    PARTS,
     SCALE,
     Rerun,
     Translated,
+    restricted,
 )
 from hf_moe_lmc.proof.miniature import miniature, outputs, skeleton
 from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
 TRANSFORMERS = SpecifierSet(">=5.23,<6")  # releases whose experts modules are known to be as described above
@@ -434,8 +436,8 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
             for index, layer in opened.layers.items():
                 one = layer.identity()
                 drawn = LayerSymmetry.random(*one.sizes.values(), signs=kind.sign, scale=SCALE, generator=generator)
-                elements[index] = PARTS[part](drawn, one)
-            units = {"": kind, "shared": kind}
+                elements[index] = restricted(part, drawn, one)
+            units = {FIRST: kind, SHARED: kind}
             return run({i: ActedLayer(layer, elements[i], units) for i, layer in opened.layers.items()}) < HOLDS
 
         first = next(iter(opened.layers.values()))
@@ -449,7 +451,9 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
             facts |= {"bank_units": {"shared": shared}} if shared != facts["units"] else {}
         groups = _declared_groups(text)
         if groups > 1:
-            torn = {i: PARTS["expert order"](layer.random(generator), layer.identity()) for i, layer in opened.layers.items()}
+            torn = {
+                i: restricted("expert order", layer.random(generator), layer.identity()) for i, layer in opened.layers.items()
+            }
             if run({i: ActedLayer(layer, torn[i], layer.units) for i, layer in opened.layers.items()}) > HOLDS:
                 facts["groups"] = str(groups)
         return facts

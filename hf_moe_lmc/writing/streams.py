@@ -12,8 +12,9 @@ from torch import Tensor
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
 from hf_moe_lmc.checkpoints.quantisation import WAY_OUT
 from hf_moe_lmc.errors import CheckpointError, MismatchError
-from hf_moe_lmc.moe.layer import LayerSource, MoELayer, Piece
+from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
