@@ -29,6 +29,7 @@ from hf_moe_lmc.checkpoints.header import (
     remote_shard,
 )
 from hf_moe_lmc.checkpoints.quantisation import Quantisation, read_quantisation
+from hf_moe_lmc.checkpoints.side_files import is_side_file
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
 from hf_moe_lmc.checkpoints.untrusted import kind_of, open_regular, read_json_object
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
@@ -43,18 +44,6 @@ PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
 # What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
-FOREIGN_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".zip", ".tar", ".gz",
-    ".py", ".log", ".lock",
-}  # fmt: skip
-FOREIGN_FILES = {
-    "config.json",
-    "README.md",
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-}
 
 
 @dataclass
@@ -162,6 +151,15 @@ class Checkpoint:
             self.shards[name] = shard
             self.tensors.update((info.name, info) for info in infos)
 
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """Values that its configuration gets where it is the template of an output."""
+        return {}
+
+    def layout_digest(self) -> str:
+        """Tells apart what is read of one checkpoint in several layouts; empty: it is as its files have it."""
+        return ""
+
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """`count` elements of tensor `name` from element `first`, in its own dtype: a fresh tensor, [count]."""
         info = self.tensors[name]
@@ -186,7 +184,7 @@ class Checkpoint:
 
     def side_files(self) -> list[str]:
         """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
-        return [file for file in self.source.files() if _is_side_file(file)]
+        return [file for file in self.source.files() if is_side_file(file)]
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json, every shard's header and size, and samples of each tensor, see `_sample`."""
@@ -291,14 +289,6 @@ def bring(*checkpoints: Checkpoint) -> None:
             checkpoint.download()
     if mates.count > 1:
         mates.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
-
-
-def _is_side_file(file: str) -> bool:
-    folder, _, name = file.rpartition("/")
-    if folder:
-        return folder == "additional_chat_templates"
-    foreign = name.startswith((".", "events.out.")) or name in FOREIGN_FILES or name.endswith(".index.json")
-    return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
 
 
 def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:

@@ -37,6 +37,22 @@ def without_foreign_switches(value: Any) -> Any:
     return value
 
 
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other values: where a key stands, in the whole or in the text model's; else in the text model's.
+
+    Example:
+        >>> with_changes({"text_config": {"vocab_size": 5}}, {"vocab_size": 7})
+        {'text_config': {'vocab_size': 7}}
+    """
+    whole = dict(config)
+    text = dict(whole["text_config"]) if isinstance(whole.get("text_config"), Mapping) else None
+    for key, value in changes.items():
+        places = [place for place in (whole, text) if place is not None and key in place]
+        for place in places or [whole if text is None else text]:
+            place[key] = value
+    return whole if text is None else {**whole, "text_config": text}
+
+
 def check_counts(where: str, config: Mapping[str, Any]) -> None:
     """Refuses numbers of layers, experts and the like that no model has, before anything of that length is made.
 

@@ -46,6 +46,11 @@ DTYPES = {
 _parsing = Lock()  # one header at a time: a large one of junk takes memory
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a safetensors header calls a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes at `start` in the file of `shard`."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import differing
+from hf_moe_lmc.checkpoints.joint import Joint, join, rows_of
 from hf_moe_lmc.checkpoints.source import Folder, Repository
-from hf_moe_lmc.checkpoints.vocabulary import check_tokenizers
+from hf_moe_lmc.checkpoints.token_ids import Agreement, agreement_of
 from hf_moe_lmc.errors import FamilyError, Faults, MismatchError, listing, shown
 
 # Sizes that the weights have: where two checkpoints with the same tensors disagree about one, a configuration is wrong.
 STRUCTURE = (
     "num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "hidden_size",
-    "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
 WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
@@ -28,7 +29,6 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
         Warnings: settings that differ, tokenizers that could not be compared, the same checkpoint twice.
 
     Raises:
-        CheckpointError: a tokenizer file cannot be read.
         MismatchError: listing every difference with what A and B have.
     """
     facts = [
@@ -52,12 +52,29 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
             check_layers(checkpoint)
     if any(problems):
         faults.add(not_one_architecture(a, b, problems))
-    with faults.gather():
-        warnings += check_tokenizers(a, b)
     faults.check()
     if same_weights(a, b):
         warnings.append(f"A and B hold the same weights: {same(a, b)}")
     return warnings + differing(a.config, b.config, only_common=True)
+
+
+def join_plain(a: Checkpoint, b: Checkpoint) -> tuple[Joint, Agreement]:
+    """Two checkpoints of which nothing is known but their files, brought to one set of tensors as far as could be helped."""
+    agreement = agreement_of(a, b, rows_of(a, a.tensors), rows_of(b, b.tensors))
+    tied = bool(_text(a).get("tie_word_embeddings")), bool(_text(b).get("tie_word_embeddings"))
+    joint = join(a, b, a.tensors, b.tensors, agreement.ids, tied=tied, is_extra=(_is_extra(a), _is_extra(b)))
+    return joint, agreement
+
+
+def _is_extra(checkpoint: Checkpoint) -> Callable[[str], bool]:
+    """Whether a tensor belongs to a layer behind the last one, or stands under a prefix for multi-token prediction."""
+    count = _text(checkpoint).get("num_hidden_layers")
+
+    def found(name: str) -> bool:
+        match = _LAYER.match(name)
+        return name.startswith("mtp.") or bool(match and type(count) is int and int(match[2]) >= count)
+
+    return found
 
 
 def check_layers(checkpoint: Checkpoint) -> None:

@@ -135,6 +135,11 @@ def _merge(verb: argparse.ArgumentParser) -> None:
     _output(verb, "OUT")
     verb.add_argument("-t", type=float, help="0 is A, 1 is B (default: 0.5)")
     how = verb.add_mutually_exclusive_group()
+    verb.add_argument(
+        "--tokenizer",
+        choices=("a", "b"),
+        help="whose tokenizer, chat template, generation configuration and special ids the output has (default: a)",
+    )
     how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
     _matching(verb)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Alignment:
         outside: distance outside the MoE blocks.
         warnings: in words.
         seconds: of the whole computation.
+        vocabulary: how many rows of a merge's vocabulary come from where; None: all are interpolated.
 
     Example:
         >>> import hf_moe_lmc as lmc
@@ -57,6 +58,7 @@ class Alignment:
     outside: OutsideDistance
     warnings: tuple[str, ...]
     seconds: float
+    vocabulary: Mapping[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of alignment.json."""
@@ -74,6 +76,7 @@ class Alignment:
             "outside": asdict(self.outside),
             "warnings": list(self.warnings),
             "seconds": self.seconds,
+            **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
         }
 
     def to_json(self) -> str:

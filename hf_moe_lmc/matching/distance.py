@@ -50,6 +50,8 @@ def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False)
         info = a.checkpoint.tensors[name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
             continue  # quantised values mean nothing without their scales
+        if b.checkpoint.tensors[name].shape != info.shape:
+            continue  # a vocabulary that grew
         found = _moments(a.checkpoint, b.checkpoint, name, allow_nonfinite=allow_nonfinite)
         if found is None:
             continue

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from hf_moe_lmc.checkpoints.configuration import differing
+from hf_moe_lmc.checkpoints.joint import EMBEDDING, HEAD, IGNORED
 from hf_moe_lmc.checkpoints.pair import not_one_architecture, shapes_of, tensor_problems
 from hf_moe_lmc.moe.model import MoEModel
 
 
-def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -> list[str]:
+def check_pair(a: MoEModel, b: MoEModel, *, inside_only: bool = False) -> list[str]:
     """Checks that two models are of one architecture, from headers and configurations alone.
 
     Args:
-        ignore_extra_layers: multi-token-prediction layers may be present in one of them only.
+        inside_only: tables over the vocabulary, heads and ignored buffers may differ, as nothing is done with them.
 
     Returns:
         Warnings: configuration fields that differ although they may change what the weights compute.
@@ -25,7 +26,6 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
             ("family", a.family.name, b.family.name),
             ("layers", a.num_layers, b.num_layers),
             ("MoE layers", _regular(a), _regular(b)),
-            ("experts per token", a.top_k, b.top_k),
             ("binding expert groups", a.groups, b.groups),
             ("quantisation", a.quantisation, b.quantisation),
             *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
@@ -34,7 +34,7 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
     ]
     problems = [facts]
     if a.family is b.family:
-        problems += [_layer_problems(a, b), *_outside_problems(a, b, ignore_extra_layers)]
+        problems += [_layer_problems(a, b), *_outside_problems(a, b, inside_only)]
     if any(problems):
         raise not_one_architecture(a.checkpoint, b.checkpoint, problems)
     return differing(a.config.to_dict(), b.config.to_dict())
@@ -56,20 +56,22 @@ def _layer_problems(a: MoEModel, b: MoEModel) -> list[str]:
     return problems
 
 
-def _outside_problems(a: MoEModel, b: MoEModel, ignore_extra_layers: bool) -> list[list[str]]:
-    problems = []
-    if a.extra_layers != b.extra_layers and not ignore_extra_layers:
-        problems.append(
-            f"multi-token-prediction layers: A has {list(a.extra_layers)}, B has {list(b.extra_layers)}; "
-            "remove them from the one that has them, or add them to the other"
-        )
-    skip_extra = ignore_extra_layers or bool(problems)
-    names_a, names_b = ({name for name in m.outside if not (skip_extra and m.is_extra(name))} for m in (a, b))
+def _outside_problems(a: MoEModel, b: MoEModel, inside_only: bool) -> list[list[str]]:
+    """Differences outside the MoE blocks, those apart that `join` takes care of."""
+
+    def names(model: MoEModel, other: MoEModel) -> set[str]:
+        alone = set(model.outside) - set(other.outside)
+        free = {name for name in alone if IGNORED.fullmatch(name) or model.is_extra(name)}
+        if inside_only:
+            free |= {name for name in model.outside if EMBEDDING.fullmatch(name) or HEAD.fullmatch(name)}
+        return set(model.outside) - free
+
+    names_a, names_b = names(a, b), names(b, a)
     if names_a != names_b and shapes_of(a.checkpoint, names_a) == shapes_of(b.checkpoint, names_b):
         other_names = (
             "outside the MoE blocks they hold the same tensors under other names: one is in the Hub's layout, the other in "
             f"that of transformers' memory ({sorted(names_a - names_b)[0]}, {sorted(names_b - names_a)[0]}); load one of "
             "them with transformers and save it with save_original_format=True (the Hub's) or False"
         )
-        return [problems, [other_names]]
-    return [problems, *tensor_problems(a.checkpoint, b.checkpoint, names_a, names_b)]
+        return [[other_names]]
+    return tensor_problems(a.checkpoint, b.checkpoint, names_a, names_b)

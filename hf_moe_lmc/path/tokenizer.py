@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moe_lmc.checkpoints.vocabulary import compare_tokenizers, different, read_vocabulary
+from hf_moe_lmc.checkpoints.token_ids import different
+from hf_moe_lmc.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.moe.model import MoEModel
 
@@ -19,21 +20,29 @@ def context_length(model: MoEModel, context: int | None) -> int:
 
 
 def common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
-    """A's tokenizer, B's being the same: what their files could not tell (see `open_models`) is compared once they are loaded.
+    """A's tokenizer; B's may have other tokens, of which the ids in common have been compared.
 
     Raises:
         CheckpointError: A has none that transformers can load.
-        MismatchError: vocabulary or special tokens differ.
+        MismatchError: what their files could not tell, their vocabularies as transformers loads them, differs.
     """
-    of_a = _tokenizer(a)
-    if of_a is None:
+    found = _tokenizer(a)
+    if found is None:
         raise CheckpointError(f"{a.checkpoint.name}: no tokenizer here; copy its files from the model it was made from")
-    if compare_tokenizers(a.checkpoint, b.checkpoint).complete:
-        return of_a
-    of_b = _tokenizer(b)
-    if of_b is not None and (of_a.get_vocab(), of_a.all_special_ids) != (of_b.get_vocab(), of_b.all_special_ids):
-        raise different(a.checkpoint, b.checkpoint, "  vocabulary or special ids, as transformers loads them")
-    return of_a
+    vocabularies = [read_vocabulary(model.checkpoint) for model in (a, b)]
+    if all(vocabulary is None or vocabulary.tokens is not None for vocabulary in vocabularies):
+        return found
+    if same_opaque(*vocabularies):
+        return found
+    other = _tokenizer(b)
+    if other is not None and found.get_vocab() != other.get_vocab():
+        raise different(a.checkpoint, b.checkpoint, [["vocabulary, as transformers loads it"]])
+    return found
+
+
+def same_opaque(a: Vocabulary | None, b: Vocabulary | None) -> bool:
+    """Whether two tokenizers have a file in another format in common, byte for byte."""
+    return a is not None and b is not None and any(a.opaque.get(name) == digest for name, digest in b.opaque.items())
 
 
 def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:

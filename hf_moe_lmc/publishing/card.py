@@ -23,6 +23,7 @@ def model_card(
     relation: str,
     command: str,
     alignment: Mapping[str, float] | None,
+    vocabulary: Mapping[str, int] | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -31,6 +32,7 @@ def model_card(
         base: those of them that become `base_model` (Hub ids only).
         relation: the Hub's `base_model_relation`.
         alignment: totals of the alignment, where one was computed.
+        vocabulary: rows of the embeddings by where they come from, where the vocabularies differ.
     """
     data = ModelCardData(
         base_model=[one.source.repo_id for one in base if isinstance(one.source, Repository)] or None,
@@ -50,6 +52,8 @@ def model_card(
     ]
     if alignment:
         parts.append(_statistics(alignment))
+    if vocabulary:
+        parts.append(_rows(vocabulary))
     parts.append(
         f"## How it was made\n\n```\n{command}\n```\n\nMatching of experts and hidden units as in "
         f"[On Linear Mode Connectivity of Mixture-of-Experts Architectures]({PAPER}), with {PROJECT}.\n"
@@ -73,6 +77,17 @@ def _statistics(totals: Mapping[str, float]) -> str:
         f"| after the order of the experts | {totals['relative_distance_after_order']:.4f} |\n"
         f"| after the hidden units | {totals['relative_distance_after_units']:.4f} |\n\n"
         "Per layer: `alignment/alignment.json`.\n"
+    )
+
+
+def _rows(vocabulary: Mapping[str, int]) -> str:
+    return (
+        "## Vocabulary\n\nThe vocabularies of A and B differ. The rows of embeddings and head:\n\n| rows | |\n|---|---|\n"
+        f"| of tokens that both have, interpolated | {vocabulary['interpolated']} |\n"
+        f"| of tokens of A alone, A's | {vocabulary['only_in_a']} |\n"
+        f"| of tokens of B alone, B's | {vocabulary['only_in_b']} |\n"
+        f"| without a token, padding | {vocabulary['padding']} |\n"
+        f"| all | {vocabulary['rows']} |\n"
     )
 
 

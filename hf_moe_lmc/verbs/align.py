@@ -73,8 +73,8 @@ def align(
         raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
 
     def prepare(inputs: Inputs) -> Job[Alignment]:
-        model_a, model_b, _ = inputs.pair(a, b, ignore_extra_layers=True)
-        return _Alignment(model_a, model_b, method, symmetry_only, options.allow_nonfinite)
+        pair = inputs.pair(a, b, inside_only=True)
+        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite)
 
     return Request(verb="align", output=output, inputs=(a, b), options=options, prepare=prepare)
 

@@ -122,19 +122,19 @@ def barrier(
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
-        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True)
-        model_class = language_model_class(model_a)
-        spans = layer_spans(asked.grid.layers, model_a) if asked.grid.steps else []
-        context = context_length(model_a, asked.windows.context)
+        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        model_class = language_model_class(pair.a)
+        spans = layer_spans(asked.grid.layers, pair.a) if asked.grid.steps else []
+        context = context_length(pair.a, asked.windows.context)
         windows = cut_windows(
             asked.source.documents(),
-            common_tokenizer(model_a, model_b),
+            common_tokenizer(pair.a, pair.b),
             context=context,
             max_tokens=asked.windows.max_tokens,
             stride=asked.windows.stride,
         )
-        evaluator = Evaluator(model_a, model_b, windows, evaluation_options(model_class, asked.compute, context))
-        return _Barrier(evaluator, asked, spans, found, file)
+        evaluator = Evaluator(pair.a, pair.b, windows, evaluation_options(model_class, asked.compute, context))
+        return _Barrier(evaluator, asked, spans, pair.symmetry, file)
 
     return Request(verb="barrier", output=output, inputs=(a, b), options=filled(OutputOptions, given), prepare=prepare)
 

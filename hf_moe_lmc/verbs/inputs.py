@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
-from hf_moe_lmc.checkpoints.pair import check_plain_pair, same_place
-from hf_moe_lmc.checkpoints.vocabulary import check_tokenizers
+from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_place
+from hf_moe_lmc.checkpoints.token_ids import TokenIds, different
 from hf_moe_lmc.errors import Faults
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
     from hf_moe_lmc.symmetry.group import ModelSymmetry
 
 Model = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models of one architecture, brought to one set of tensors.
+
+    Attributes:
+        symmetry: acts on B; None: none was given.
+        ids: of their vocabularies.
+    """
+
+    a: MoEModel
+    b: MoEModel
+    symmetry: ModelSymmetry | None
+    ids: TokenIds
 
 
 class Inputs:
@@ -46,14 +62,15 @@ class Inputs:
         *,
         symmetry: Model | ModelSymmetry | None = None,
         each: Callable[[MoEModel], object] = lambda model: None,
-        ignore_extra_layers: bool = False,
-    ) -> tuple[MoEModel, MoEModel, ModelSymmetry | None]:
+        inside_only: bool = False,
+    ) -> Pair:
         """Two models of one architecture, and the symmetry that acts on the second, where one is given.
 
         Args:
             each: a further check of either model.
-            ignore_extra_layers: see `check_pair`.
+            inside_only: nothing but experts and routers is used: vocabularies may differ, and neither model is extended.
         """
+        from hf_moe_lmc.moe.joining import agreement_of_models, join_models
         from hf_moe_lmc.moe.pair import check_pair
 
         warnings: list[str] = []
@@ -61,16 +78,28 @@ class Inputs:
         self._check_output(checkpoints)
         given = self._load(symmetry) if symmetry is not None else None
         models = [model for model in map(self._recognise, checkpoints) if model]
-        if len(checkpoints) == 2:
+        agreement = None
+        if len(models) == 2:
             with self._faults.gather():
-                warnings += check_tokenizers(*checkpoints)
+                agreement = agreement_of_models(*models)
+                warnings += agreement.warnings
+                if agreement.problems and not inside_only:
+                    raise different(*checkpoints, agreement.problems)
+                if agreement.problems:
+                    warnings.append(
+                        "the tokenizers of A and B differ; align moves no embeddings, but merge and barrier refuse them"
+                    )
         for model in models:
             with self._faults.gather():
                 each(model)
-        if len(models) == 2:
+        if len(models) == 2 and agreement:
             with self._faults.gather():
-                warnings += check_pair(*models, ignore_extra_layers=ignore_extra_layers)
+                if not inside_only:
+                    model_a, model_b, notes = join_models(*models, agreement.ids)
+                    models, warnings = [model_a, model_b], [*warnings, *notes]
+                warnings += check_pair(*models, inside_only=inside_only)
         self._faults.check()
+        assert agreement is not None
         if same_place(*checkpoints):
             warnings.insert(0, f"A and B hold the same weights: both are {checkpoints[0].name}")
         for warning in warnings:
@@ -78,25 +107,37 @@ class Inputs:
         model_a, model_b = models
         if given is not None:
             model_b.check_symmetry(given)
-        return model_a, model_b, given
+        return Pair(model_a, model_b, given, agreement.ids)
 
-    def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint] | None:
+    def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint, TokenIds] | None:
         """Two checkpoints with the same tensors, whatever they are; None if they hold other ones, or quantised ones."""
         checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
         whole = len(checkpoints) == 2
-        if whole and checkpoints[0].tensors.keys() != checkpoints[1].tensors.keys():
-            return None
         if whole and any(checkpoint.quantisation for checkpoint in checkpoints):
             return None
-        self._check_output(checkpoints)
         warnings: list[str] = []
+        ids = None
+        faults = Faults()
+        if whole:
+            with faults.gather():
+                joined, agreement = join_plain(*checkpoints)
+                ids, warnings = agreement.ids, [*agreement.warnings, *joined.notes]
+                if joined.a.tensors.keys() != joined.b.tensors.keys():
+                    return None
+                checkpoints = [joined.a, joined.b]
+                if agreement.problems:
+                    faults.add(different(*checkpoints, agreement.problems))
+        self._check_output(checkpoints)
+        for fault in faults.found:
+            self._faults.add(fault)
         if whole:
             with self._faults.gather():
-                warnings = check_plain_pair(*checkpoints)
+                warnings += check_plain_pair(*checkpoints)
         self._faults.check()
         for warning in warnings:
             warn(warning)
-        return checkpoints[0], checkpoints[1]
+        assert ids is not None
+        return checkpoints[0], checkpoints[1], ids
 
     def single(self, model: Model, symmetry: Model | ModelSymmetry, *, inverse: bool = False) -> tuple[MoEModel, ModelSymmetry]:
         """A model, and the symmetry (or with `inverse` its inverse) that acts on it."""

@@ -54,9 +54,8 @@ def load_interpolated(
     folder = tempfile.mkdtemp(prefix="hf_moe_lmc-")  # what the device map puts on disk lives as long as the model
     try:
         with ExitStack() as stack:
-            model_a, model_b, given = Inputs(stack).pair(
-                a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True
-            )
+            pair = Inputs(stack).pair(a, b, symmetry=symmetry, each=refuse_quantised)
+            model_a, model_b, given = pair.a, pair.b, pair.symmetry
             language_model_class(model_a)
             download(model_a, model_b, given=given)
             stream = interpolated(model_a, model_b, (given or model_b.identity()).layers, t)

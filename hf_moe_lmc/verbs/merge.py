@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
+from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.publishing.card import model_card
-from hf_moe_lmc.verbs.inputs import Inputs
+from hf_moe_lmc.verbs.inputs import Inputs, Pair
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled, refuse_idle
 from hf_moe_lmc.verbs.planning import Work
@@ -26,7 +27,6 @@ from hf_moe_lmc.writing.workplace import Workplace
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
-    from hf_moe_lmc.moe.model import MoEModel
     from hf_moe_lmc.symmetry.group import ModelSymmetry
 
 
@@ -39,6 +39,7 @@ def merge(
     *,
     align: bool = True,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    tokenizer: Literal["a", "b"] = "a",
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -59,6 +60,7 @@ def merge(
         align: match B to A first; otherwise B is taken as it is. Two checkpoints with the same tensors are then
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
+        tokenizer: whose tokenizer, chat template, generation configuration and special ids the output has, together.
         order, units, exact, push_to_hub, private, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
@@ -78,15 +80,19 @@ def merge(
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     if symmetry is not None or not align:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
+    if tokenizer not in ("a", "b"):
+        raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
+    point = _Point(t, tokenizer, options.allow_nonfinite)
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
-        pair = None if align else inputs.plain_pair(a, b)
-        if pair:
-            return _PlainMerge(*pair, t, options.allow_nonfinite)
+        plain = None if align else inputs.plain_pair(a, b)
+        if plain:
+            return _PlainMerge(*plain, point)
         from hf_moe_lmc.writing.streams import refuse_quantised
 
-        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
-        return _Merge(model_a, model_b, t, method if align and found is None else None, found, options.allow_nonfinite)
+        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        matched = method if align and pair.symmetry is None else None
+        return _Merge(pair, point, matched)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
 
@@ -95,29 +101,47 @@ plan_merge = merge.plan
 
 
 @dataclass(frozen=True)
+class _Point:
+    """Which point is written, and how.
+
+    Attributes:
+        tokenizer: the side whose tokenizer the output has.
+    """
+
+    t: float
+    tokenizer: str
+    allow_nonfinite: bool
+
+    def facts(self, a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+        """What the shards depend on besides the two checkpoints."""
+        layouts = {f"layout_{side}": one.layout_digest() for side, one in (("a", a), ("b", b)) if one.layout_digest()}
+        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **layouts}
+
+
+@dataclass(frozen=True)
 class _PlainMerge(Job["Alignment | None"]):
     """Two checkpoints with the same tensors, as they are."""
 
     a: Checkpoint
     b: Checkpoint
-    t: float
-    allow_nonfinite: bool
+    ids: TokenIds
+    point: _Point
 
     @property
     def work(self) -> Work:
         return Work(inputs=[self.a, self.b], template=self.a, facts=self.facts)
 
     def facts(self) -> Mapping[str, Any]:
-        of_inputs = {"a": self.a.fingerprint(), "b": self.b.fingerprint()}
-        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **of_inputs}
+        return self.point.facts(self.a, self.b) | {"a": self.a.fingerprint(), "b": self.b.fingerprint()}
 
     def run(self, workplace: Workplace | None) -> None:
         bring(self.a, self.b)
-        with writing(workplace, self.facts(), inputs=[self.a, self.b], allow_nonfinite=self.allow_nonfinite) as writer:
+        inputs = [self.a, self.b]
+        with writing(workplace, self.facts(), inputs=inputs, allow_nonfinite=self.point.allow_nonfinite) as writer:
             if writer:
-                writer.write_tensors(PlainStream(self.a, self.b, self.t))
-                writer.write_checkpoint_files(self.a)
-                writer.write_text("README.md", merge_card(self.a, self.b, self.t))
+                writer.write_tensors(PlainStream(self.a, self.b, self.point.t))
+                writer.write_checkpoint_files(self.a, self.b if self.point.tokenizer == "b" else None)
+                writer.write_text("README.md", merge_card(self.a, self.b, self.point, self.ids))
 
 
 @dataclass(frozen=True)
@@ -125,55 +149,58 @@ class _Merge(Job["Alignment | None"]):
     """Two models.
 
     Attributes:
-        method: how B is matched to A; None: it is not.
-        symmetry: what B was aligned with before; None: nothing, or it is still to be found.
+        method: how B is matched to A; None: it is not, or was before.
     """
 
-    a: MoEModel
-    b: MoEModel
-    t: float
+    pair: Pair
+    point: _Point
     method: WeightMatching | None
-    symmetry: ModelSymmetry | None
-    allow_nonfinite: bool
 
     @property
     def inputs(self) -> list[Checkpoint]:
-        return [self.a.checkpoint, self.b.checkpoint]
+        return [self.pair.a.checkpoint, self.pair.b.checkpoint]
 
     @property
     def work(self) -> Work:
         return Work(
             inputs=self.inputs,
-            template=self.a.checkpoint,
-            models=[self.a, self.b],
+            template=self.pair.a.checkpoint,
+            models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             facts=self.facts,
         )
+
+    @property
+    def used(self) -> ModelSymmetry:
+        """What B is taken by where nothing is matched."""
+        return self.pair.symmetry or self.pair.b.identity()
 
     def facts(self) -> Mapping[str, Any]:
         from hf_moe_lmc.matching.alignment import matching_facts
         from hf_moe_lmc.symmetry.group import digest
 
-        options = {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite}
+        a, b = self.inputs
         if self.method:
-            return options | matching_facts(self.a, self.b, self.method)
-        of_inputs = {side: checkpoint.fingerprint() for side, checkpoint in zip("ab", self.inputs, strict=True)}
-        return options | of_inputs | {"symmetry": digest(self.symmetry or self.b.identity())}
+            return self.point.facts(a, b) | matching_facts(self.pair.a, self.pair.b, self.method)
+        return self.point.facts(a, b) | {"a": a.fingerprint(), "b": b.fingerprint(), "symmetry": digest(self.used)}
 
     def run(self, workplace: Workplace | None) -> Alignment | None:
         from hf_moe_lmc.verbs.inputs import download
 
-        download(self.a, self.b, given=self.symmetry)
-        with writing(workplace, self.facts(), inputs=self.inputs, allow_nonfinite=self.allow_nonfinite) as writer:
+        a, b = self.inputs
+        download(self.pair.a, self.pair.b, given=self.pair.symmetry)
+        with writing(workplace, self.facts(), inputs=[a, b], allow_nonfinite=self.point.allow_nonfinite) as writer:
             alignment = self._write_tensors(writer, workplace)
-            used = alignment.symmetry if alignment else self.symmetry
+            if alignment and not self.pair.ids.alike:
+                alignment = replace(alignment, vocabulary=self.pair.ids.account())
+            used = alignment.symmetry if alignment else self.pair.symmetry
             if writer:
-                writer.write_checkpoint_files(self.a.checkpoint)
+                writer.write_checkpoint_files(a, b if self.point.tokenizer == "b" else None)
                 if used:
                     used.save(writer.path("alignment/symmetry.safetensors"))
                 if alignment:
                     writer.write_text("alignment/alignment.json", alignment.to_json())
-                card = merge_card(self.a.checkpoint, self.b.checkpoint, self.t, alignment=alignment, symmetry=self.symmetry)
+                card = merge_card(a, b, self.point, self.pair.ids, alignment=alignment, symmetry=self.pair.symmetry)
                 writer.write_text("README.md", card)
         return alignment
 
@@ -182,23 +209,24 @@ class _Merge(Job["Alignment | None"]):
         from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
         from hf_moe_lmc.writing.streams import interpolated
 
+        a, b, t = self.pair.a, self.pair.b, self.point.t
         if self.method:
-            elements = Awaited(self.b.layers)
-            stream = interpolated(self.a, self.b, elements, self.t, rounded=True)
+            elements = Awaited(b.layers)
+            stream = interpolated(a, b, elements, t, rounded=True)
             with written_meanwhile(writer, stream, elements) as tell:
                 return align_models(
-                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, progress=workplace, tell=tell
+                    a, b, self.method, allow_nonfinite=self.point.allow_nonfinite, progress=workplace, tell=tell
                 )
         if writer:
-            used = self.symmetry or self.b.identity()
-            writer.write_tensors(interpolated(self.a, self.b, used.layers, self.t, rounded=True))
+            writer.write_tensors(interpolated(a, b, self.used.layers, t, rounded=True))
         return None
 
 
 def merge_card(
     a: Checkpoint,
     b: Checkpoint,
-    t: float,
+    point: _Point,
+    ids: TokenIds,
     *,
     alignment: Alignment | None = None,
     symmetry: ModelSymmetry | None = None,
@@ -209,13 +237,15 @@ def merge_card(
         how, options = "aligned to A by weight matching", f" --order {alignment.order} --units {alignment.units}"
     elif symmetry:
         how, options = "aligned to A by a saved symmetry", " --symmetry SYMMETRY"
+    options += " --tokenizer b" if point.tokenizer == "b" else ""
     return model_card(
         title=f"A merge of {a.display_name} and {b.display_name}",
-        summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two "
+        summary=f"The point t = {point.t:g} of the straight line (1 - t) A + t B' between two "
         f"{'Mixture-of-Experts ' if alignment or symmetry else ''}models, where B' is B, {how}.",
         inputs={"A": a, "B": b},
         base=[a, b],
         relation="merge",
-        command=f"hf-moe-lmc merge A B -o OUT -t {t:g}{options}",
+        command=f"hf-moe-lmc merge A B -o OUT -t {point.t:g}{options}",
         alignment=alignment.totals() if alignment else None,
+        vocabulary=None if ids.alike else ids.account(),
     )

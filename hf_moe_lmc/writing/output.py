@@ -28,7 +28,8 @@ from hf_moe_lmc.checkpoints.checkpoint import (
     is_finite,
     place,
 )
-from hf_moe_lmc.checkpoints.configuration import without_foreign_switches
+from hf_moe_lmc.checkpoints.configuration import with_changes, without_foreign_switches
+from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team
@@ -41,6 +42,7 @@ from hf_moe_lmc.writing.workplace import (
     at_work,
 )
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SPARE = 64 << 20  # bytes to be left on the disk
 
 
@@ -172,16 +174,26 @@ class FolderWriter:
         if problem:
             raise OutputError(problem)
 
-    def write_checkpoint_files(self, template: Checkpoint) -> None:
-        """Configurations (without switches to foreign code), side files and an index, all as the template has them."""
-        for file in ("config.json", *template.side_files()):
-            path = template.source.path(file)
-            held = read_json_object(path, f"{template.name}/{file}", constants=True) if file.endswith("config.json") else None
-            plain = without_foreign_switches(held)
-            if plain == held:
+    def write_checkpoint_files(self, template: Checkpoint, speaker: Checkpoint | None = None) -> None:
+        """Configurations (without switches to foreign code), side files and an index, as the template has them.
+
+        Args:
+            speaker: whose tokenizer, chat template, generation configuration and special ids are written; None: the template's.
+        """
+        other = speaker if speaker is not None and speaker is not template else None
+        places = {file: template for file in ("config.json", *template.side_files()) if not (other and speaks(file))}
+        places |= {file: other for file in other.side_files() if speaks(file)} if other else {}
+        for file, checkpoint in places.items():
+            path = checkpoint.source.path(file)
+            held = read_json_object(path, f"{checkpoint.name}/{file}", constants=True) if file.endswith("config.json") else None
+            written = without_foreign_switches(held)
+            if file == "config.json":
+                spoken = {key: other.config[key] for key in SPECIAL_IDS if key in other.config} if other else {}
+                written = with_changes(written, {**template.changes, **spoken})
+            if written == held:
                 self.copy(path, file)
             else:
-                self.write_text(file, json.dumps(plain, indent=2) + "\n")
+                self.write_text(file, json.dumps(written, indent=2) + "\n")
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
         self.write_text(INDEX, json.dumps(index, indent=2) + "\n")

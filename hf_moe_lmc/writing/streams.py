@@ -127,7 +127,9 @@ def interpolated(
     """
     acted = b.acted(elements)
     layers: dict[int, LayerSource] = {
-        index: InterpolatedLayer(index, layer, acted[index], t, rounded) for index, layer in a.layers.items() if index in acted
+        # layers for multi-token prediction that B lacks are A's
+        index: InterpolatedLayer(index, layer, acted[index], t, rounded) if index in acted else layer
+        for index, layer in a.layers.items()
     }
     return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
 

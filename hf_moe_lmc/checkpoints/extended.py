@@ -1,0 +1,213 @@
+"""A checkpoint read as if it had other tensors outside its MoE blocks: rows of another's vocabulary, a head of its own.
+
+Two ends of a path need the same tensors. Where their files differ in what is no part of an expert, each is extended. A table
+over the vocabulary gets the rows that the other alone has, a tied head becomes a tensor, buffers of one come from the other.
+All of it is a matter of where bytes are read; nothing is written anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo, dtype_name
+
+HEADER_UNIT = 8  # headers are padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring elements of a tensor, from a tensor of some checkpoint, cast where their dtypes differ.
+
+    Attributes:
+        count: elements.
+        first: the first of them in `name`.
+    """
+
+    count: int
+    checkpoint: Checkpoint
+    name: str
+    first: int
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A tensor that is put together from pieces, in its order of elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass
+class ExtendedCheckpoint(Checkpoint):
+    """`original` with some tensors put together from pieces, and some left out.
+
+    Attributes:
+        original: whose files, name and fingerprint these are.
+        assembled: by name; those that the original lacks stand at the end of its last shard.
+        without: names that are left out.
+        settings: see `changes`.
+    """
+
+    original: Checkpoint = field(kw_only=True)
+    assembled: Mapping[str, Assembled] = field(kw_only=True)
+    without: frozenset[str] = field(default_factory=frozenset, kw_only=True)
+    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    _starts: dict[str, tuple[list[int], list[TensorInfo]]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        original: Checkpoint,
+        assembled: Mapping[str, Assembled],
+        without: Collection[str] = (),
+        changes: Mapping[str, Any] | None = None,
+    ) -> ExtendedCheckpoint:
+        """Of a checkpoint, and of what of it changes; see the class."""
+        found = cls(
+            source=original.source,
+            config=original.config,
+            shards={},
+            tensors={},
+            quantisation=original.quantisation,
+            original=original,
+            assembled=assembled,
+            without=frozenset(without),
+            settings=changes or {},
+        )
+        found._lay_out()
+        return found
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        return self.settings
+
+    def _lay_out(self) -> None:
+        """Gives every tensor its place: shards that nothing changes in keep their very headers."""
+        self.shards, self.tensors, self._starts = {}, {}, {}
+        new = [name for name in self.assembled if name not in self.original.tensors]
+        for number, shard in enumerate(self.original.shards.values()):
+            names = [name for name in shard.tensors if name not in self.without]
+            added = new if number == len(self.original.shards) - 1 else []
+            infos = [self._reshaped(self.original.tensors[name]) for name in names]
+            infos += [
+                TensorInfo(name, shard.name, self.assembled[name].dtype, self.assembled[name].shape, 0, 0) for name in added
+            ]
+            kept = not added and len(names) == len(shard.tensors)
+            if kept and all(info.shape == self.original.tensors[info.name].shape for info in infos):
+                self.shards[shard.name] = shard
+                self.tensors |= {info.name: info for info in infos}
+                continue
+            header, infos, size = _header(infos, shard)
+            self.shards[shard.name] = Shard(shard.name, header, size, tuple(info.name for info in infos))
+            self.tensors |= {info.name: info for info in infos}
+
+    def _reshaped(self, info: TensorInfo) -> TensorInfo:
+        assembled = self.assembled.get(info.name)
+        if assembled is None:
+            return info
+        nbytes = _numel(assembled.shape) * info.dtype.itemsize
+        return replace(info, shape=assembled.shape, nbytes=nbytes)
+
+    def download(self) -> None:
+        self.original.download()
+        self._lay_out()
+
+    def fingerprint(self) -> str:
+        return self.original.fingerprint()
+
+    def layout_digest(self) -> str:
+        """What its tensors are made of: together with the fingerprints of all that it reads, it tells what is in it."""
+        made = {
+            name: [
+                str(one.dtype),
+                one.shape,
+                [(piece.checkpoint.name, piece.name, piece.first, piece.count) for piece in one.pieces],
+            ]
+            for name, one in self.assembled.items()
+        }
+        content = json.dumps([made, sorted(self.without), dict(self.settings)], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def close(self) -> None:
+        self.original.close()
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        if name not in self.assembled:
+            return self.original.read(name, first, count)
+        one = self.assembled[name]
+        count = _numel(one.shape) - first if count is None else count
+        values = torch.empty(count, dtype=one.dtype)
+        self._assemble(values, one, first)
+        return values
+
+    def _assemble(self, values: Tensor, one: Assembled, first: int) -> None:
+        """Fills a row with the elements of an assembled tensor from `first` on."""
+        begin = 0
+        for piece in one.pieces:
+            low, high = max(first, begin), min(first + len(values), begin + piece.count)
+            if low < high:
+                values[low - first : high - first] = piece.checkpoint.read(
+                    piece.name, piece.first + low - begin, high - low
+                ).to(one.dtype)
+            begin += piece.count
+
+    def fill(self, values: Tensor, shard: str, position: int) -> None:
+        """As if the shard were a file: `position` counts in the layout of this checkpoint."""
+        if self.shards[shard] is self.original.shards.get(shard) and not self._assembled_in(shard):
+            self.original.fill(values, shard, position)
+            return
+        target = values.view(torch.uint8)
+        starts, infos = self._in_order(shard)
+        at, done = bisect_right(starts, position) - 1, 0
+        while done < len(target):
+            info = infos[at]
+            skip = position + done - info.start
+            count = min(info.nbytes - skip, len(target) - done)
+            if count > 0:
+                size = info.dtype.itemsize
+                part = self.read(info.name, skip // size, -(-(skip % size + count) // size)).view(torch.uint8)
+                target[done : done + count] = part[skip % size : skip % size + count]
+                done += count
+            at += 1
+
+    def _assembled_in(self, shard: str) -> bool:
+        return any(name in self.assembled for name in self.shards[shard].tensors)
+
+    def _in_order(self, shard: str) -> tuple[list[int], list[TensorInfo]]:
+        if shard not in self._starts:
+            infos = [self.tensors[name] for name in self.shards[shard].tensors]
+            self._starts[shard] = [info.start for info in infos], infos
+        return self._starts[shard]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _header(infos: Sequence[TensorInfo], shard: Shard) -> tuple[bytes, list[TensorInfo], int]:
+    """A safetensors header for tensors one after the other, these tensors at their places, and the size of the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for info in infos:
+        nbytes = _numel(info.shape) * info.dtype.itemsize
+        entries[info.name] = {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % HEADER_UNIT)
+    header = len(body).to_bytes(8, "little") + body
+    placed, start = [], len(header)
+    for info in infos:
+        nbytes = _numel(info.shape) * info.dtype.itemsize
+        placed.append(replace(info, shard=shard.name, start=start, nbytes=nbytes))
+        start += nbytes
+    return header, placed, start

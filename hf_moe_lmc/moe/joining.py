@@ -1,0 +1,51 @@
+"""Two models brought to one set of tensors outside their MoE blocks, with the configurations that go with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.joint import join, rows_of
+from hf_moe_lmc.checkpoints.token_ids import Agreement, TokenIds, agreement_of
+from hf_moe_lmc.moe.model import MoEModel
+
+
+def agreement_of_models(a: MoEModel, b: MoEModel) -> Agreement:
+    """Compares the token ids of two models; rows are those of their embeddings."""
+    rows_a, rows_b = (rows_of(model.checkpoint, model.outside) for model in (a, b))
+    return agreement_of(a.checkpoint, b.checkpoint, rows_a, rows_b)
+
+
+def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEModel, tuple[str, ...]]:
+    """The two with checkpoints that hold the same tensors outside, as far as could be helped, and what was done in words."""
+    tied_a, tied_b = (bool(getattr(model.text_config, "tie_word_embeddings", False)) for model in (a, b))
+    joint = join(
+        a.checkpoint,
+        b.checkpoint,
+        a.outside,
+        b.outside,
+        ids,
+        tied=(tied_a, tied_b),
+        is_extra=(a.is_extra, b.is_extra),
+    )
+    return _on(a, joint.a), _on(b, joint.b), joint.notes
+
+
+def _on(model: MoEModel, checkpoint: Checkpoint) -> MoEModel:
+    if checkpoint is model.checkpoint:
+        return model
+    return replace(model, checkpoint=checkpoint, config=_configured(model.config, checkpoint.changes))
+
+
+def _configured(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    found = copy.deepcopy(config)
+    for part in (found, found.get_text_config()):
+        for key, value in changes.items():
+            if hasattr(part, key):
+                setattr(part, key, value)
+    return found
