@@ -38,7 +38,7 @@ def test_the_bootstrap_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         expected.append([sum(point[i] for i in windows) / sum(tokens[i] for i in windows) for point in losses])
     found = drawn.means(losses)
     assert np.allclose(found, expected, rtol=1e-12)
-    monkeypatch.setattr("hf_moe_lmc.perplexity.bootstrap.AT_ONCE", 40)  # in blocks of three
+    monkeypatch.setattr("hf_moe_lmc.perplexity.bootstrap.BLOCK_ENTRIES", 40)  # in blocks of three
     assert np.array_equal(drawn.means(losses), found)
     barriers = curve.barrier((0.0, 0.5, 1.0), found)
     literal = [max(0.0, m - (a + b) / 2) for a, m, b in expected]
