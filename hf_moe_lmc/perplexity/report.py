@@ -93,7 +93,7 @@ class BarrierReport:
     def layers(self) -> dict[Span, PathResult]:
         """Curve and intervals of the paths on which some layers alone are interpolated, by first and last layer."""
         measured = self.layerwise or {}
-        return {span: PathResult(one.t, one.losses, self.windows, self.bootstrap) for span, one in measured.items()}
+        return {span: PathResult(alone.t, alone.losses, self.windows, self.bootstrap) for span, alone in measured.items()}
 
     @cached_property
     def summary(self) -> Summary:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.publishing.card import model_card
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.options import OutputOptions, filled, refuse_idle
+from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.output import FolderWriter, writing
