@@ -16,7 +16,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import grimp
-from render_readme import fill, markdown_table
+from render_readme import fill
+
+from hf_moe_lmc.runtime.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_moe_lmc"

@@ -10,7 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from render_readme import costs, markdown_table, read
+from render_readme import costs, read
+
+from hf_moe_lmc.runtime.tables import markdown_table
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "costs.md"
 

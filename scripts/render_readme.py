@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from hf_moe_lmc.runtime.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -32,12 +34,6 @@ _TABLE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", r
 def read(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / "scripts" / f"{name}.json").read_text(encoding="utf-8"))
     return found
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars within cells are escaped."""
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in (header, *rows)]
-    return "".join([lines[0], f"| {' | '.join(['---'] * len(header))} |\n", *lines[1:]])
 
 
 def paragraph(text: str) -> str:
@@ -167,14 +163,14 @@ def faults() -> str:
 
 def ways() -> str:
     """How the hidden units of an expert may have been matched."""
-    from hf_moe_lmc.matching.certificate import WAYS
+    from hf_moe_lmc.matching.certificate import CERTIFICATES
 
-    return markdown_table(("way", "says"), [(f"`{way}`", words) for way, words in WAYS.items()])
+    return markdown_table(("way", "says"), [(f"`{way}`", words) for way, words in CERTIFICATES.items()])
 
 
 def decided() -> str:
     """How the order of the experts may have been chosen."""
-    from hf_moe_lmc.matching.blocks import DECIDED
+    from hf_moe_lmc.matching.result import DECIDED
 
     return markdown_table(("order_decided", "says"), [(f"`{word}`", words) for word, words in DECIDED.items()])
 

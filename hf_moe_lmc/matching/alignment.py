@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,10 +13,12 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
-from hf_moe_lmc.matching.blocks import Matching, match_layer
+from hf_moe_lmc.matching.blocks import match_layer
 from hf_moe_lmc.matching.distance import OutsideDistance, outside_distance
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.matching.records import matchings, write_matching
+from hf_moe_lmc.matching.report import layer_report
+from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
@@ -96,45 +97,6 @@ class Alignment:
         }
 
 
-def layer_report(index: int, matching: Matching) -> dict[str, Any]:
-    """One layer's entry in alignment.json; `banks` holds the same for each further bank of experts."""
-    symmetry = matching.symmetry
-    identity = LayerSymmetry.identity(*symmetry.sizes.values())
-    banks = {name: layer_report(index, other) for name, other in matching.others.items()}
-    moved = {
-        name: int((getattr(symmetry, name) != getattr(identity, name)).sum())
-        for name in ("expert_order", "unit_order", "shared_order")
-    }
-    return {
-        "layer": index,
-        "expert_order": symmetry.expert_order.tolist(),
-        "order_method": matching.order_method,
-        "candidates": matching.candidates,
-        "expert_cost_form": matching.expert_cost_form,
-        "norm": matching.norm,
-        "distance_before": matching.distance_before,
-        "distance_after_order": matching.distance_after_order,
-        "distance_after_units": matching.distance_after_units,
-        "router_distance_before": matching.router_distance_before,
-        "router_distance_after": matching.router_distance_after,
-        "shared_distance_before": matching.shared_distance_before,
-        "shared_distance_after": matching.shared_distance_after,
-        "experts": len(symmetry.expert_order),
-        "experts_moved": moved["expert_order"],
-        "units": symmetry.unit_order.numel() + len(symmetry.shared_order),
-        "units_moved": moved["unit_order"] + moved["shared_order"],
-        "signs": int((symmetry.unit_scale < 0).sum() + (symmetry.shared_scale < 0).sum()),
-        "scales_kept": matching.scales_kept,
-        "way": matching.way,
-        "shared_way": matching.shared_way,
-        "ways": dict(Counter([*matching.way, *([matching.shared_way] if matching.shared_way else [])])),
-        "order_decided": matching.order_decided,
-        "order_margin": matching.order_margin,
-        "seconds": matching.seconds,
-        **({"banks": banks} if banks else {}),
-    }
-
-
 def align_models(
     a: MoEModel,
     b: MoEModel,
@@ -191,7 +153,11 @@ def align_models(
     layers = dict(sorted(layers.items()))
     if alone:
         found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
-    worse = [index for index, matching in layers.items() if matching.distance_after_units > 1.001 * matching.distance_before]
+    worse = [
+        index
+        for index, matching in layers.items()
+        if matching.first.distance_after_units > 1.001 * matching.first.distance_before
+    ]
     if worse:
         found.append(
             f"in layers {worse} the experts are further apart in the order that `{method.order}` found than they were; "

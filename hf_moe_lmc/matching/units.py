@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_moe_lmc.matching import rows
 from hf_moe_lmc.matching.assignment import SPARSE, assign
 from hf_moe_lmc.matching.options import UnitMethod
-from hf_moe_lmc.moe.layer import Bank
+from hf_moe_lmc.moe.experts import Bank, SharedExpert
 from hf_moe_lmc.moe.notation import UNIT_KINDS, UnitKind
 
 SCALE_GAIN = 0.01  # scales are kept where they lower an expert's remaining squared distance by more than this share
@@ -46,26 +46,25 @@ class UnitRows:
     kind: UnitKind = UNIT_KINDS["swiglu"]
 
     @classmethod
-    def of(cls, bank: Bank, expert: int | None, device: torch.device) -> UnitRows:
-        """Reads one routed expert of a bank, or with `expert` None the shared one."""
-        prefix = "" if expert is not None else "shared_"
-        kind = bank.kind if expert is not None else bank.shared_kind
+    def of(cls, experts: Bank | SharedExpert, expert: int | None, device: torch.device) -> UnitRows:
+        """Reads one expert of a bank, or with `expert` None the shared one."""
+        kind, roles = experts.kind, experts.roles
 
         def read(role: str) -> Tensor:
-            values = bank.read(prefix + role, expert)
+            values = experts.read(role, expert)
             return values.to(device, values.dtype if values.dtype in STORED else torch.float32)
 
         def with_bias(role: str, offset: int = 0) -> Tensor:
             bias = f"{role}_bias"
-            if prefix + bias not in bank.roles:
+            if bias not in roles:
                 return read(role)
             return torch.cat([read(role).float(), read(bias).float()[:, None] + offset], dim=1)
 
-        gated = prefix + "gate" in bank.roles
+        gated = "gate" in roles
         jobs = [lambda: with_bias("up", kind.offset), lambda: read("down"), *([lambda: with_bias("gate")] if gated else [])]
-        up, down, *rest = rows.all_of(*jobs) if bank.expert_numel > rows.BLOCK else [job() for job in jobs]
+        up, down, *rest = rows.all_of(*jobs) if experts.expert_numel > rows.BLOCK else [job() for job in jobs]
         gate = rest[0] if gated else up[:, :0]
-        down_bias = read("down_bias").float() if prefix + "down_bias" in bank.roles else None
+        down_bias = read("down_bias").float() if "down_bias" in roles else None
         return cls(gate, up, down, down_bias, kind)
 
     @property
@@ -107,7 +106,7 @@ class UnitMatch:
         squared_norm: squared Frobenius norm of A's expert.
         squared_before: squared distance with the units as they were.
         squared_after: the remaining squared distance.
-        way: how the order was found and why it is optimal; see `certificate.WAYS`.
+        certificate: how the order was found and why it is optimal; a key of `certificate.CERTIFICATES`.
     """
 
     order: Tensor
@@ -116,7 +115,7 @@ class UnitMatch:
     squared_norm: float
     squared_before: float
     squared_after: float
-    way: str = "small"
+    certificate: str = "small"
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ class Paired:
         terms = terms + torch.where(self.scaled_parts[2], 0.0, u + d + s.square() * u2 + t.square() * d2)
         return self.gate + up + down, 4 * rows.sum_error(width) * terms
 
-    def match(self, way: str, squared_before: float) -> UnitMatch:
+    def match(self, certificate: str, squared_before: float) -> UnitMatch:
         """Decides about the scales.
 
         Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
@@ -245,8 +244,13 @@ class Paired:
             )
             scaled = gate + sum(float(distance.sum()) for distance in exact)
             if scaled < least:
-                return UnitMatch(self.order, scale, True, norm, squared_before, scaled, way)
-        return UnitMatch(self.order, self.sign, False, norm, squared_before, after, way)
+                return UnitMatch(self.order, scale, True, norm, squared_before, scaled, certificate)
+        return UnitMatch(self.order, self.sign, False, norm, squared_before, after, certificate)
+
+
+def is_wide(count: int) -> bool:
+    """Whether so many hidden units are matched from sketches first."""
+    return count > SMALL
 
 
 def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
@@ -255,10 +259,10 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     What scales the match keeps: see `Paired.match`. Where the kind allows no order, units stay where they are.
     """
     if a.kind.order:
-        order, way = assign(unit_cost(a, b, units)), "small" if a.count <= SMALL else "exact"
+        order, certificate = assign(unit_cost(a, b, units)), "exact" if is_wide(a.count) else "small"
     else:
-        order, way = torch.arange(a.count), "fixed"
-    return Paired.of(a, b, units, order).match(way, a.squared_distance(b))
+        order, certificate = torch.arange(a.count), "fixed"
+    return Paired.of(a, b, units, order).match(certificate, a.squared_distance(b))
 
 
 def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None = None) -> Tensor:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.moe.layer import LayerSource
 from hf_moe_lmc.moe.notation import (
     EXPERT_VECTORS,
-    PACKED,
+    SHARED,
     UnitKind,
     is_expert_role,
     split_role,
 )
+from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
@@ -40,19 +40,21 @@ class ActedLayer:
 
     def read(self, role: str, expert: int | None = None) -> Tensor:
         bank, base = split_role(role)
-        g = self.symmetry.bank(bank)
+        if base.startswith("shared_"):
+            return self._shared(role, base.removeprefix("shared_"))
+        g = self.symmetry.banks[bank]
         if is_expert_role(role):
             assert expert is not None
             values = self.layer.read(role, int(g.expert_order[expert]))
-            if base == "down_bias" or base.endswith(PACKED):
-                return values
             return _act_on_units(base, values, g.unit_order[expert], g.unit_scale[expert], self.units[bank])
         values = self.layer.read(role)
-        if base.startswith("shared_") and base not in ("shared_router", "shared_down_bias") and not base.endswith(PACKED):
-            return _act_on_units(base.removeprefix("shared_"), values, g.shared_order, g.shared_scale, self.units["shared"])
         if base == "expert_table":
             return g.expert_order.argsort().to(values.dtype)[values]
         return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
+
+    def _shared(self, role: str, base: str) -> Tensor:
+        g = self.symmetry.shared
+        return _act_on_units(base, self.layer.read(role), g.order, g.scale, self.units[SHARED])
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:
@@ -69,7 +71,10 @@ def _taken(values: Tensor, order: Tensor) -> Tensor:
 
 
 def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind: UnitKind) -> Tensor:
-    """Units in their new order; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...]."""
+    """Units permuted; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...].
+
+    What has no axis of units comes back as it is: a down bias, packed parts of quantised weights, a shared expert's gate.
+    """
     if not len(order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
         return values
     if not torch.equal(order, torch.arange(len(order))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from hf_moe_lmc.moe.notation import (
     EXPERT_ROLES,
     EXPERT_VECTORS,
     ROUTER_KINDS,
+    SHARED,
     UNIT_KINDS,
     TensorSpec,
     UnitKind,
@@ -20,6 +20,8 @@ from hf_moe_lmc.moe.notation import (
     split_role,
 )
 from hf_moe_lmc.moe.registry import families, refusals
+from hf_moe_lmc.runtime.tables import definitions, markdown_table, wrapped
+from hf_moe_lmc.symmetry.banks import FIRST, qualified
 
 # Width in characters at most of each column in the terminal, which has 160.
 COLUMNS = {
@@ -32,6 +34,7 @@ COLUMNS = {
     "moves along": 15,
     "on disk": 17,
 }
+PROSE = 118  # characters in a line below the table
 NONE = "-"
 WREATH = "S_{E/G} wr S_G"
 
@@ -41,7 +44,7 @@ class BankEntry:
     """A bank of experts.
 
     Attributes:
-        name: '' for the first.
+        name: FIRST, or that of a further bank.
         experts: the group that acts on their order.
         groups: what counts the groups of experts that routing may be limited to.
         units: kinds of hidden units that a configuration can give them; empty where they have none.
@@ -121,15 +124,16 @@ class Catalogue:
         widths = {
             name: min(limit, max(len(text) for text in (name, *(row[name] for row in rows)))) for name, limit in COLUMNS.items()
         }
-        lines = [self.summary, "", *_wrapped({name: name for name in widths}, widths)]
+        lines = [self.summary, "", *wrapped(list(widths), list(widths.values()))]
         lines.append("  ".join("-" * width for width in widths.values()))
         for row in rows:
-            lines += _wrapped(row, widths)
+            lines += wrapped(list(row.values()), list(widths.values()))
         lines += ["", f"{WREATH}: where routing is limited to some of G groups of experts, and the limit binds.", ""]
         lines += ["Hidden units change places within their expert; besides:"]
-        lines += _notes({name: f"{freedom(kind)}: {kind.words}" for name, kind in UNIT_KINDS.items()})
+        kinds = {name: f"{freedom(kind)}: {kind.words}" for name, kind in UNIT_KINDS.items()}
+        lines += definitions(kinds, width=PROSE)
         if self.refused:
-            lines += ["", "Refused:", *_notes(self.refused)]
+            lines += ["", "Refused:", *definitions(self.refused, width=PROSE)]
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -145,16 +149,16 @@ class Catalogue:
         rules = [[what, f"`{rule}`" if rule else "the checkpoint", ", ".join(of)] for (what, rule), of in deciding.items()]
         parts = [
             INTRODUCTION.format(summary=self.summary),
-            _markdown_table(list(COLUMNS), rows),
+            markdown_table(list(COLUMNS), rows),
             "## Refused\n",
-            _markdown_table(["model type", "because"], [[f"`{name}`", reason] for name, reason in self.refused.items()]),
+            markdown_table(["model type", "because"], [[f"`{name}`", reason] for name, reason in self.refused.items()]),
             "## Kinds of hidden units\n",
             "Besides changing places, what a hidden unit allows without changing what its expert computes:\n",
-            _markdown_table(["kind", "allows", "in full"], [[f"`{k.name}`", freedom(k), k.words] for k in UNIT_KINDS.values()]),
+            markdown_table(["kind", "allows", "in full"], [[f"`{k.name}`", freedom(k), k.words] for k in UNIT_KINDS.values()]),
             "## What the configuration decides\n",
             "Expressions over the attributes of the configuration, as transformers reads it, and over `layer`, the layer's "
             "number.\n",
-            _markdown_table(["what", "by", "families"], sorted(rules)),
+            markdown_table(["what", "by", "families"], sorted(rules)),
             ELSEWHERE,
         ]
         return "\n".join(parts)
@@ -190,7 +194,7 @@ def _entry(model_type: str, family: MoEFamily) -> Entry:
         family=family.name,
         router=_kinds(family.router, ROUTER_KINDS),
         banks=tuple(_bank(family, name, roles) for name in family.banks),
-        shared=_kinds(family.bank_units.get("shared", family.units), tuple(UNIT_KINDS)) if has_shared else (),
+        shared=_kinds(family.bank_units.get(SHARED, family.units), tuple(UNIT_KINDS)) if has_shared else (),
         shared_gate="shared_router" in bases,
         companions=tuple(dict.fromkeys(base.replace("_", " ") for base in companions)),
         layouts=tuple(sorted(set(_layouts(family)), key=lambda layout: (layout.startswith("fused"), layout))),
@@ -207,15 +211,14 @@ def _kinds(expression: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _bank(family: MoEFamily, name: str, roles: list[str]) -> BankEntry:
-    prefix = f"{name}." if name else ""
-    has_units = {f"{prefix}up", f"{prefix}down"} <= set(roles)
+    has_units = {qualified(name, "up"), qualified(name, "down")} <= set(roles)
     units = _kinds(family.bank_units.get(name, family.units), tuple(UNIT_KINDS)) if has_units else ()
-    size = family.sizes.get(f"{prefix}expert", family.sizes["expert"])
+    size = family.sizes.get(qualified(name, "expert"), family.sizes["expert"])
     if size == family.sizes["expert"]:
         size = "E"
     experts = "fixed" if size == "1" else f"S_{size}" if size.isalpha() else f"S_{{{size}}}"
     groups = None
-    if not name and family.groups != "1":
+    if name == FIRST and family.groups != "1":
         tree = ast.parse(family.groups, mode="eval").body
         groups = ast.unparse(tree.body if isinstance(tree, ast.IfExp) else tree)
     return BankEntry(name, experts, groups, units)
@@ -248,9 +251,9 @@ def _rules(family: MoEFamily) -> dict[str, str]:
     rules = {}
     if family.router not in ROUTER_KINDS:
         rules["router"] = family.router
-    for bank, kind in {"": family.units, **family.bank_units}.items():
+    for bank, kind in {FIRST: family.units, **family.bank_units}.items():
         if kind not in UNIT_KINDS:
-            where = {"": "experts", "shared": "the shared expert"}.get(bank, f"bank {bank}")
+            where = {FIRST: "experts", SHARED: "the shared expert"}.get(bank, f"bank {bank}")
             rules[f"hidden units of {where}"] = kind
     if family.groups != "1":
         rules["groups that bind"] = family.groups
@@ -258,31 +261,9 @@ def _rules(family: MoEFamily) -> dict[str, str]:
     for role, when in family.when.items():
         bank, base = split_role(role)
         fixed = role in family.weights  # a fixed tensor, by its key
-        words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank else "")
+        words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank != FIRST else "")
         roles.setdefault(when or "", []).append(words)
     return {**rules, **{f"presence of {', '.join(names)}": when for when, names in roles.items()}}
-
-
-def _wrapped(row: Mapping[str, str], widths: Mapping[str, int]) -> Iterator[str]:
-    """The lines of one row for a terminal."""
-    cells = [textwrap.wrap(row[name], width, break_on_hyphens=False) for name, width in widths.items()]
-    for number in range(max(map(len, cells))):
-        texts = [cell[number] if number < len(cell) else "" for cell in cells]
-        yield "  ".join(text.ljust(width) for text, width in zip(texts, widths.values(), strict=True)).rstrip()
-
-
-def _notes(notes: Mapping[str, str]) -> list[str]:
-    width = max(len(name) for name in notes)
-    return [
-        line
-        for name, text in notes.items()
-        for line in textwrap.wrap(text, 118, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
-    ]
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 INTRODUCTION = """\

@@ -21,7 +21,17 @@ from types import CodeType
 from typing import Any
 
 from hf_moe_lmc.errors import FamilyError, shown
-from hf_moe_lmc.moe.notation import ROUTER_KINDS, UNIT_KINDS, TensorSpec, UnitKind, is_expert_role, parse_spec, split_role
+from hf_moe_lmc.moe.notation import (
+    ROUTER_KINDS,
+    SHARED,
+    UNIT_KINDS,
+    TensorSpec,
+    UnitKind,
+    is_expert_role,
+    parse_spec,
+    split_role,
+)
+from hf_moe_lmc.symmetry.banks import FIRST
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class LayerFacts:
 
     Attributes:
         sizes: of every axis word; router: one of ROUTER_KINDS.
-        units: kind of hidden units by bank ('' is the first), and of the `shared` expert.
+        units: kind of hidden units by bank, and of the `shared` expert.
         when: roles that are there (True), absent (False), or may be either (None); others are there if their sizes are not 0.
     """
 
@@ -171,13 +181,13 @@ class MoEFamily:
 
     @cached_property
     def banks(self) -> tuple[str, ...]:
-        """Names of the banks, the first ('') first."""
-        return tuple(dict.fromkeys(["", *(split_role(role)[0] for t in self.templates for role in t.spec.roles)]))
+        """Names of the banks, the first one first."""
+        return tuple(dict.fromkeys([FIRST, *(split_role(role)[0] for t in self.templates for role in t.spec.roles)]))
 
     def at(self, config: Any, layer: int) -> LayerFacts:
         """What a configuration says of one MoE layer."""
         sizes = {word: self.number(expression, config, layer=layer) for word, expression in self.sizes.items()}
-        kinds = {"": self.units, "shared": self.units, **self.bank_units}
+        kinds = {FIRST: self.units, SHARED: self.units, **self.bank_units}
         return LayerFacts(
             sizes=sizes,
             router=self.kind(self.router, config, ROUTER_KINDS, layer=layer),

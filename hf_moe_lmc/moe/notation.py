@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.symmetry.banks import qualified
 
 AXIS_WORDS = ("expert", "unit", "shared", "model", "latent", "rank", "token", "choice", "half", "1")
 EXPERT_ROLES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -52,6 +53,8 @@ WHOLE_ROLES = (
     "shared_router",  # the scalar gate of a shared expert: no freedom
     "fixed",
 )
+
+SHARED = "shared"  # where kinds of hidden units are listed by bank: the shared expert's
 
 PACKED = ("_blocks", "_scales")  # what quantised weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
 
@@ -107,7 +110,7 @@ UNIT_KINDS = {
 
 
 def split_role(role: str) -> tuple[str, str]:
-    """The bank ('' for the first) and the role within it."""
+    """The bank (FIRST, which is '', for the first) and the role within it."""
     bank, _, base = role.rpartition(".")
     return bank, base
 
@@ -120,7 +123,8 @@ def is_expert_role(role: str) -> bool:
 
 def bank_size(sizes: Mapping[str, int], bank: str, word: str) -> int:
     """The size of an axis word in a bank; words that the bank does not have for itself are the block's."""
-    return sizes[f"{bank}.{word}"] if f"{bank}.{word}" in sizes else sizes[word]
+    own = qualified(bank, word)
+    return sizes[own] if own in sizes else sizes[word]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from hf_moe_lmc.moe.notation import (
     parse_spec,
     split_role,
 )
+from hf_moe_lmc.symmetry.banks import qualified
 
 QUANTISED = ("gate", "up", "down")  # weights of an expert, the shared one included, whose parts move along
 
@@ -41,7 +42,7 @@ def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | 
     if fused and weight.spec.groups[0] != ("expert",):
         return None  # the experts share a matrix, and so may the blocks of two experts
     joined = "_".join(split_role(role)[1].removeprefix("shared_") for role in roles)
-    role = (f"{bank}." if bank else "") + ("shared_" if base.startswith("shared_") else "") + joined + ending
+    role = qualified(bank, ("shared_" if base.startswith("shared_") else "") + joined + ending)
     spec = TensorSpec(
         f"{role}: a part of a quantised weight", ((role,),), (("expert",), ("packed",)) if fused else (("packed",),)
     )

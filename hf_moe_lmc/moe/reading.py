@@ -52,7 +52,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
                     quantisation=checkpoint.quantisation,
                 )
                 layers[block.index] = MoELayer(
-                    checkpoint, family, block.index, block.facts, claim_block(block), checkpoint.quantisation
+                    checkpoint, block.index, block.facts, claim_block(block), checkpoint.quantisation
                 )
         start += count
     faults.check()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
+from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
@@ -398,14 +398,6 @@ def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOpt
     lanes = math.ceil(points * len(windows.rows) / mates.count)
     passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
     return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
-
-
-def available_memory() -> int:
-    """Bytes of memory that are free or can be made so."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 8 << 30
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

@@ -103,7 +103,7 @@ class Bootstrap:
         return [self.interval(values[:, i]) for i in range(values.shape[1])]
 
     @property
-    def note(self) -> str | None:
+    def caveat(self) -> str | None:
         """What weakens the intervals here, in words."""
         if self.count < 2:
             return "one document of one window: there is nothing to resample, so no intervals"
@@ -121,7 +121,7 @@ class Bootstrap:
             "replicates": self.replicates,
             "level": self.level,
             "seed": self.seed,
-            "note": self.note,
+            "note": self.caveat,
         }
 
 

@@ -22,13 +22,15 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.family import MoEFamily
-from hf_moe_lmc.moe.layer import LayerSource
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import foreign
 from hf_moe_lmc.moe.notation import split_role
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.proof.miniature import miniature, outputs
 from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.symmetry.banks import FIRST
+from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.output import writing
 from hf_moe_lmc.writing.spans import Copied
@@ -41,15 +43,24 @@ SCALE = 3.0  # scales are drawn between 1 / 3 and 3
 COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
 LAYOUTS = {"as on the Hub": True, "as in memory": False}  # save_original_format
 
-PARTS: dict[str, Callable[[LayerSymmetry, LayerSymmetry], LayerSymmetry]] = {
+BANK_PARTS: dict[str, Callable[[BankSymmetry, BankSymmetry], BankSymmetry]] = {
     "expert order": lambda g, one: replace(one, expert_order=g.expert_order),
     "order of hidden units": lambda g, one: replace(one, unit_order=g.unit_order),
     "signs of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.sign()),
     "scales of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.abs()),
-    "shared expert: order of hidden units": lambda g, one: replace(one, shared_order=g.shared_order),
-    "shared expert: signs": lambda g, one: replace(one, shared_scale=g.shared_scale.sign()),
-    "shared expert: scales": lambda g, one: replace(one, shared_scale=g.shared_scale.abs()),
 }
+SHARED_PARTS: dict[str, Callable[[UnitSymmetry, UnitSymmetry], UnitSymmetry]] = {
+    "shared expert: order of hidden units": lambda g, one: replace(one, order=g.order),
+    "shared expert: signs": lambda g, one: replace(one, scale=g.scale.sign()),
+    "shared expert: scales": lambda g, one: replace(one, scale=g.scale.abs()),
+}
+
+
+def restricted(part: str, g: LayerSymmetry, identity: LayerSymmetry, bank: str = FIRST) -> LayerSymmetry:
+    """The element that has one part of `g`, of a bank's or the shared expert's, and is the identity besides."""
+    if part in SHARED_PARTS:
+        return replace(identity, shared=SHARED_PARTS[part](g.shared, identity.shared))
+    return identity.with_bank(bank, BANK_PARTS[part](g.banks[bank], identity.banks[bank]))
 
 
 @dataclass(frozen=True)
@@ -157,17 +168,13 @@ class Rerun:
 def parts(model: MoEModel, g: ModelSymmetry) -> dict[str, ModelSymmetry]:
     """Each part of the group that this model has, as the element that `g` has of it."""
     still = model.identity()
-    banks = next(iter(g.layers.values())).others
     found = {}
-    for bank in ("", *banks):
-        for name, restrict in PARTS.items():
-            layers = {}
-            for index, own in still.layers.items():
-                part = restrict(g.layers[index].bank(bank), own.bank(bank))
-                layers[index] = replace(own, others={**own.others, bank: part}) if bank else replace(part, others=own.others)
+    for bank in next(iter(g.layers.values())).banks:
+        for name in (*BANK_PARTS, *SHARED_PARTS) if bank == FIRST else BANK_PARTS:
+            layers = {index: restricted(name, g.layers[index], identity, bank) for index, identity in still.layers.items()}
             element = ModelSymmetry(g.family, g.groups, layers)
             if element != still:
-                found[f"bank {bank}: {name}" if bank else name] = element
+                found[name if bank == FIRST else f"bank {bank}: {name}"] = element
     return found
 
 
@@ -201,7 +208,7 @@ def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Ge
     layers, still = model.layers, model.identity()
     facts = next(iter(layers.values())).facts
     order, units = (
-        {index: PARTS[name](g.layers[index], still.layers[index]) for index in layers}
+        {index: restricted(name, g.layers[index], still.layers[index]) for index in layers}
         for name in ("expert order", "order of hidden units")
     )
 
@@ -214,10 +221,13 @@ def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Ge
             yield Check(f"experts moved, {role} left", left(order, role), control=True)
     yield Check("hidden units moved, up projection left", left(units, "up"), control=True)
     if model.groups > 1:
-        torn = {i: PARTS["expert order"](layer.random(generator), still.layers[i]) for i, layer in layers.items()}
+        torn = {i: restricted("expert order", layer.random(generator), still.layers[i]) for i, layer in layers.items()}
         yield Check("experts moved across their groups", left(torn), control=True)
-    if not facts.units[""].sign and facts.units[""].order:
-        flipped = {i: replace(own, unit_scale=-own.unit_scale) for i, own in still.layers.items()}
+    if not facts.units[FIRST].sign and facts.units[FIRST].order:
+        flipped = {
+            i: own.with_bank(FIRST, replace(own.banks[FIRST], unit_scale=-own.banks[FIRST].unit_scale))
+            for i, own in still.layers.items()
+        }
         yield Check("signs that the hidden units do not allow", left(flipped), control=True)
     moved = run({index: Translated(layer) for index, layer in layers.items()})
     yield Check(f"router translated ({facts.router})", moved, control=facts.router != "softmax")

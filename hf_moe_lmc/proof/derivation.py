@@ -31,21 +31,23 @@ from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.notation import (
+    SHARED,
     UNIT_KINDS,
     UnitKind,
 )
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.checks import (
     HOLDS,
-    PARTS,
     SCALE,
     Rerun,
     Translated,
+    restricted,
 )
 from hf_moe_lmc.proof.disk_layout import read_templates
 from hf_moe_lmc.proof.memory_layout import Block, find_blocks
 from hf_moe_lmc.proof.miniature import miniature, outputs, skeleton
 from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
 TRANSFORMERS = SpecifierSet(">=5.23,<6")  # releases whose experts modules are built as `memory_layout` says
@@ -169,8 +171,8 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
             for index, layer in opened.layers.items():
                 one = layer.identity()
                 drawn = LayerSymmetry.random(*one.sizes.values(), signs=kind.sign, scale=SCALE, generator=generator)
-                elements[index] = PARTS[part](drawn, one)
-            units = {"": kind, "shared": kind}
+                elements[index] = restricted(part, drawn, one)
+            units = {FIRST: kind, SHARED: kind}
             return run({i: ActedLayer(layer, elements[i], units) for i, layer in opened.layers.items()}) < HOLDS
 
         first = next(iter(opened.layers.values()))
@@ -184,7 +186,9 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
             facts |= {"bank_units": {"shared": shared}} if shared != facts["units"] else {}
         groups = _declared_groups(text)
         if groups > 1:
-            torn = {i: PARTS["expert order"](layer.random(generator), layer.identity()) for i, layer in opened.layers.items()}
+            torn = {
+                i: restricted("expert order", layer.random(generator), layer.identity()) for i, layer in opened.layers.items()
+            }
             if run({i: ActedLayer(layer, torn[i], layer.units) for i, layer in opened.layers.items()}) > HOLDS:
                 facts["groups"] = str(groups)
         return facts

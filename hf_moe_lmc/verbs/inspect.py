@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.source import Repository
-from hf_moe_lmc.moe.layer import Bank, MoELayer
+from hf_moe_lmc.moe.experts import Bank
+from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import (
     EXPERT_ROLES,
@@ -18,6 +19,8 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
 )
 from hf_moe_lmc.proof.recognition import recognise
+from hf_moe_lmc.runtime.tables import aligned
+from hf_moe_lmc.symmetry.banks import FIRST
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Inspection:
             "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
             "symmetry": self.symmetry[0],
         }
-        lines = [f"{name:<14} {value}" for name, value in rows.items() if value]
-        return "\n".join([*lines, *(f"{'':<14} {line}" for line in self.symmetry[1:])])
+        facts = [(name, value) for name, value in rows.items() if value]
+        return "\n".join(aligned([*facts, *(("", line) for line in self.symmetry[1:])], least=(14,), gap=" "))
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -145,19 +148,19 @@ def _describe(model: MoEModel) -> Inspection:
         router=first.facts.router,
         expert_groups=model.groups,
         shared_units=model.sizes.get("shared", 0),
-        shared_kinds=_distinct(layer.units["shared"].name for layer in every if layer.sizes.get("shared")),
+        shared_kinds=_distinct(layer.shared.kind.name for layer in every if layer.sizes.get("shared")),
         units=model.sizes["unit"],
-        unit_kinds=_distinct(layer.units[""].name for layer in every),
+        unit_kinds=_distinct(layer.banks[FIRST].kind.name for layer in every),
         width=model.sizes["model"],
         banks={
             name: {"experts": bank.experts, "units": bank.unit_count, "unit_kind": bank.kind.name}
             for name, bank in first.banks.items()
-            if name
+            if name != FIRST
         },
         companions=_distinct(
             role
             for layer in every
-            for role in layer.banks[""].roles
+            for role in layer.banks[FIRST].roles
             if role in (*EXPERT_VECTORS, "expert_table") and role != "router"
         ),
         quantisation=model.quantisation.method if model.quantisation else None,
@@ -194,13 +197,13 @@ def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
         yield "the expert table, renamed to follow the experts"
     for bank in layer.banks.values() if not layer.quantisation else ():
         if bank.unit_count:
-            of = f"each expert of bank {bank.name}" if bank.name else "each expert"
+            of = "each expert" if bank.name == FIRST else f"each expert of bank {bank.name}"
             yield _units_in_words(of, bank.unit_count, bank.kind)
-    shared = layer.banks[""].shared_count
+    shared = layer.shared.unit_count
     if shared and not layer.quantisation:
-        same = layer.units["shared"] is layer.units[""]
+        same = layer.shared.kind is layer.banks[FIRST].kind
         likewise = f"hidden units of the shared expert likewise (S_{shared})"
-        yield likewise if same else _units_in_words("the shared expert", shared, layer.units["shared"])
+        yield likewise if same else _units_in_words("the shared expert", shared, layer.shared.kind)
     if layer.facts.router == "softmax":
         yield "one vector added to all router rows (left alone: it cannot change a barrier)"
     else:
@@ -216,10 +219,10 @@ def _order_in_words(bank: Bank, groups: int) -> str:
     along = ["router row", *along]
     each = f"each with its {', '.join(along[:-1])}{' and ' if along[1:] else ''}{along[-1]}"
     number = bank.experts
-    if not bank.name and groups > 1:
+    if bank.name == FIRST and groups > 1:
         size = number // groups
         return f"experts move within their group of {size} and with it among {groups} groups (S_{size} wr S_{groups}), {each}"
-    if not bank.name:
+    if bank.name == FIRST:
         return f"experts in any order (S_{number}), {each}"
     if number == 1:
         return f"the one expert of bank {bank.name} stays where it is"

@@ -16,6 +16,8 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.runtime.progress import size_of
+from hf_moe_lmc.runtime.tables import aligned
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.writing.output import lack_of_space
 from hf_moe_lmc.writing.shard_file import worker_count
 from hf_moe_lmc.writing.spans import SPAN
@@ -111,15 +113,9 @@ class Plan:
         if self.passes:
             times = "once" if self.passes == 1 else f"{self.passes} times"
             rows["evaluation"] = f"reads both models {times}; the time of the forward passes is not known beforehand"
-        shown = {name: value for name, value in rows.items() if value}
-        width = max(map(len, shown))
         possible = "would be possible" if self.problem is None else "would not be possible: there is no room for its output"
-        return "\n".join(
-            [
-                f"{self.verb} {possible}; nothing has been written",
-                *(f"{name:<{width}}  {value}" for name, value in shown.items()),
-            ]
-        )
+        shown = [(name, value) for name, value in rows.items() if value]
+        return "\n".join([f"{self.verb} {possible}; nothing has been written", *aligned(shown)])
 
 
 def planned(verb: str, output: Path, work: Work) -> Plan:
@@ -171,7 +167,7 @@ def _memory(models: Sequence[MoEModel], matched: bool) -> int:
 def _flops(model: MoEModel, index: int) -> int:
     """Of the full similarity of all pairs of experts that are matched in a layer."""
     layer = model.layers[index]
-    shared = 2 * 3 * layer.banks[""].shared_count ** 2 * layer.banks[""].width
+    shared = 2 * 3 * layer.shared.unit_count**2 * layer.banks[FIRST].width
     return sum(2 * bank.experts * bank.unit_count * bank.expert_numel for bank in layer.banks.values()) + shared
 
 

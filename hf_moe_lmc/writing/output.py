@@ -34,7 +34,7 @@ from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.shard_file import _in_parallel, _ShardFile
-from hf_moe_lmc.writing.spans import Scratch, Span
+from hf_moe_lmc.writing.spans import Span
 from hf_moe_lmc.writing.workplace import (
     Kept,
     Workplace,
@@ -132,11 +132,11 @@ class FolderWriter:
 
     def _jobs(
         self, stream: TensorStream, files: list[_ShardFile], tell: Callable[[int], object]
-    ) -> Iterator[Callable[[Scratch], None]]:
+    ) -> Iterator[Callable[[], None]]:
         telling = threading.Lock()
 
-        def write(file: _ShardFile, span: Span, scratch: Scratch) -> None:
-            values = span.compute(scratch).to(span.dtype)
+        def write(file: _ShardFile, span: Span) -> None:
+            values = span.compute().to(span.dtype)
             if not self._allow_nonfinite and not is_finite(values):
                 raise self._not_finite(file, span, values)
             file.write(span, values)
@@ -149,7 +149,7 @@ class FolderWriter:
             for span in stream.spans(file.shard):
                 file.hold()
                 yield partial(write, file, span)
-            yield lambda _, file=file: file.release()  # type: ignore[misc]
+            yield file.release
 
     def _not_finite(self, file: _ShardFile, span: Span, values: Tensor) -> CheckpointError:
         """What to say of a range with a value that is not finite: the tensor, and the input that it comes from."""

@@ -12,15 +12,15 @@ from torch import Tensor
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
 from hf_moe_lmc.checkpoints.quantisation import WAY_OUT
 from hf_moe_lmc.errors import CheckpointError, MismatchError
-from hf_moe_lmc.moe.layer import LayerSource, MoELayer, Piece
+from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.writing.spans import (
     Copied,
     Interpolated,
-    Scratch,
     Span,
     TensorSource,
 )
@@ -58,7 +58,7 @@ class ModelStream:
                 yield Span(start, piece.count, info.dtype, partial(self._assemble, layer, name, piece))
         yield from self.outside.spans(outside)
 
-    def _assemble(self, layer: MoELayer, name: str, piece: Piece, _: Scratch) -> Tensor:
+    def _assemble(self, layer: MoELayer, name: str, piece: Piece) -> Tensor:
         return layer.assemble(name, piece, self.layers[layer.index])
 
 

@@ -11,18 +11,15 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.matching.blocks import match_layer
+from hf_moe_lmc.matching.expert_costs import expert_cost, gate_cost, margin, sketched_expert_cost
 from hf_moe_lmc.matching.options import UnitMethod, WeightMatching
-from hf_moe_lmc.matching.order import (
-    expert_cost,
-    gate_cost,
-    margin,
-    sketched_expert_cost,
-)
 from hf_moe_lmc.matching.units import SCALE_GAIN, UnitRows, match_units, unit_cost
 from hf_moe_lmc.moe.action import ActedLayer
-from hf_moe_lmc.moe.layer import Bank, MoELayer
+from hf_moe_lmc.moe.experts import Bank, SharedExpert
+from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 from tests import tiny
 
@@ -107,9 +104,9 @@ def test_gate_cost_is_equation_10(saved: Callable[..., Path], family: str) -> No
     if family != "deepseek_v3":  # softmax: centred
         w, v = w - w.mean(0), v - v.mean(0)
     expected = torch.stack([(w[i] - v).norm(dim=1) for i in range(a.experts)])
-    found = gate_cost(a.banks[""], b.banks[""])
+    found = gate_cost(a.banks[FIRST], b.banks[FIRST])
     assert torch.allclose(found, expected)
-    shifted = gate_cost(a.banks[""], _Shifted(b.banks[""]))
+    shifted = gate_cost(a.banks[FIRST], _Shifted(b.banks[FIRST]))
     assert torch.allclose(found, shifted) == (family != "deepseek_v3")
 
 
@@ -148,7 +145,7 @@ def test_expert_cost_is_equation_11_in_every_form(
 ) -> None:
     a, b = (model(saved(family, "per-expert", seed)) for seed in (0, 1))
     expected = literal_expert_cost(a, b, balanced=units == "scaled")
-    of_a, of_b = a.layers[1].banks[""], b.layers[1].banks[""]
+    of_a, of_b = a.layers[1].banks[FIRST], b.layers[1].banks[FIRST]
     found = expert_cost(of_a, of_b, units, CPU)
     assert found.form == "gram" and torch.allclose(found.values, expected, rtol=1e-4)
     products = expert_cost(_Narrow(of_a), of_b, units, CPU)
@@ -184,11 +181,11 @@ def test_a_planted_symmetry_is_found_exactly(saved: Callable[..., Path], family:
         b = _Planted(layer, planted)
         found = match_layer(layer, b, WeightMatching(order=order), groups=a.groups)
         assert found.symmetry.isclose(planted.inverse())
-        assert found.distance_after_units < 1e-5 * found.distance_before
-        assert found.router_distance_after < 1e-6 * found.router_distance_before
+        assert found.first.distance_after_units < 1e-5 * found.first.distance_before
+        assert found.first.router_distance_after < 1e-6 * found.first.router_distance_before
         found.symmetry.validate("found", a.groups)
         plain = match_layer(layer, b, WeightMatching(order=order, units="plain"), groups=a.groups)
-        assert plain.distance_after_units > 0.1 * plain.distance_before  # signs are invisible to it
+        assert plain.first.distance_after_units > 0.1 * plain.first.distance_before  # signs are invisible to it
 
 
 class _Planted:
@@ -197,6 +194,7 @@ class _Planted:
     def __init__(self, layer: MoELayer, symmetry: LayerSymmetry) -> None:
         self.layer, self.values = layer, ActedLayer(layer, symmetry, layer.units).read
         self.banks = {name: Bank(self, name) for name in layer.banks}
+        self.shared = SharedExpert(self)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.layer, name)
@@ -211,16 +209,21 @@ def test_best_keeps_the_order_that_leaves_less_and_reports_all_distances(saved: 
         for order in ("gate", "expert", "best")
     }
     best = found["best"]
-    assert best.candidates == {"gate": found["gate"].distance_after_units, "expert": found["expert"].distance_after_units}
-    assert best.distance_after_units == min(best.candidates.values()) == best.candidates[best.order_method]
-    assert best.distance_after_units < best.distance_after_order
+    assert best.first.candidates == {
+        "gate": found["gate"].first.distance_after_units,
+        "expert": found["expert"].first.distance_after_units,
+    }
+    assert (
+        best.first.distance_after_units == min(best.first.candidates.values()) == best.first.candidates[best.first.order_method]
+    )
+    assert best.first.distance_after_units < best.first.distance_after_order
     for matching in found.values():
         acted = ActedLayer(layer_b, matching.symmetry, layer_b.units)
         pairs = [(r, e) for r in layer_a.expert_roles for e in range(layer_a.experts)]
         after = sum(float((layer_a.read(r, e) - acted.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
         before = sum(float((layer_a.read(r, e) - layer_b.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
-        assert after == pytest.approx(matching.distance_after_units, rel=1e-5)
-        assert before == pytest.approx(matching.distance_before, rel=1e-5)
+        assert after == pytest.approx(matching.first.distance_after_units, rel=1e-5)
+        assert before == pytest.approx(matching.first.distance_before, rel=1e-5)
 
 
 def test_unknown_methods_are_refused() -> None:
@@ -254,7 +257,6 @@ def test_weights_that_are_not_finite_are_named(
 
 @pytest.fixture
 def every_expert_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_moe_lmc.matching.blocks.SMALL", 0)
     monkeypatch.setattr("hf_moe_lmc.matching.units.SMALL", 0)
 
 
@@ -273,11 +275,11 @@ def test_sketches_find_what_the_full_costs_find(saved: Callable[..., Path], fami
         exact = match_layer(layer, b, WeightMatching(order=order, exact=True), groups=a.groups)
         assert found.symmetry.isclose(exact.symmetry) and found.symmetry.isclose(exact.symmetry)
         for name in NUMBERS:
-            assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5, abs=1e-5), name
-        assert set(exact.way) == {"exact"} and "exact" not in found.way
-        assert exact.order_margin is None and exact.order_decided == ("both" if order == "best" else "asked")
-        assert found.order_decided == {"gate": "asked", "expert": "margin", "best": "margin"}[order]
-        assert found.candidates.keys() == exact.candidates.keys()
+            assert getattr(found.first, name) == pytest.approx(getattr(exact.first, name), rel=1e-5, abs=1e-5), name
+        assert set(exact.first.certificates) == {"exact"} and "exact" not in found.first.certificates
+        assert exact.first.order_margin is None and exact.first.order_decided == ("both" if order == "best" else "asked")
+        assert found.first.order_decided == {"gate": "asked", "expert": "margin", "best": "margin"}[order]
+        assert found.first.candidates.keys() == exact.first.candidates.keys()
 
 
 @pytest.mark.usefixtures("every_expert_is_wide")
@@ -287,10 +289,12 @@ def test_unrelated_experts_go_the_exact_way(saved: Callable[..., Path], order: s
     found, exact = (match_layer(a, b, WeightMatching(order=order, exact=exact)) for exact in (False, True))
     assert found.symmetry.isclose(exact.symmetry)
     for name in NUMBERS:
-        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-5), name
-    assert set(found.way) == {"exact"}
+        assert getattr(found.first, name) == pytest.approx(getattr(exact.first, name), rel=1e-5), name
+    assert set(found.first.certificates) == {"exact"}
     best = match_layer(a, b, WeightMatching())  # unproved orders are said to be so
-    assert best.order_decided in ("sketch", "both") and best.order_margin is not None and best.order_margin > 0.5
+    assert (
+        best.first.order_decided in ("sketch", "both") and best.first.order_margin is not None and best.first.order_margin > 0.5
+    )
 
 
 @pytest.mark.usefixtures("every_expert_is_wide")
@@ -311,7 +315,7 @@ def test_each_related_expert_is_read_once_and_the_first_of_each_cycle_twice(
     read.clear()
     planted = layer.random(torch.Generator().manual_seed(0))
     match_layer(layer, _Planted(layer, planted), WeightMatching())
-    order, cycles, seen = planted.expert_order.tolist(), 0, set()
+    order, cycles, seen = planted.banks[FIRST].expert_order.tolist(), 0, set()
     for start in range(layer.experts):
         cycles += start not in seen and order[start] != start
         while start not in seen:

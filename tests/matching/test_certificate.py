@@ -125,7 +125,7 @@ def test_what_is_certified_is_what_the_full_costs_give(kind: str, gated: bool, u
                 ways.add(None)
                 continue
             matched = found[0].match(found[1], 0.0)
-            ways.add(matched.way)
+            ways.add(matched.certificate)
             assert torch.equal(matched.order, exact.order) and torch.equal(matched.scale, exact.scale)
             assert matched.squared_after == pytest.approx(exact.squared_after, rel=1e-5, abs=1e-6)
             assert sigma <= 0.8 and torch.equal(matched.order, planted)

@@ -27,6 +27,7 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.quantised import check_scales
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.miniature import build, outputs, shrink
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.apply import apply
@@ -296,7 +297,7 @@ def moved_by_hand(model: MoEModel, symmetry: ModelSymmetry) -> Parts:
     """The bytes of the MoE blocks after a move of whole experts, without the package's view of them."""
     stored, result = tiny.tensors(model.checkpoint.source.root), {}
     for index, layer in model.layers.items():
-        order = symmetry.layers[index].expert_order
+        order = symmetry.layers[index].banks[FIRST].expert_order
         for name in layer.claims:
             if match := EXPERT.search(name):
                 source = f"{name[: match.start(1)]}{order[int(match[1])]}{name[match.end(1) :]}"
@@ -355,14 +356,17 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
     assert dequantised.quantisation is None and model.quantisation is not None
     count = 0
     for index, layer in dequantised.layers.items():
-        for bank, other in zip(layer.banks.values(), model.layers[index].banks.values(), strict=True):
-            assert (bank.unit_count, bank.shared_count, bank.width) == (other.unit_count, other.shared_count, other.width)
-            assert set(bank.roles) <= set(other.roles)
-            for role in ("gate", "up", "down", "shared_gate", "shared_up", "shared_down"):
-                for expert in (None,) if "shared" in role else range(bank.experts):
-                    if role in bank.roles:
-                        assert torch.equal(bank.read(role, expert).float(), other.read(role, expert)), (index, role, expert)
-                        count += 1
+        quantised_layer = model.layers[index]
+        pairs = [(bank, quantised_layer.banks[name], range(bank.experts)) for name, bank in layer.banks.items()]
+        for bank, other, _ in pairs:
+            assert (bank.unit_count, bank.width) == (other.unit_count, other.width)
+        assert layer.shared.unit_count == quantised_layer.shared.unit_count
+        for experts, other, numbers in [*pairs, (layer.shared, quantised_layer.shared, [None])]:
+            assert set(experts.roles) <= set(other.roles)
+            for role in [role for role in ("gate", "up", "down") if role in experts.roles]:
+                for expert in numbers:
+                    assert torch.equal(experts.read(role, expert).float(), other.read(role, expert)), (index, role, expert)
+                    count += 1
     assert count >= 12 * 3 * 2
     # orders found on one are good for the other
     symmetry = random_orders(model)
@@ -452,7 +456,7 @@ def test_the_way_out_leads_out(quantised: Callable[[str], Path], tmp_path: Path,
     assert tensor_dtypes(way, "down") == {torch.bfloat16}
     assert tiny.relative_difference(outputs(load(tmp_path / "way")), outputs(exact)) < 1e-6
     moved = way.random(torch.Generator().manual_seed(0), scale=1.0)
-    assert not torch.equal(moved.layers[1].unit_order, way.identity().layers[1].unit_order)
+    assert not torch.equal(moved.layers[1].banks[FIRST].unit_order, way.identity().layers[1].banks[FIRST].unit_order)
     apply(moved, tmp_path / "way", tmp_path / "moved")
     merge(tmp_path / "way", tmp_path / "moved", tmp_path / "merged")
 
@@ -521,7 +525,10 @@ def test_whatever_would_need_new_scales_is_refused_with_a_way_out(
         apply(finer, folder, tmp_path / "out")
     assert "save_original_format=False" in str(refusal.value)
     still = {i: LayerSymmetry.identity(*layer.sizes.values()) for i, layer in finer.layers.items()}
-    signs = {i: replace(layer, unit_scale=-layer.unit_scale) for i, layer in still.items()}
+    signs = {
+        i: layer.with_bank(FIRST, replace(layer.banks[FIRST], unit_scale=-layer.banks[FIRST].unit_scale))
+        for i, layer in still.items()
+    }
     with pytest.raises(SymmetryError, match=r"would need new scales.*\n.*hidden units change sign"):
         apply(ModelSymmetry(finer.family, 1, signs), folder, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"cannot be interpolated; align and apply can.*dequantize=True"):

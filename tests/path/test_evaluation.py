@@ -28,6 +28,7 @@ from hf_moe_lmc.path.sweep import Lane
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
 from hf_moe_lmc.proof.checks import write
 from hf_moe_lmc.proof.miniature import build, shrink
+from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.streams import interpolated
 from tests import zoo
@@ -62,7 +63,12 @@ def drawn(b: MoEModel) -> ModelSymmetry:
     """A random symmetry; where a table tells the experts of each token, they stay."""
     found = b.random(torch.Generator().manual_seed(0), scale=2.0)
     tables = [number for number, layer in b.layers.items() if any(name.endswith("tid2eid") for name in layer.claims)]
-    still = {i: replace(found.layers[i], expert_order=torch.arange(b.layers[i].experts)) for i in tables}
+    still = {
+        i: found.layers[i].with_bank(
+            FIRST, replace(found.layers[i].banks[FIRST], expert_order=torch.arange(b.layers[i].experts))
+        )
+        for i in tables
+    }
     return replace(found, layers={**found.layers, **still})
 
 

@@ -78,11 +78,10 @@ def test_ranges_of_layers_go_together(plain: BarrierReport, measure: Callable[..
     entries = report.to_dict()["layerwise"]
     assert [entry.get("layer", entry.get("layers")) for entry in entries] == [1, 2, [0, 2], [1, 2]]
     assert all(("layer" in entry) != ("layers" in entry) for entry in entries)
-    single, _ = report.of_layers(2)
-    both, _ = report.of_layers(1, 2)
+    single, both = (report.layers[span].curve for span in ((2, 2), (1, 2)))
     assert single.t == both.t == (0, 0.5, 1) and single.nll[0] == both.nll[0] != both.nll[1] != single.nll[1]
     alone = measure(layers="0", routing=False, naive=False)
-    assert list(alone.layerwise or {}) == [(0, 0)] and len(alone.of_layers(0)[0].t) == 7
+    assert list(alone.layerwise or {}) == [(0, 0)] and len(alone.layers[0, 0].t) == 7
 
 
 def test_layers_that_do_not_exist_are_refused(measure: Callable[..., BarrierReport]) -> None:

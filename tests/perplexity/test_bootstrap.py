@@ -43,7 +43,7 @@ def test_the_bootstrap_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     barriers = curve.barrier((0.0, 0.5, 1.0), found)
     literal = [max(0.0, m - (a + b) / 2) for a, m, b in expected]
     assert drawn.interval(barriers) == pytest.approx(tuple(np.percentile(literal, [2.5, 97.5])))
-    assert drawn.describe()["unit"] == "document" and drawn.note is None
+    assert drawn.describe()["unit"] == "document" and drawn.caveat is None
 
 
 def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:
@@ -75,12 +75,12 @@ def test_pairing_makes_differences_surer_and_clusters_keep_them_honest() -> None
 def test_one_document_falls_back_to_its_windows_and_says_so() -> None:
     losses = np.array([[2.0, 3.0, 4.0], [3.0, 4.0, 4.0]])
     one = Bootstrap((5, 5, 5), (1, 1, 1))
-    assert (one.unit, one.count) == ("window", 3) and "as if they were independent" in (one.note or "")
+    assert (one.unit, one.count) == ("window", 3) and "as if they were independent" in (one.caveat or "")
     low, high = one.interval(one.means(losses)[:, 0]) or (0, 0)
     assert 2 <= low < 3 < high <= 4
     single = Bootstrap((0,), (4,))
-    assert single.interval(single.means(losses[:, :1])[:, 0]) is None and "no intervals" in (single.note or "")
-    assert "3 documents only" in (Bootstrap((0, 1, 1, 9), (1, 1, 1, 1)).note or "")
+    assert single.interval(single.means(losses[:, :1])[:, 0]) is None and "no intervals" in (single.caveat or "")
+    assert "3 documents only" in (Bootstrap((0, 1, 1, 9), (1, 1, 1, 1)).caveat or "")
     assert half_width(None) == 0 and half_width((1.0, 2.0)) == 0.5
 
 

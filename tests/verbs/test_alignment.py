@@ -13,9 +13,9 @@ import transformers
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MismatchError, SymmetryError
-from hf_moe_lmc.moe.layer import LayerSource
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.proof.checks import reloaded, write
 from hf_moe_lmc.proof.miniature import build, shrink
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
@@ -441,7 +441,7 @@ def test_a_table_of_token_experts_is_relabelled_and_decides_the_order(tmp_path: 
         merge(a, tmp_path / "b", tmp_path / "naive", align=False)
     alignment = merge(a, tmp_path / "b", tmp_path / "merged")
     assert torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "merged")[table])
-    assert "table" in {matching.order_method for matching in alignment.layers.values()}
+    assert "table" in {matching.first.order_method for matching in alignment.layers.values()}
     check_alignment(alignment.to_dict())
 
 

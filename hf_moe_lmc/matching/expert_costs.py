@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.matching.units import UnitRows
-from hf_moe_lmc.moe.layer import Bank
+from hf_moe_lmc.moe.experts import Bank
 
 WORKSPACE = 256 << 20  # most bytes for the Gram matrices of one role; see `_workspace`
 SKETCH_SEED = 20250911  # one fixed projection, independent of the weights
