@@ -7,7 +7,6 @@ import importlib
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.perplexity import bootstrap
 from hf_moe_lmc.writing import shard_file, spans
 from tests import prose, tiny
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {".": "*.md", "docs": "*.md", "model_cards": "README.md"}
@@ -77,13 +77,6 @@ QUOTED = [
 
 def read(page: str) -> str:
     return PAGES[page].read_text(encoding="utf-8")
-
-
-def script(name: str) -> ModuleType:
-    folder = str(ROOT / "scripts")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # scripts import each other by name
-    return importlib.import_module(name)
 
 
 class StandIn:
