@@ -13,7 +13,6 @@ and the files move into OUT one by one, the index last. Nothing here runs code w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import Tensor
@@ -37,6 +37,7 @@ PACKAGES = ("hf_moe_lmc", "torch", "transformers", "scipy")  # what can change a
 ENDING = ".safetensors"
 UNFINISHED = ".unfinished"
 INSIDE = ".progress"
+LOCK = "lock"
 REPLACED = "replaced"
 PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
 TELLTALES = ("config.json", "report.json", "symmetry.safetensors")  # one of them is in whatever this package writes
@@ -263,6 +264,8 @@ def at_work(
         lock = _locked(folder, root)
     except OSError as error:
         _remove_empty(made)
+        if isinstance(error, FileExistsError) and not folder.is_file():
+            raise _in_use(root, folder) from error  # its last holder removed it at that moment
         raise OutputError(f"{shown}: cannot be written ({error.strerror}); choose another output") from error
     workplace = Workplace(root, folder, overwrite)
     try:
@@ -283,7 +286,7 @@ def at_work(
     else:
         _remove(folder)
     finally:
-        os.close(lock)
+        lock.release()
         _remove_empty(made)
 
 
@@ -339,9 +342,9 @@ def _held_in(root: Path) -> list[str]:
 def _remove(folder: Path) -> None:
     """Removes a workplace: the lock last, and before it the word that its output is whole."""
     _empty(folder)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == "lock", path.name == PLAN)):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == PLAN)):
         path.unlink()
-    folder.rmdir()
+    _remove_empty([folder])
 
 
 def _sweep(folder: Path) -> None:
@@ -374,21 +377,21 @@ def _choose(root: Path) -> Path:
     return beside
 
 
-def _locked(folder: Path, root: Path) -> int:
-    """The lock of a folder; the system takes it back from a process that ends."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+def _locked(folder: Path, root: Path) -> FileLock:
+    """The lock of a folder; the system takes it back from a process that ends.
+
+    A file system without locks is an error: a file that only stands for a lock would outlive a process that is killed.
+    """
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = (folder / "lock").stat().st_ino == os.fstat(lock).st_ino  # or its last holder has just removed it
-    except (BlockingIOError, FileNotFoundError):
-        held = False
-    except OSError:
-        os.close(lock)
-        raise
-    if not held:
-        os.close(lock)
-        raise OutputError(f"{root}: another process writes there ({folder} is locked); wait for it, or name another output")
+        lock.acquire(blocking=False)
+    except (Timeout, FileNotFoundError) as error:  # it is held, or its last holder has just removed the folder
+        raise _in_use(root, folder) from error
     return lock
+
+
+def _in_use(root: Path, folder: Path) -> OutputError:
+    return OutputError(f"{root}: another process writes there ({folder} is locked); wait for it, or name another output")
 
 
 def _empty(folder: Path) -> None:
