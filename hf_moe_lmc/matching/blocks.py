@@ -83,7 +83,7 @@ def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: t
     best = min(distances, key=lambda name: distances[name])
     permutation = found.permutations[best]
     matches = [pairs.match(i, int(j)) for i, j in enumerate(permutation)] if has_units else []
-    router_a, router_b = a.read("router").double(), b.read("router").double()
+    router_a, router_b = a.values("router").double(), b.values("router").double()
     return BankMatching(
         symmetry=_bank_symmetry(permutation, matches),
         order_method=best,

@@ -38,23 +38,23 @@ class ActedLayer:
     symmetry: LayerSymmetry
     units: Mapping[str, UnitKind]
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
         bank, base = split_role(role)
         if base.startswith("shared_"):
             return self._shared(role, base.removeprefix("shared_"))
         g = self.symmetry.banks[bank]
         if is_expert_role(role):
             assert expert is not None
-            values = self.layer.read(role, int(g.expert_order[expert]))
+            values = self.layer.stored(role, int(g.expert_order[expert]))
             return _act_on_units(base, values, g.unit_order[expert], g.unit_scale[expert], self.units[bank])
-        values = self.layer.read(role)
+        values = self.layer.stored(role)
         if base == "expert_table":
             return g.expert_order.argsort().to(values.dtype)[values]
         return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
 
     def _shared(self, role: str, base: str) -> Tensor:
         g = self.symmetry.shared
-        return _act_on_units(base, self.layer.read(role), g.order, g.scale, self.units[SHARED])
+        return _act_on_units(base, self.layer.stored(role), g.order, g.scale, self.units[SHARED])
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:

@@ -132,5 +132,5 @@ class _Acted:
     layer: MoELayer
     elements: Mapping[int, LayerSymmetry]
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        return ActedLayer(self.layer, self.elements[self.layer.index], self.layer.units).read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return ActedLayer(self.layer, self.elements[self.layer.index], self.layer.units).stored(role, expert)

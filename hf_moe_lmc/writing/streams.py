@@ -99,8 +99,8 @@ class InterpolatedLayer:
     t: float
     rounded: bool = False
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        a, b = self.a.read(role, expert), self.b.read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        a, b = self.a.stored(role, expert), self.b.stored(role, expert)
         try:
             if not (self.rounded and a.dtype == b.dtype):
                 return interpolate(a, b, self.t)
