@@ -96,7 +96,7 @@ def align_models(
     *,
     allow_nonfinite: bool = False,
     progress: Workplace | None = None,
-    tell: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
+    deliver: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
@@ -104,7 +104,7 @@ def align_models(
     earlier call has matched are taken from there.
 
     Args:
-        tell: called with each layer of `b` and its element as soon as that is known.
+        deliver: called with each layer of `b` and its element as soon as that is known.
 
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
     """
@@ -121,10 +121,10 @@ def align_models(
         earlier = mates.from_main(before.get(index))
         assert earlier is not None
         layers[index] = earlier
-        tell(index, earlier.symmetry)
+        deliver(index, earlier.symmetry)
     alone = sorted(b.layers.keys() - a.layers.keys())
     for index in alone:
-        tell(index, b.layers[index].identity())
+        deliver(index, b.layers[index].identity())
     if before:
         warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call")
     left = [index for index in wanted if index not in layers]
@@ -140,7 +140,7 @@ def align_models(
                 layers[index] = matching
                 if kept:
                     write_matching(kept, index, matching)
-                tell(index, matching.symmetry)
+                deliver(index, matching.symmetry)
             bar.update(len(members))
     layers = dict(sorted(layers.items()))
     if alone:

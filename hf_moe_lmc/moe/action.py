@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numpy calls any dtype of a size
+
+Elements = Mapping[int, LayerSymmetry | Future[LayerSymmetry]]  # by layer; one may still be on its way
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,25 @@ class ActedLayer:
     def _shared(self, role: str, base: str) -> Tensor:
         g = self.symmetry.shared
         return _act_on_units(base, self.layer.stored(role), g.order, g.scale, self.units[SHARED])
+
+
+@dataclass(frozen=True)
+class AwaitedLayer:
+    """A block in coordinates that are still being computed: a read waits for them.
+
+    Attributes:
+        units: as in ActedLayer.
+
+    Raises, when read:
+        CancelledError: they will not come.
+    """
+
+    layer: LayerSource
+    symmetry: Future[LayerSymmetry]
+    units: Mapping[str, UnitKind]
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return ActedLayer(self.layer, self.symmetry.result(), self.units).stored(role, expert)
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:

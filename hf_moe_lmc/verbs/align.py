@@ -14,7 +14,7 @@ from hf_moe_lmc.publishing.push import check_publishable, publish
 from hf_moe_lmc.runtime.processes import team, together
 from hf_moe_lmc.verbs.inputs import download, open_models
 from hf_moe_lmc.writing.output import begin, writing
-from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
+from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 from hf_moe_lmc.writing.streams import rewritten
 
 
@@ -67,11 +67,11 @@ def align(
         facts = {"what": "align", "symmetry_only": symmetry_only, "allow_nonfinite": allow_nonfinite}
         facts |= matching_facts(model_a, model_b, method)
         with writing(workplace, facts, inputs=[model_b.checkpoint], allow_nonfinite=allow_nonfinite) as writer:
-            elements = Awaited(model_b.layers)
+            elements = pending(model_b.layers)
             stream = rewritten(model_b, elements)
-            with written_meanwhile(None if symmetry_only else writer, stream, elements) as tell:
+            with written_meanwhile(None if symmetry_only else writer, stream, elements) as deliver:
                 alignment = align_models(
-                    model_a, model_b, method, allow_nonfinite=allow_nonfinite, progress=workplace, tell=tell
+                    model_a, model_b, method, allow_nonfinite=allow_nonfinite, progress=workplace, deliver=deliver
                 )
             if writer and not symmetry_only:
                 writer.write_checkpoint_files(model_b.checkpoint)

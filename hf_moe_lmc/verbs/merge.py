@@ -7,7 +7,8 @@ are, and transformers is not even imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team, together
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.output import TensorStream, begin, writing
-from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
+from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 from hf_moe_lmc.writing.spans import PlainStream
 from hf_moe_lmc.writing.workplace import check_output
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
     from hf_moe_lmc.moe.model import MoEModel
-    from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 
 
 @together
@@ -92,8 +93,8 @@ def merge(
             alignment = None
             if found.search:
                 elements, search = found.search
-                with written_meanwhile(writer, found.stream, elements) as tell:
-                    alignment = search(allow_nonfinite=allow_nonfinite, progress=workplace, tell=tell)
+                with written_meanwhile(writer, found.stream, elements) as deliver:
+                    alignment = search(allow_nonfinite=allow_nonfinite, progress=workplace, deliver=deliver)
             elif writer:
                 writer.write_tensors(found.stream)
             used = alignment.symmetry if alignment else found.given
@@ -124,7 +125,7 @@ class _Merge:
     stream: TensorStream
     facts: dict[str, Any]
     given: ModelSymmetry | None = None
-    search: tuple[Awaited, Callable[..., Alignment]] | None = None
+    search: tuple[Mapping[int, Future[LayerSymmetry]], Callable[..., Alignment]] | None = None
 
 
 def _plain(a: Checkpoint, b: Checkpoint, t: float) -> _Merge:
@@ -193,7 +194,7 @@ def _modelled(
     download(model_a, model_b, given=given)
     of_a, of_b = model_a.checkpoint, model_b.checkpoint
     if align and given is None:
-        elements = Awaited(model_b.layers)
+        elements = pending(model_b.layers)
         stream = interpolated(model_a, model_b, elements, t, rounded=True)
         facts = matching_facts(model_a, model_b, method)
         return _Merge(of_a, of_b, stream, facts, search=(elements, partial(align_models, model_a, model_b, method)))
