@@ -71,7 +71,7 @@ def align(
             stream = rewritten(model_b, elements)
             with written_meanwhile(None if symmetry_only else writer, stream, elements) as deliver:
                 alignment = align_models(
-                    model_a, model_b, method, allow_nonfinite=allow_nonfinite, progress=workplace, deliver=deliver
+                    model_a, model_b, method, allow_nonfinite=allow_nonfinite, workplace=workplace, deliver=deliver
                 )
             if writer and not symmetry_only:
                 writer.write_checkpoint_files(model_b.checkpoint)

@@ -153,7 +153,7 @@ def _barrier(
         download(a, b, given=given)
         mates.check_equal({"text": windows.describe()["tokens_sha256"]})
         if given is None:
-            alignment = align_models(a, b, options.matching, progress=progress)
+            alignment = align_models(a, b, options.matching, workplace=progress)
             used, matching = alignment.symmetry, alignment.to_dict()
         else:
             file = None if isinstance(symmetry, ModelSymmetry) or symmetry is None else os.fspath(symmetry)

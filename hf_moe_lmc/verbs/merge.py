@@ -94,7 +94,7 @@ def merge(
             if found.search:
                 elements, search = found.search
                 with written_meanwhile(writer, found.stream, elements) as deliver:
-                    alignment = search(allow_nonfinite=allow_nonfinite, progress=workplace, deliver=deliver)
+                    alignment = search(allow_nonfinite=allow_nonfinite, workplace=workplace, deliver=deliver)
             elif writer:
                 writer.write_tensors(found.stream)
             used = alignment.symmetry if alignment else found.given
