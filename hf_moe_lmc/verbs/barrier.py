@@ -207,7 +207,7 @@ class _Barrier(Job[BarrierReport]):
         """What B is aligned with, and what a report says of it."""
         if self.symmetry is not None:
             return self.symmetry, {"symmetry": self.file, **self.symmetry.metadata}
-        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, progress=workplace)
+        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workplace=workplace)
         return alignment.symmetry, alignment.to_dict()
 
 

@@ -179,15 +179,15 @@ class _Merge(Job["Alignment | None"]):
 
     def _write_tensors(self, writer: FolderWriter | None, workplace: Workplace | None) -> Alignment | None:
         from hf_moe_lmc.matching.alignment import align_models
-        from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
+        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
         from hf_moe_lmc.writing.streams import interpolated
 
         if self.method:
-            elements = Awaited(self.b.layers)
+            elements = pending(self.b.layers)
             stream = interpolated(self.a, self.b, elements, self.t, rounded=True)
-            with written_meanwhile(writer, stream, elements) as tell:
+            with written_meanwhile(writer, stream, elements) as deliver:
                 return align_models(
-                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, progress=workplace, tell=tell
+                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workplace=workplace, deliver=deliver
                 )
         if writer:
             used = self.symmetry or self.b.identity()

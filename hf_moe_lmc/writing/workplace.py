@@ -13,6 +13,7 @@ and the files move into OUT one by one, the index last. Nothing here runs code w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -247,14 +248,8 @@ def at_work(
         OutputError: the output is in use, holds something, or cannot be written.
     """
     shown = Path(output)
-    if shown.is_symlink() and not shown.exists():
-        raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
-    root = shown.resolve()
     held = [path for path in (Path(one).expanduser() for one in inputs) if path.is_dir()]
-    check_place(root, held, shown, overwrite=overwrite)
-    folder = _choose(root)
-    if folder.is_symlink():
-        raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
+    root, folder = _places(shown, held, overwrite=overwrite)
     fresh = not folder.is_dir()
     if fresh:
         check_empty(root, shown, overwrite=overwrite)
@@ -291,7 +286,9 @@ def at_work(
 
 
 def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
-    """Refuses an output that is no new or empty folder, or that lies where it must not.
+    """Refuses an output that is no new or empty folder, that lies where it must not, is in use or cannot be written.
+
+    Nothing is changed: a dry run is refused what the run would be.
 
     Args:
         inputs: folders that are read.
@@ -300,10 +297,28 @@ def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *,
     Raises:
         OutputError: naming the folder and what was found.
     """
-    root = Path(output).resolve()
-    check_place(root, inputs, Path(output), overwrite=overwrite)
-    if not (_choose(root) / PLAN).exists():  # else a call was stopped while it published: `at_work` looks at what stands
-        check_empty(root, Path(output), overwrite=overwrite)
+    shown = Path(output)
+    root, folder = _places(shown, inputs, overwrite=overwrite)
+    if not (folder / PLAN).exists():  # else a call was stopped while it published: `at_work` looks at what stands
+        check_empty(root, shown, overwrite=overwrite)
+    if (folder / LOCK).exists():
+        _locked(folder, root).release()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
+        raise OutputError(f"{shown}: cannot be written ({os.strerror(reason)}); choose another output")
+
+
+def _places(shown: Path, inputs: Sequence[Path], *, overwrite: bool) -> tuple[Path, Path]:
+    """The output and its workplace, as far as both can be where they are."""
+    if shown.is_symlink() and not shown.exists():
+        raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
+    root = shown.resolve()
+    check_place(root, inputs, shown, overwrite=overwrite)
+    folder = _choose(root)
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
+    return root, folder
 
 
 def check_place(root: Path, inputs: Sequence[Path], shown: Path, *, overwrite: bool) -> None:

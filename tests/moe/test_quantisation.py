@@ -365,7 +365,7 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
             assert set(experts.roles) <= set(other.roles)
             for role in [role for role in ("gate", "up", "down") if role in experts.roles]:
                 for expert in numbers:
-                    assert torch.equal(experts.read(role, expert).float(), other.read(role, expert)), (index, role, expert)
+                    assert torch.equal(experts.values(role, expert).float(), other.values(role, expert)), (index, role, expert)
                     count += 1
     assert count >= 12 * 3 * 2
     # orders found on one are good for the other
