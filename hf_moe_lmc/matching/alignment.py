@@ -44,7 +44,7 @@ class Alignment:
         >>> found = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
         >>> sorted(found.layers), found.totals()["experts"]
         ([0, 1, 2], 18)
-        >>> found.layers[0].distance_after_units < found.layers[0].distance_before
+        >>> found.layers[0].first.distance_after_units < found.layers[0].first.distance_before
         True
     """
 

@@ -304,9 +304,17 @@ def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *,
     if (folder / LOCK).exists():
         _locked(folder, root).release()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
-        raise OutputError(f"{shown}: cannot be written ({os.strerror(reason)}); choose another output")
+    if problem := _why_not_writable(nearest):
+        raise OutputError(f"{shown}: cannot be written ({problem}); choose another output")
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """What the system would say to a new file in a folder; None: nothing."""
+    if not folder.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return os.strerror(errno.EROFS)
+    return None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
 
 
 def _places(shown: Path, inputs: Sequence[Path], *, overwrite: bool) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import hf_moe_lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe import registry
 from hf_moe_lmc.moe.reading import read_model
@@ -40,11 +42,24 @@ def names(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     a = read_model(Checkpoint.open(saved("mixtral")))
     g = a.random(torch.Generator().manual_seed(0), scale=2.0)
     moved = write(rewritten(a, g.layers), tmp_path_factory.mktemp("docstrings") / "b")
-    return {"a": a, "b": read_model(Checkpoint.open(moved)), "g": g}
+    return {"a": a, "b": read_model(Checkpoint.open(moved)), "g": g, "lmc": hf_moe_lmc}
 
 
+@pytest.fixture(scope="module")
+def folder(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where examples find the checkpoints `model-a` and `model-b`."""
+    place = tmp_path_factory.mktemp("examples")
+    for seed, name in enumerate(("model-a", "model-b")):
+        shutil.copytree(saved("mixtral", "per-expert", seed), place / name)
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 @pytest.mark.parametrize("module", MODULES)
-def test_the_examples_of_a_module_run(module: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_a_module_run(
+    module: str, names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(registry, "_FAMILIES", registry.families())  # examples may register families: in a copy
     found = import_module(module)
     examples = doctest.DocTestFinder(exclude_empty=True).find(found, module, extraglobs=names)
