@@ -1,7 +1,8 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
 The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
-`barrier`, `merge`, `push`, `demo`. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
+`barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of their verb
+and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
 `BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`. A new family of models is a `MoEFamily`, made known with `register`.
 """
 
@@ -9,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_moe_lmc.errors import InputError, MoELMCError
+    from hf_moe_lmc.errors import ForeignError, InputError, MoELMCError, MoELMCWarning
     from hf_moe_lmc.example.demo import demo
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.moe.catalogue import Catalogue, known_families
@@ -21,18 +22,15 @@ if TYPE_CHECKING:
     from hf_moe_lmc.proof.recognition import selftest
     from hf_moe_lmc.publishing.push import push
     from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-    from hf_moe_lmc.verbs.align import align
-    from hf_moe_lmc.verbs.apply import apply
-    from hf_moe_lmc.verbs.barrier import barrier
+    from hf_moe_lmc.verbs.align import align, plan_align
+    from hf_moe_lmc.verbs.apply import apply, plan_apply
+    from hf_moe_lmc.verbs.barrier import barrier, plan_barrier
     from hf_moe_lmc.verbs.inspect import Inspection, inspect
     from hf_moe_lmc.verbs.loading import load_interpolated
-    from hf_moe_lmc.verbs.merge import merge
-    from hf_moe_lmc.verbs.planning import (
-        Plan,
-        plan_align,
-        plan_apply,
-        plan_merge,
-    )
+    from hf_moe_lmc.verbs.merge import merge, plan_merge
+    from hf_moe_lmc.verbs.planning import Plan
+
+__version__ = "0.1.0"
 
 # Resolved on first use: torch and transformers take seconds to import, and a usage message needs neither.
 _HOMES = {
@@ -40,11 +38,13 @@ _HOMES = {
     "BarrierCurve": "perplexity.curve",
     "BarrierReport": "perplexity.report",
     "Catalogue": "moe.catalogue",
+    "ForeignError": "errors",
     "InputError": "errors",
     "Inspection": "verbs.inspect",
     "LayerSymmetry": "symmetry.group",
     "MoEFamily": "moe.family",
     "MoELMCError": "errors",
+    "MoELMCWarning": "errors",
     "ModelSymmetry": "symmetry.group",
     "Plan": "verbs.planning",
     "SelfTest": "proof.checks",
@@ -56,9 +56,10 @@ _HOMES = {
     "load_interpolated": "verbs.loading",
     "known_families": "moe.catalogue",
     "merge": "verbs.merge",
-    "plan_align": "verbs.planning",
-    "plan_apply": "verbs.planning",
-    "plan_merge": "verbs.planning",
+    "plan_align": "verbs.align",
+    "plan_barrier": "verbs.barrier",
+    "plan_apply": "verbs.apply",
+    "plan_merge": "verbs.merge",
     "push": "publishing.push",
     "register": "moe.registry",
     "selftest": "proof.recognition",
@@ -69,11 +70,13 @@ __all__ = [
     "BarrierCurve",
     "BarrierReport",
     "Catalogue",
+    "ForeignError",
     "InputError",
     "Inspection",
     "LayerSymmetry",
     "MoEFamily",
     "MoELMCError",
+    "MoELMCWarning",
     "ModelSymmetry",
     "Plan",
     "SelfTest",
@@ -87,6 +90,7 @@ __all__ = [
     "merge",
     "plan_align",
     "plan_apply",
+    "plan_barrier",
     "plan_merge",
     "push",
     "register",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 SHOWN = 8  # of faults of one kind, the rest is counted
 
@@ -41,6 +42,14 @@ class InputError(MoELMCError):
         kind: of many faults of one kind, a list shows some and counts the rest; a fault without a kind is always shown.
         faults: the errors that this one stands for, where it stands for several.
         more: how many others of a kind there are, which were only counted.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> try:
+        ...     lmc.inspect("./no-such-model")
+        ... except lmc.InputError as error:
+        ...     print(error.exit_code, error)
+        2 ./no-such-model: no such folder (it looks like a local path, so the Hub was not asked; ...)
     """
 
     exit_code = 2
@@ -120,6 +129,21 @@ class Faults:
             combined = common("\n".join([f"{count} faults; nothing has been done:", *lines]))
             combined.faults, combined.more = tuple(self.found), self.more
             raise combined
+
+
+def refuse_idle(options: Mapping[str, Any], because: str) -> None:
+    """Refuses options that could have no effect: each is a misunderstanding, better said than ignored.
+
+    Args:
+        options: by name; None: not given.
+
+    Raises:
+        InputError: one is given, or more.
+    """
+    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if named:
+        them = "them" if len(named) > 1 else "it"
+        raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave {them} out")
 
 
 def listing(lines: list[str], limit: int = SHOWN) -> str:

@@ -39,7 +39,7 @@ from hf_moe_lmc.example.protocol import (
 )
 from hf_moe_lmc.matching.assignment import assign
 from hf_moe_lmc.matching.units import UnitRows, match_units
-from hf_moe_lmc.verbs.inputs import open_models
+from hf_moe_lmc.verbs.inputs import Inputs
 
 CONFIG = MixtralConfig(
     vocab_size=1024,
@@ -175,7 +175,7 @@ def order_gaps(a: Path, b: Path, layers: list[int], report: BarrierReport) -> li
     gaps = []
     chosen = {layer["layer"]: layer["distance_after_units"] for layer in report.matching["layers"]}
     with ExitStack() as stack:
-        model_a, model_b = open_models(a, b, stack)
+        model_a, model_b, _ = Inputs(stack).pair(a, b)
         for index in layers:
             of_a, of_b = model_a.layers[index], model_b.layers[index]
             rows = [

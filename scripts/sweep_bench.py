@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
-from hf_moe_lmc.path.endpoints import Endpoints, Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.endpoints import Endpoints, Point, conversions
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
 from hf_moe_lmc.proof.checks import write
@@ -94,14 +94,13 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
             forwards += time.perf_counter() - begun
 
         if way in ("sweep", "resident"):
-            found, _ = evaluate(
-                a, b, {"naive": b.identity()}, [Point("naive", t) for t in grid], windows,
-                EvaluationOptions(model_class=model_class, batch_size=WINDOWS, resident=way == "resident"),
-            )  # fmt: skip
+            options = EvaluationOptions(model_class=model_class, batch_size=WINDOWS, resident=way == "resident")
+            evaluator = Evaluator(a, b, windows, options)
+            found, _ = evaluator.evaluate({"naive": b.identity()}, [Point("naive", t) for t in grid])
             losses = list(found)
         elif way == "in_place":
             skeleton = Skeleton(model_class, a.config, dtype=torch.float32, device=torch.device("cpu"))
-            ends = Endpoints(a, b, {"naive": b.identity()}, skeleton)
+            ends = Endpoints(a, b, {"naive": b.identity()}, skeleton, conversions(skeleton, a, b))
             names = [name for name in skeleton.state if name not in skeleton.tied]
             ends.load(names)
             ends.place(names, "naive", 0.0)

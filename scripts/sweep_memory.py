@@ -26,7 +26,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.perplexity.windows import Windows
 
 
@@ -69,7 +69,7 @@ def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
         base, started = anonymous(), time.perf_counter()
         threading.Thread(target=watch, daemon=True).start()
         options = EvaluationOptions(model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False)
-        losses, cost = evaluate(a, b, paths, grid, windows, options)
+        losses, cost = Evaluator(a, b, windows, options).evaluate(paths, grid)
         done.set()
         layer = next(iter(a.layers.values()))
         experts = sum(a.checkpoint.tensors[name].nbytes for name in layer.claims)

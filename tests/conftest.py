@@ -1,18 +1,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only tests/test_hub.py talks to a server, its own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only children talk to a server, our own
+os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "huggingface")  # the user's is left alone
+os.environ.pop("HF_HUB_CACHE", None)
+if sys.dont_write_bytecode:  # nothing is written beside the sources; without any bytecode each interpreter compiles for seconds
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of the workers of xdist, and of what tests start
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
 import torch
 import transformers
 
 from tests import tiny
+from tests.hub_server import HubServer
+from tests.interpreter import Interpreter
+
+TOKEN = "hf_tester"
 
 torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
 transformers.logging.set_verbosity_error()
@@ -49,3 +62,39 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "held_out.txt"
     path.write_text("The expert that answers is the one the router picked. " * 12, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder of the interpreter, and the folder of its Hub cache."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def environment(server: HubServer, home: Path) -> dict[str, str]:
+    """Of a user who is logged in to our own server; nothing of this machine's Hub settings or proxies."""
+    kept = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy$", name, re.IGNORECASE)}
+    return {
+        **kept,
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # freed tensors go back to the kernel: tests measure what is in use
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+
+
+@pytest.fixture(scope="session")
+def interpreter(environment: dict[str, str], home: Path) -> Iterator[Interpreter]:
+    """Runs programs in processes of their own that have everything imported."""
+    with Interpreter(environment, home) as interpreter:
+        yield interpreter

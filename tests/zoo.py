@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_moe_lmc.moe.reading import model_type
+from hf_moe_lmc.moe.registry import get_family
+from hf_moe_lmc.proof.small_config import shrink
 
 # the class default where nothing is given
 TOWERS = """
@@ -41,6 +48,8 @@ WRAPPERS = """
     llama4 minimax_m3_vl mistral_large4 muse_spark qwen3_5_moe qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp
     step3p7 unlimited_ocr
 """
+# those of them whose tower has another place or another layout than it has alone
+TOWERS_ELSEWHERE = ("aria", "llama4", "qwen3_omni_moe")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (TOWERS + WRAPPERS).split()} | VARIANTS
 
 
@@ -48,3 +57,35 @@ def original(case: str) -> PreTrainedConfig:
     """The configuration of a case at its full size."""
     model_type, values = CASES[case]
     return CONFIG_MAPPING[model_type](**copy.deepcopy(values))
+
+
+@cache
+def notation(case: str) -> tuple[str, frozenset[Any]]:
+    """The family of a case, and what its blocks show of the family's notation: axes, routers, units, groups, options."""
+    config = shrink(original(case))
+    family, text = get_family(model_type(config), case), config.get_text_config()
+    shown: set[Any] = {"groups"} if family.number(family.groups, text) > 1 else set()
+    for stack in family.stacks:
+        for layer in range(family.number(stack.layers, text)):
+            if family.evaluate(stack.moe_layers, text, layer=layer):
+                facts = family.at(text, layer)
+                shown |= {facts.router, *facts.when.items()} | {axis for axis, size in facts.sizes.items() if size}
+                shown |= {(bank, kind.name) for bank, kind in facts.units.items()}
+    return family.name, frozenset(shown)
+
+
+def covering(cases: Iterable[str]) -> list[str]:
+    """The first case of each family, each further one whose blocks show more of it, and TOWERS_ELSEWHERE."""
+    seen: dict[str, set[Any]] = {}
+    chosen = []
+    for case in cases:
+        family, shown = notation(case)
+        if family not in seen or shown - seen[family] or case in TOWERS_ELSEWHERE:
+            chosen.append(case)
+        seen.setdefault(family, set()).update(shown)
+    return chosen
+
+
+def to_prove() -> list[str]:
+    """The cases for the expensive tests: all where the environment asks for it, see scripts/check.sh."""
+    return list(CASES) if os.environ.get("HF_MOE_LMC_TEST_ALL") else covering(CASES)

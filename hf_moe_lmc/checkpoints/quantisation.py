@@ -23,9 +23,9 @@ from hf_moe_lmc.errors import CheckpointError, shown
 WAY_OUT = (
     "Take the model in bfloat16, or dequantise it with transformers: from_pretrained(..., dtype='bfloat16', "
     "quantization_config=FineGrainedFP8Config(dequantize=True)), or Mxfp4Config for mxfp4, then "
-    "save_pretrained(..., save_original_format=False). Of fp8, transformers 5.23 dequantises rightly only one tensor per "
-    "expert with sizes that are multiples of the block, and may leave scales out without an error (its load report then names "
-    "them as unexpected); for the rest, use the conversion script of the model's makers"
+    "save_pretrained(..., save_original_format=False). Of fp8, transformers 5.23 and 5.24 dequantise rightly only one tensor "
+    "per expert with sizes that are multiples of the block, and may leave scales out without an error (their load report "
+    "then names them as unexpected); for the rest, use the conversion script of the model's makers"
 )
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_BLOCK = 32

@@ -83,6 +83,11 @@ def demo(output: str | os.PathLike[str], *, tell: Callable[[str], None] = lambda
 
     Returns:
         The reports of the pairs `independent` and `shuffled`.
+
+    Example:
+        >>> reports = demo("demo", tell=print)  # doctest: +SKIP
+        >>> reports["independent"].percent_of_naive  # doctest: +SKIP
+        16.0...
     """
     check_output(output)
     root = Path(output)

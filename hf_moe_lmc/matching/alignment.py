@@ -38,6 +38,14 @@ class Alignment:
         outside: distance outside the MoE blocks.
         warnings: in words.
         seconds: of the whole computation.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> found = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
+        >>> sorted(found.layers), found.totals()["experts"]
+        ([0, 1, 2], 18)
+        >>> found.layers[0].distance_after_units < found.layers[0].distance_before
+        True
     """
 
     symmetry: ModelSymmetry

@@ -40,7 +40,7 @@ from hf_moe_lmc.matching import rows
 from hf_moe_lmc.matching.assignment import assign, prices
 from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.matching.units import Paired, UnitRows, unit_cost
-from hf_moe_lmc.runtime.memory import scratch
+from hf_moe_lmc.runtime.memory import reused
 
 CERTIFICATES = {
     "sketch": "optimal, proved by a sketch of the gate rows",
@@ -258,16 +258,16 @@ class _Costs:
         self.signed = (torch.cat(signed_left, dim=1), torch.cat(signed_right, dim=1)) if signed_left else None
 
     def block(self, some: slice) -> Tensor:
-        """Rows of the bounds, which may lie below 0, float32 [some, group, CLASSES]; this thread's until it asks for others.
+        """Rows of the bounds, which may lie below 0, float32 [some, group, CLASSES].
 
         Places beyond the last unit hold inf.
         """
         height, count, device = some.stop - some.start, len(self.right), self.left.device
         groups = max(2, -(-count // CLASSES))
-        whole = scratch("bounds", (height, groups * CLASSES), torch.float32, device)
+        whole = reused((height, groups * CLASSES), torch.float32, device)
         found = torch.mm(self.left[some], self.right.T, out=whole[:, :count])
         if self.signed is not None:
-            within = scratch("within", (height, count), torch.float32, device)
+            within = reused((height, count), torch.float32, device)
             found.sub_(torch.mm(self.signed[0][some], self.signed[1].T, out=within).abs_())
         whole[:, count:] = torch.inf
         return whole.view(height, groups, CLASSES)
@@ -282,15 +282,16 @@ def _two_least(costs: _Costs) -> tuple[Tensor, Tensor]:
     on_cpu = costs.left.device.type == "cpu"
     partner, bound = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
 
+    def least_two(block: Tensor) -> tuple[Tensor, Tensor]:
+        least, chosen = block.amin(dim=1).topk(2, dim=1, largest=False)
+        own = chosen[:, :1]
+        members = block.gather(2, own[:, None].expand(-1, block.shape[1], 1))[:, :, 0]
+        values, group = members.topk(2, dim=1, largest=False)
+        return (group[:, 0] * CLASSES + own[:, 0]).cpu(), torch.minimum(least[:, 1], values[:, 1]).clamp_min(0).cpu().double()
+
     def work(strip: slice) -> None:
         for some in _steps(strip, max(1, (AT_ONCE if on_cpu else ON_DEVICE) // count)):
-            block = costs.block(some)
-            least, chosen = block.amin(dim=1).topk(2, dim=1, largest=False)
-            own = chosen[:, :1]
-            members = block.gather(2, own[:, None].expand(-1, block.shape[1], 1))[:, :, 0]
-            values, group = members.topk(2, dim=1, largest=False)
-            partner[some] = (group[:, 0] * CLASSES + own[:, 0]).cpu()
-            bound[some] = torch.minimum(least[:, 1], values[:, 1]).clamp_min(0).cpu().double()
+            partner[some], bound[some] = least_two(costs.block(some))
 
     rows.in_strips(count, work, size=count**2, threads=on_cpu)
     return partner, bound

@@ -12,7 +12,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.matching.rows import BLOCK
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.runtime.memory import scratch
+from hf_moe_lmc.runtime.memory import reused
 
 UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
 
@@ -71,9 +71,10 @@ def _moments(
 ) -> tuple[float, float, float, float] | None:
     """||a - b||^2, ||a||^2, ||b||^2, <a, b> of one tensor; None where weights that are not finite are allowed and there."""
     sums = torch.zeros(4, dtype=torch.float64)
+    room = [reused(min(BLOCK, a.tensors[name].numel), dtype) for _ in range(2)]  # of each block in turn
     for first, values in a.chunks(name):
         for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
-            x, y = (scratch(side, of.shape, dtype, of.device).copy_(of) for side, of in (("a", of_a), ("b", of_b)))
+            x, y = (memory[: len(of)].copy_(of) for memory, of in zip(room, (of_a, of_b), strict=True))
             parts = [torch.dot(left, right) for left, right in ((x, x), (y, y), (x, y))]
             x.sub_(y)
             sums += torch.stack([torch.dot(x, x), *parts]).double()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.runtime.memory import scratch
+from hf_moe_lmc.runtime.memory import reused
 
 BLOCK = 1 << 20  # elements of a block on the CPU: threads in step with each other want long operations
 BLOCK_ON_DEVICE = 1 << 24
@@ -153,10 +153,6 @@ class _Place:
     part: slice
     strip: int
 
-    def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory in the shape of `like`, for one block after the other."""
-        return scratch(name, tuple(like.shape), dtype, like.device)
-
 
 def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor, ...]]) -> Tensor:
     """Sums over the rows of x of what `terms` makes of each of its blocks (float32, its to change); float64 [kind, unit]."""
@@ -170,10 +166,11 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
 
     def work(strip: slice) -> None:
         own = torch.zeros(kinds, x.shape[0], dtype=torch.float64)
+        room = reused((min(step, strip.stop - strip.start), whole.shape[1]), torch.float32, x.device)  # of each block in turn
         for first in range(strip.start, strip.stop, step):
             part = slice(first, min(first + step, strip.stop))
             place = _Place(by_unit, part, strip.start)
-            found = terms(place, place.buffer("x", whole[part], torch.float32).copy_(whole[part]))
+            found = terms(place, room[: part.stop - part.start].copy_(whole[part]))
             for kind, block in enumerate(found):
                 if by_unit:
                     result[kind, part] = (block @ ones[: block.shape[1]]).cpu().double()
@@ -192,14 +189,14 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
 def _partner(x: Tensor, y: Tensor, place: _Place, order: Tensor | None) -> Tensor:
     """The block of y, float32, that belongs to x's; its units in the given order."""
     here = (y if place.by_unit else y.T)[place.part]
-    block = place.buffer("y", here, torch.float32)
+    block = reused(here.shape, torch.float32, here.device)
     if order is None:
         return block.copy_(here)
     if place.by_unit:
         chosen = order[place.part]
-        return block.copy_(torch.index_select(y, 0, chosen, out=place.buffer("stored", here, y.dtype)))
+        return block.copy_(torch.index_select(y, 0, chosen, out=reused(here.shape, y.dtype, here.device)))
     block.copy_(here)
-    ordered = place.buffer("ordered", here, torch.float32)
+    ordered = reused(here.shape, torch.float32, here.device)
     if x.device.type != "cpu":
         return torch.index_select(block, 1, order, out=ordered)
     np.take(block.numpy(), order.numpy(), axis=1, out=ordered.numpy(), mode="clip")  # within rows, much faster than torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from hf_moe_lmc.moe.notation import (
     split_role,
 )
 from hf_moe_lmc.moe.registry import families, refusals
+from hf_moe_lmc.runtime.tables import definitions, markdown_table, wrapped
 from hf_moe_lmc.symmetry.banks import FIRST, qualified
 
 # Width in characters at most of each column in the terminal, which has 160.
@@ -34,6 +34,7 @@ COLUMNS = {
     "moves along": 15,
     "on disk": 17,
 }
+PROSE = 118  # characters in a line below the table
 NONE = "-"
 WREATH = "S_{E/G} wr S_G"
 
@@ -123,15 +124,16 @@ class Catalogue:
         widths = {
             name: min(limit, max(len(text) for text in (name, *(row[name] for row in rows)))) for name, limit in COLUMNS.items()
         }
-        lines = [self.summary, "", *_wrapped({name: name for name in widths}, widths)]
+        lines = [self.summary, "", *wrapped(list(widths), list(widths.values()))]
         lines.append("  ".join("-" * width for width in widths.values()))
         for row in rows:
-            lines += _wrapped(row, widths)
+            lines += wrapped(list(row.values()), list(widths.values()))
         lines += ["", f"{WREATH}: where routing is limited to some of G groups of experts, and the limit binds.", ""]
         lines += ["Hidden units change places within their expert; besides:"]
-        lines += _notes({name: f"{freedom(kind)}: {kind.words}" for name, kind in UNIT_KINDS.items()})
+        kinds = {name: f"{freedom(kind)}: {kind.words}" for name, kind in UNIT_KINDS.items()}
+        lines += definitions(kinds, width=PROSE)
         if self.refused:
-            lines += ["", "Refused:", *_notes(self.refused)]
+            lines += ["", "Refused:", *definitions(self.refused, width=PROSE)]
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -147,16 +149,16 @@ class Catalogue:
         rules = [[what, f"`{rule}`" if rule else "the checkpoint", ", ".join(of)] for (what, rule), of in deciding.items()]
         parts = [
             INTRODUCTION.format(summary=self.summary),
-            _markdown_table(list(COLUMNS), rows),
+            markdown_table(list(COLUMNS), rows),
             "## Refused\n",
-            _markdown_table(["model type", "because"], [[f"`{name}`", reason] for name, reason in self.refused.items()]),
+            markdown_table(["model type", "because"], [[f"`{name}`", reason] for name, reason in self.refused.items()]),
             "## Kinds of hidden units\n",
             "Besides changing places, what a hidden unit allows without changing what its expert computes:\n",
-            _markdown_table(["kind", "allows", "in full"], [[f"`{k.name}`", freedom(k), k.words] for k in UNIT_KINDS.values()]),
+            markdown_table(["kind", "allows", "in full"], [[f"`{k.name}`", freedom(k), k.words] for k in UNIT_KINDS.values()]),
             "## What the configuration decides\n",
             "Expressions over the attributes of the configuration, as transformers reads it, and over `layer`, the layer's "
             "number.\n",
-            _markdown_table(["what", "by", "families"], sorted(rules)),
+            markdown_table(["what", "by", "families"], sorted(rules)),
             ELSEWHERE,
         ]
         return "\n".join(parts)
@@ -262,28 +264,6 @@ def _rules(family: MoEFamily) -> dict[str, str]:
         words = f"`{role}`" if fixed else base.replace("_", " ") + (f" of bank {bank}" if bank != FIRST else "")
         roles.setdefault(when or "", []).append(words)
     return {**rules, **{f"presence of {', '.join(names)}": when for when, names in roles.items()}}
-
-
-def _wrapped(row: Mapping[str, str], widths: Mapping[str, int]) -> Iterator[str]:
-    """The lines of one row for a terminal."""
-    cells = [textwrap.wrap(row[name], width, break_on_hyphens=False) for name, width in widths.items()]
-    for number in range(max(map(len, cells))):
-        texts = [cell[number] if number < len(cell) else "" for cell in cells]
-        yield "  ".join(text.ljust(width) for text, width in zip(texts, widths.values(), strict=True)).rstrip()
-
-
-def _notes(notes: Mapping[str, str]) -> list[str]:
-    width = max(len(name) for name in notes)
-    return [
-        line
-        for name, text in notes.items()
-        for line in textwrap.wrap(text, 118, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
-    ]
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 INTRODUCTION = """\

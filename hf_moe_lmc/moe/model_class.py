@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -33,10 +32,10 @@ OTHERS = (
 TEXT_READERS = {"llama4": "language_model", "qwen3_omni_moe": "thinker"}
 
 
-def text_reader(model: PreTrainedModel) -> nn.Module:
+def text_reader(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that takes token ids to the logits of the next token: the model itself but for TEXT_READERS."""
     part = TEXT_READERS.get(str(model.config.model_type))
-    return model if part is None else model.get_submodule(part)
+    return model if part is None else cast("PreTrainedModel", model.get_submodule(part))
 
 
 @contextmanager

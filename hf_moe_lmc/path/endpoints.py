@@ -47,21 +47,18 @@ class Part:
 
 @dataclass
 class Endpoints:
-    """Weights of both models in the names of the transformers model, read as they are asked for."""
+    """Weights of both models in the names of the transformers model, read as they are asked for.
+
+    Attributes:
+        conversions: of A and of B, see `conversions`.
+    """
 
     a: MoEModel
     b: MoEModel
     symmetries: Mapping[str, ModelSymmetry]
     skeleton: Skeleton
+    conversions: tuple[Conversion, Conversion]
     held: dict[tuple[str | None, str], Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def conversion_a(self) -> Conversion:
-        return _conversion(self.skeleton, self.a)
-
-    @cached_property
-    def conversion_b(self) -> Conversion:
-        return _conversion(self.skeleton, self.b)
 
     @cached_property
     def streams(self) -> dict[str, ModelStream]:
@@ -71,7 +68,7 @@ class Endpoints:
     def layers_path(self) -> str:
         """The module list of the decoder layers: where the parameters of an MoE block stand."""
         claimed = self.a.layer_of.keys()
-        target = next(name for name, group in self.conversion_a.group_of.items() if group.keys[0] in claimed)
+        target = next(name for name, group in self.conversions[0].group_of.items() if group.keys[0] in claimed)
         match = re.match(r"(.*?)\.\d+\.", target)
         assert match is not None
         return match[1]
@@ -95,13 +92,13 @@ class Endpoints:
         """Reads parameters of A and of every path's B, unless they are held; what no symmetry touches is held once."""
         names = [name for name in wanted if (None, name) not in self.held]
         plain = ModelStream(self.a, dict(self.a.layers), Copied(self.a.checkpoint))
-        for group in _groups(self.conversion_a, names):
-            self._hold(None, self.conversion_a.convert(group, partial(whole, plain)))
-        for group in _groups(self.conversion_b, names):
+        for group in _groups(self.conversions[0], names):
+            self._hold(None, self.conversions[0].convert(group, partial(whole, plain)))
+        for group in _groups(self.conversions[1], names):
             touched = any(key in self.b.layer_of for key in group.keys)
             for i, (path, stream) in enumerate(self.streams.items()):
                 if touched or i == 0:
-                    values = self.conversion_b.convert(group, partial(whole, stream))
+                    values = self.conversions[1].convert(group, partial(whole, stream))
                 self._hold(path, values)
 
     def _hold(self, path: str | None, values: Mapping[str, Tensor]) -> None:
@@ -132,9 +129,18 @@ class Endpoints:
                 interpolate_into(value, a, b, t)
 
 
-def _conversion(skeleton: Skeleton, model: MoEModel) -> Conversion:
-    shapes = {name: info.shape for name, info in model.checkpoint.tensors.items() if not model.is_extra(name)}
-    return Conversion(skeleton, model.checkpoint.name, shapes)
+def conversions(skeleton: Skeleton, a: MoEModel, b: MoEModel) -> tuple[Conversion, Conversion]:
+    """Which tensors of A and of B become which parameters; multi-token-prediction layers have no part in it.
+
+    Raises:
+        CheckpointError: parameters without tensors, or with tensors of another shape.
+    """
+
+    def conversion(model: MoEModel) -> Conversion:
+        shapes = {name: info.shape for name, info in model.checkpoint.tensors.items() if not model.is_extra(name)}
+        return Conversion(skeleton, model.checkpoint.name, shapes)
+
+    return conversion(a), conversion(b)
 
 
 def _groups(conversion: Conversion, names: Sequence[str]) -> list[Group]:

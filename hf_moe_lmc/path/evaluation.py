@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +15,11 @@ from transformers import PreTrainedModel
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import foreign, text_reader
-from hf_moe_lmc.path.endpoints import Endpoints, Part, Point
+from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
+from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
@@ -93,70 +93,97 @@ class Observer(Protocol):
         """Takes in what an earlier call has `seen`."""
 
 
-def evaluate(
-    a: MoEModel,
-    b: MoEModel,
-    symmetries: Mapping[str, ModelSymmetry],
-    points: Sequence[Point],
-    windows: Windows,
-    options: EvaluationOptions,
-    *,
-    inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
-    observers: Sequence[Observer] = (),
-    progress: Workplace | None = None,
-) -> tuple[Tensor, Cost]:
-    """Summed losses of each window at each point: float64 [point, window], nats.
-
-    Every decoder layer of A and of B is read once per pass, whatever the number of points; passes follow from
-    `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
-    place at once (`resident`), which is the same procedure with one segment.
-
-    Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for bit
-    those of one process, as no batch depends on another.
-
-    Memory: the decoder layer of A, of B, and of every path's aligned B, the interpolated one, the weights outside the
-    layers for each of these, while converting one group of tensors three times more, and the activations.
+class Evaluator:
+    """Evaluates the loss at the points of the paths between two models on one text.
 
     Args:
-        observers: watch the decoder layers while they run; in each process those that its own batches run through, in process
-            0 what earlier calls have seen, too.
-        progress: takes the losses of each point that has gone through a pass, and what observers have seen there, and has
-            those of an earlier call, in process 0. What had not come to the end of the model starts again: a paused forward
-            cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end of the pass.
+        a, b: of one architecture.
+        windows: what is evaluated on.
+
+    Raises:
+        ForeignError: transformers cannot build the model.
+        CheckpointError: transformers finds no tensors for some of its parameters.
     """
-    check_points(points, symmetries)
-    device = compute_device(options.device)
-    skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=device)
-    ends = Endpoints(a, b, symmetries, skeleton)
-    warn_of_unused(a.checkpoint.name, options.model_class, ends.conversion_a.unused)
-    layers = list(skeleton.module.get_submodule(ends.layers_path).children())
-    plan = _plan(ends, points, windows, options, len(layers))
-    job = _Job(ends, points, windows, batches_of(windows.rows, options.batch_size), _stages(ends, plan.mode))
-    kept = progress.kept("losses", _facts(job, options, observers)) if progress else None
-    results = _Results.begin(job, observers, kept)
-    mates = team()
-    chunks = _chunks(mates.share(results.left), plan.passes)
-    total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
-    running: list[Sweep] = []
-    for observer in observers:
-        observer.begin(layers, lambda: running[-1].running if running else None)
-    inspect_model(skeleton.module)
-    try:
-        with (
-            torch.inference_mode(),
-            tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main) as bar,
-        ):
-            for number in range(max(mates.exchange(len(chunks)))):
-                with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
-                    running.append(sweep)
-                    lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
-                    results.mark(lanes)
-                    _run(job, results.todo, sweep, lanes, bar.update, results.take)
-    finally:
+
+    def __init__(self, a: MoEModel, b: MoEModel, windows: Windows, options: EvaluationOptions) -> None:
+        self.a, self.b, self.windows, self.options = a, b, windows, options
+        device = compute_device(options.device)
+        self._skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=device)
+        self._conversions = conversions(self._skeleton, a, b)
+        warn_of_unused(a.checkpoint.name, options.model_class, self._conversions[0].unused)
+
+    def _ends(self, symmetries: Mapping[str, ModelSymmetry]) -> Endpoints:
+        return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions)
+
+    def _layers(self, ends: Endpoints) -> list[nn.Module]:
+        return list(self._skeleton.module.get_submodule(ends.layers_path).children())
+
+    def cost(self, paths: Collection[str], points: int) -> Cost:
+        """What so many points on these paths would take, with the memory that is free now."""
+        ends = self._ends({path: self.b.identity() for path in paths})
+        return _plan(ends, points, self.windows, self.options, len(self._layers(ends)))
+
+    def evaluate(
+        self,
+        symmetries: Mapping[str, ModelSymmetry],
+        points: Sequence[Point],
+        *,
+        inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
+        observers: Sequence[Observer] = (),
+        progress: Workplace | None = None,
+    ) -> tuple[Tensor, Cost]:
+        """Summed losses of each window at each point: float64 [point, window], nats.
+
+        Every decoder layer of A and of B is read once per pass, whatever the number of points; passes follow from
+        `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
+        place at once (`resident`), which is the same procedure with one segment.
+
+        Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for
+        bit those of one process, as no batch depends on another.
+
+        Memory: the decoder layer of A, of B, and of every path's aligned B, the interpolated one, the weights outside the
+        layers for each of these, while converting one group of tensors three times more, and the activations.
+
+        Args:
+            symmetries: by path, what takes B to the coordinates in which it is the end of that path.
+            observers: watch the decoder layers while they run; in each process those that its own batches run through, in
+                process 0 what earlier calls have seen, too.
+            progress: takes the losses of each point that has gone through a pass, and what observers have seen there, and
+                has those of an earlier call, in process 0. What had not come to the end of the model starts again: a paused
+                forward cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end
+                of the pass.
+        """
+        check_points(points, symmetries)
+        ends = self._ends(symmetries)
+        layers = self._layers(ends)
+        plan = _plan(ends, len(points), self.windows, self.options, len(layers))
+        batches = batches_of(self.windows.rows, self.options.batch_size)
+        job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode))
+        kept = progress.kept("losses", _facts(job, self.options, observers)) if progress else None
+        results = _Results.begin(job, observers, kept)
+        mates = team()
+        chunks = _chunks(mates.share(results.left), plan.passes)
+        total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
+        running: list[Sweep] = []
         for observer in observers:
-            observer.end()
-    passes = max(mates.exchange(plan.passes))
-    return results.losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+            observer.begin(layers, lambda: running[-1].running if running else None)
+        inspect_model(self._skeleton.module)
+        try:
+            with (
+                torch.inference_mode(),
+                tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main) as bar,
+            ):
+                for number in range(max(mates.exchange(len(chunks)))):
+                    with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
+                        running.append(sweep)
+                        lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
+                        results.mark(lanes)
+                        _run(job, results.todo, sweep, lanes, bar.update, results.take)
+        finally:
+            for observer in observers:
+                observer.end()
+        passes = max(mates.exchange(plan.passes))
+        return results.losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
 
 
 @dataclass(frozen=True)
@@ -356,7 +383,7 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
     return found
 
 
-def _plan(ends: Endpoints, points: Sequence[Point], windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
+def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
     """Decides how much is in memory at once."""
     mates = team()
     free = available_memory() // mates.local_count
@@ -366,19 +393,11 @@ def _plan(ends: Endpoints, points: Sequence[Point], windows: Windows, options: E
     per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
     if everything < SHARE * free if options.resident is None else options.resident:
         return Cost("resident", 1, of_a + of_b, everything, per_token * longest)
-    needed = math.ceil(len(points) * sum(len(row) for row in windows.rows) * per_token / mates.count)
+    needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / mates.count)
     budget = options.activation_memory or int(SHARE * free)
-    lanes = math.ceil(len(points) * len(windows.rows) / mates.count)
+    lanes = math.ceil(points * len(windows.rows) / mates.count)
     passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
     return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
-
-
-def available_memory() -> int:
-    """Bytes of memory that are free or can be made so."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 8 << 30
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

@@ -1,4 +1,4 @@
-"""The main job: the perplexity barrier between two checkpoints, on the naive and on the aligned path."""
+"""A measurement along the paths between two models: points, refinement, single layers, routing, and the report of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import Cost, EvaluationOptions, evaluate
+from hf_moe_lmc.path.evaluation import Cost, EvaluationOptions, Evaluator
+from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver
 from hf_moe_lmc.perplexity.curve import BarrierCurve
@@ -25,65 +25,6 @@ from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.workplace import Workplace
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYERWISE = 5  # inner points where `layers` alone is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What `barrier` was asked for, but for models and text.
-
-    Attributes:
-        matching: options of `align_models`.
-        others: as in `barrier`.
-    """
-
-    matching: Any
-    points: int
-    naive: bool
-    context: int | None
-    stride: int | None
-    max_tokens: int | None
-    batch_size: int | None
-    dtype: str
-    device: str | None
-    activation_memory: int | None
-    layerwise: int
-    layers: str | None
-    refine: int
-    routing: bool
-
-    def __post_init__(self) -> None:
-        """Raises InputError where a value is out of range."""
-        least = {"points": 2, "context": 2, "stride": 1, "max_tokens": 1, "batch_size": 1, "activation_memory": 1}
-        for name, lowest in {**least, "layerwise": 0, "refine": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise InputError(f"{name.replace('_', '-')} {value}: expected at least {lowest}")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-        _check_device(self.device)
-
-    @property
-    def t(self) -> tuple[float, ...]:
-        """The grid."""
-        return tuple(i / (self.points - 1) for i in range(self.points))
-
-    @property
-    def steps(self) -> tuple[float, ...]:
-        """Of the paths on which some layers alone leave A: the points behind A; none where these are not measured."""
-        inner = self.layerwise or (LAYERWISE if self.layers is not None else 0)
-        return tuple((i + 1) / (inner + 1) for i in range(inner + 1)) if inner else ()
-
-    def evaluation(self, model_class: type[PreTrainedModel], context: int) -> EvaluationOptions:
-        return EvaluationOptions(
-            model_class=model_class,
-            batch_size=self.batch_size or max(1, TOKENS_PER_BATCH // context),
-            dtype=DTYPES[self.dtype],
-            device=self.device,
-            activation_memory=self.activation_memory,
-        )
 
 
 @dataclass(frozen=True)
@@ -113,33 +54,35 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Measurement:
-    """One pair of models, one text; everything has been checked.
+class Measurement:
+    """Losses and routing on the paths between two models; everything has been checked.
 
     Attributes:
         symmetries: of the paths, `aligned` first.
         spans: first and last of the decoder layers that are also interpolated without the others.
     """
 
-    a: MoEModel
-    b: MoEModel
+    evaluator: Evaluator
     symmetries: Mapping[str, ModelSymmetry]
-    windows: Windows
-    options: _Options
+    grid: GridOptions
     spans: Sequence[Span]
     progress: Workplace | None
 
+    @property
+    def windows(self) -> Windows:
+        return self.evaluator.windows
+
     def run(self) -> tuple[_Found, tuple[float, ...]]:
         """All points, those that `refine` adds included, and the grid with these."""
-        t, options = self.options.t, self.options
+        t, grid = self.grid.t, self.grid
         found = self.evaluate([*self.points(t), *(point for span in self.spans for point in self.alone(span))])
-        for _ in range(options.refine):
+        for _ in range(grid.refine):
             new = _beside_the_maximum(self.curve(found, t))
             if not new:
                 break
             t = tuple(sorted({*t, *new}))
             # the routing at a point is compared with that at the ends, which have to run once more
-            added = self.points((0.0, *new, 1.0)) if options.routing else self.points(new)
+            added = self.points((0.0, *new, 1.0)) if grid.routing else self.points(new)
             found |= self.evaluate(added)
         return found, t
 
@@ -152,20 +95,16 @@ class _Measurement:
     def alone(self, span: Span) -> list[Point]:
         """The path on which some decoder layers go from A to aligned B, without A."""
         layers = frozenset(range(span[0], span[1] + 1))
-        return [Point("aligned", at, layers) for at in self.options.steps]
+        return [Point("aligned", at, layers) for at in self.grid.steps]
 
     def evaluate(self, points: Sequence[Point]) -> _Found:
         """Losses, and the routing where it is wanted, at some points."""
         mates, facts = team(), dict[str, Any]()
-        watching = RoutingObserver(self.a, points) if self.options.routing else None
-        losses, cost = evaluate(
-            self.a,
-            self.b,
+        watching = RoutingObserver(self.evaluator.a, points) if self.grid.routing else None
+        losses, cost = self.evaluator.evaluate(
             self.symmetries,
             points,
-            self.windows,
-            self.options.evaluation(language_model_class(self.a), self.windows.context),
-            inspect_model=lambda model: facts.update(implementations(model, self.options.device)),
+            inspect_model=lambda model: facts.update(implementations(model, self.evaluator.options.device)),
             observers=[watching] if watching else [],
             progress=self.progress,
         )
@@ -184,27 +123,26 @@ class _Measurement:
 
     def report(self, text: dict[str, Any], matching: dict[str, Any], started: float) -> BarrierReport:
         """Evaluates, and says what was found."""
-        options = self.options
+        grid, evaluator = self.grid, self.evaluator
         found, t = self.run()
         losses = {path: torch.stack([found.losses[_on(path, at)] for at in t]) for path in self.symmetries}
         facts = dict(found.facts)
-        if options.refine:
-            facts["refined_t"] = [at for at in t if at not in options.t]
+        if grid.refine:
+            facts["refined_t"] = [at for at in t if at not in grid.t]
         if found.problem:
             facts["routing_unavailable"] = found.problem
-        evaluation = self.options.evaluation(language_model_class(self.a), self.windows.context)
-        numbers = {"dtype": options.dtype, "batch_size": evaluation.batch_size}
+        numbers = {"dtype": str(evaluator.options.dtype).removeprefix("torch."), "batch_size": evaluator.options.batch_size}
         return BarrierReport(
-            a={**self.a.checkpoint.origin(), "source": self.a.checkpoint.name},
-            b={**self.b.checkpoint.origin(), "source": self.b.checkpoint.name},
+            a={**evaluator.a.checkpoint.origin(), "source": evaluator.a.checkpoint.name},
+            b={**evaluator.b.checkpoint.origin(), "source": evaluator.b.checkpoint.name},
             evaluation={"text": text, **self.windows.describe(), **numbers, **facts, **vars(found.cost)},
             matching=matching,
             windows=self.windows,
             losses=losses,
             t=t,
             seconds=team().from_main(time.perf_counter() - started),
-            layerwise={span: self.span_losses(span, found) for span in self.spans} if options.steps else None,
-            routing=found.routing if options.routing and not found.problem else None,
+            layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
+            routing=found.routing if grid.routing and not found.problem else None,
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -225,7 +163,7 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def _spans(layers: str | None, model: MoEModel) -> list[Span]:
+def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:
     """First and last of the decoder layers that are interpolated together, from text such as `each,0-3,8`.
 
     `each` stands for every MoE layer by itself, and so does None.
@@ -251,7 +189,19 @@ def _spans(layers: str | None, model: MoEModel) -> list[Span]:
     return sorted(set(found), key=lambda span: (span[0] < span[1], span))
 
 
-def _check_device(device: str | None) -> None:
+def evaluation_options(model_class: type[PreTrainedModel], compute: ComputeOptions, context: int) -> EvaluationOptions:
+    """How points are evaluated in windows of `context` tokens."""
+    return EvaluationOptions(
+        model_class=model_class,
+        batch_size=compute.batch_size or max(1, TOKENS_PER_BATCH // context),
+        dtype=getattr(torch, compute.dtype),
+        device=compute.device,
+        activation_memory=compute.activation_memory,
+    )
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that cannot be used here."""
     if device == "meta":
         raise InputError("device 'meta' holds no data; choose a real one")
     if device is not None:

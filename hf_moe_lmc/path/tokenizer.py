@@ -11,14 +11,14 @@ from hf_moe_lmc.moe.model import MoEModel
 DEFAULT_CONTEXT = 2048
 
 
-def _context(model: MoEModel, context: int | None) -> int:
+def context_length(model: MoEModel, context: int | None) -> int:
     longest = getattr(model.text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"context {context}: {model.checkpoint.name} has positions for {longest} tokens")
     return context or min(DEFAULT_CONTEXT, longest)
 
 
-def _common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
+def common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
     """A's tokenizer, B's being the same: what their files could not tell (see `open_models`) is compared once they are loaded.
 
     Raises:

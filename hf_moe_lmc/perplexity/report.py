@@ -1,41 +1,6 @@
-"""What a barrier measurement leaves behind: report.json, tables, plots, report.md.
+"""What a barrier measurement leaves behind: the value, and its JSON.
 
-report.json, version 1 (later versions add keys and keep these):
-
-    version     1
-    a, b        source; commit where it is a Hub repository; fingerprint
-    evaluation  text, context, stride, bos, tokens_read, tokens_scored, windows, documents, dtype, device, implementations;
-                bytes_scored: UTF-8 bytes of the scored text (None where the tokenizer does not tell positions);
-                text_hash, tokenizer_hash; convention_hash: of these two, context, stride, bos, tokens_read - two reports
-                with equal convention_hash scored the same tokens in the same contexts;
-                mode, passes, bytes_of_both, weights, activations: what it took; refined_t: points that --refine added
-    matching    the content of alignment.json, or {"symmetry": file} where one was given
-    windows     tokens: scored tokens of each window; document: the document it comes from
-    paths       naive (absent with --no-naive) and aligned, each with the lists t, nll (nats per token, token-weighted),
-                perplexity, excess (nats over the straight line), the numbers barrier (nats), barrier_t, area, and
-                window_nll: nats per token of each window, [point][window];
-                barrier_interval, area_interval: [low, high], None without anything to resample; nll_interval: one for each
-                point, pointwise; barrier_worse_end: max over t of L(t) - max(L(A), L(B)), nats; barrier_perplexity_ratio:
-                exp(barrier); bits_per_byte: of each point, None where bytes_scored is
-    summary     aligned_percent_of_naive (None where the naive barrier is no more than noise, or was not measured),
-                endpoint_change: L(B') - L(B), nats, which alignment should leave at rounding level,
-                relabelling_floor: |endpoint_change| in a dtype narrower than float32, where it is no error but the noise of
-                relabelling (None in float32), nats,
-                difference: naive barrier - aligned barrier, nats, and difference_interval (None without a naive path)
-    layerwise   with --layerwise or --layers, a list of layer, or for a range layers: [first, last], barrier,
-                barrier_interval, t, nll: only these decoder layers go from A to aligned B, all else stays A
-    routing     absent with --no-routing, or where the model does not show it (evaluation.routing_unavailable says why); else
-                one entry per path, point (t), layer and module (of the router's block within the layer): load, the share
-                of each expert in the token-expert pairs; agreement_a, agreement_b, the mean share of a token's experts that
-                A, or B of the same path, gives it as well (numbers of experts: the naive path has B's own); entropy, nats,
-                mean over tokens, of the softmax over all experts, or of scores divided by their sum
-    statistics  how intervals were computed: method, unit (document, or window where there is one document), clusters (how
-                many of these), replicates, level, seed, note (what weakens them, or None)
-    warnings    in words, of a maximum that the grid may have missed
-    versions    of the packages that computed it
-    seconds     of the whole measurement
-
-null stands for a number that is not finite.
+`report.schema.json` beside this module describes every key of report.json; docs/report.md shows it as tables.
 """
 
 from __future__ import annotations
@@ -49,30 +14,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from hf_moe_lmc.perplexity import curve as curves
-from hf_moe_lmc.perplexity import figures
-from hf_moe_lmc.perplexity.bootstrap import (
-    Bootstrap,
-    Floats,
-    Interval,
-    half_width,
-)
-from hf_moe_lmc.perplexity.curve import NEGLIGIBLE, BarrierCurve
+from hf_moe_lmc.perplexity import rendering
+from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
+from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.windows import Windows
 
 REPORT_VERSION = 1
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
 
-Span = tuple[int, int]  # first and last of neighbouring decoder layers
-
-
 @dataclass(frozen=True)
 class LayerLosses:
-    """The path on which some layers alone are interpolated: losses float64 [point, window], nats summed over each window."""
+    """The path on which some layers alone are interpolated.
+
+    Attributes:
+        t: its points, ascending from 0 to 1.
+        losses: float64 [point, window], nats summed over each window.
+    """
 
     t: tuple[float, ...]
     losses: Tensor
@@ -80,16 +41,31 @@ class LayerLosses:
 
 @dataclass(frozen=True)
 class BarrierReport:
-    """The barrier between two models on the naive and on the aligned path.
+    """The perplexity barrier between two models on the naive and on the aligned path (paper, Eq. 1).
 
     Attributes:
         a, b: origin of the two checkpoints.
-        evaluation, matching: see the module's documentation.
+        evaluation, matching: as in report.json.
         windows: what was evaluated on.
         losses: by path name, float64 [point, window], nats summed over each window.
-        t: the grid.
+        t: the grid, ascending from 0 to 1.
+        seconds: of the whole measurement.
         layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
-        routing: records as in report.json, see the module's documentation; None: not recorded.
+        routing: as in report.json; None: not recorded.
+
+    Example:
+        >>> import torch
+        >>> windows = Windows((torch.arange(5),), (0,), context=5, bos=False, tokens_read=5)  # 4 predicted tokens
+        >>> losses = {"aligned": [[4.0], [6.0], [4.0]], "naive": [[4.0], [12.0], [4.0]]}
+        >>> report = BarrierReport(
+        ...     a={"source": "org/a"}, b={"source": "org/b"}, evaluation={"dtype": "float32"}, matching={}, windows=windows,
+        ...     losses={path: torch.tensor(sums, dtype=torch.float64) for path, sums in losses.items()},
+        ...     t=(0.0, 0.5, 1.0), seconds=1.0,
+        ... )
+        >>> report.naive.barrier, report.aligned.barrier, report.percent_of_naive
+        (2.0, 0.5, 25.0)
+        >>> print(report.sentence("naive"))
+        barrier, naive path: 2.0000 nats per token at t = 0.5; area +1.0000
     """
 
     a: dict[str, str]
@@ -103,9 +79,30 @@ class BarrierReport:
     layerwise: dict[Span, LayerLosses] | None = None
     routing: Sequence[Mapping[str, Any]] | None = None
 
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """The same resamples for all points of all paths."""
+        return Bootstrap(self.windows.documents, tuple(self.windows.scored.int().tolist()))
+
+    @cached_property
+    def paths(self) -> dict[str, PathResult]:
+        """Curve and intervals of each path, by its name."""
+        return {name: PathResult(self.t, losses, self.windows, self.bootstrap) for name, losses in self.losses.items()}
+
+    @cached_property
+    def layers(self) -> dict[Span, PathResult]:
+        """Curve and intervals of the paths on which some layers alone are interpolated, by first and last layer."""
+        measured = self.layerwise or {}
+        return {span: PathResult(alone.t, alone.losses, self.windows, self.bootstrap) for span, alone in measured.items()}
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Comparison of the two paths."""
+        narrow = self.evaluation.get("dtype") != "float32"
+        return Summary.of(self.paths["aligned"], self.paths.get("naive"), narrow=narrow)
+
     def curve(self, path: str) -> BarrierCurve:
-        total = self.losses[path].sum(dim=1) / self.windows.scored.sum()
-        return BarrierCurve(self.t, tuple(total.tolist()))
+        return self.paths[path].curve
 
     @property
     def aligned(self) -> BarrierCurve:
@@ -113,88 +110,46 @@ class BarrierReport:
 
     @property
     def naive(self) -> BarrierCurve | None:
-        return self.curve("naive") if "naive" in self.losses else None
+        return self.curve("naive") if "naive" in self.paths else None
 
     @property
     def percent_of_naive(self) -> float | None:
-        if self.naive is None or not self.naive.barrier >= NEGLIGIBLE:
-            return None
-        return 100 * self.aligned.barrier / self.naive.barrier
+        """See `Summary.aligned_percent_of_naive`."""
+        return self.summary.aligned_percent_of_naive
 
     @property
     def endpoint_change(self) -> float | None:
-        """L(B') - L(B), nats per token."""
-        return None if self.naive is None else self.aligned.nll[-1] - self.naive.nll[-1]
-
-    @cached_property
-    def bootstrap(self) -> Bootstrap:
-        return Bootstrap(self.windows.documents, tuple(self.windows.scored.int().tolist()))
-
-    @cached_property
-    def _resampled(self) -> dict[str, Floats]:
-        """By path, losses in each resample: [replicate, point], nats per token."""
-        return {name: self.bootstrap.means(losses.numpy()) for name, losses in self.losses.items()}
-
-    def barrier_interval(self, path: str) -> Interval | None:
-        return self.bootstrap.interval(curves.barrier(self.t, self._resampled[path]))
-
-    def area_interval(self, path: str) -> Interval | None:
-        return self.bootstrap.interval(curves.area(self.t, self._resampled[path]))
-
-    def nll_interval(self, path: str) -> list[Interval | None]:
-        """Pointwise."""
-        return self.bootstrap.intervals(self._resampled[path])
-
-    @property
-    def difference(self) -> float | None:
-        """Naive barrier - aligned barrier, nats per token."""
-        return None if self.naive is None else self.naive.barrier - self.aligned.barrier
-
-    @property
-    def difference_interval(self) -> Interval | None:
-        if self.naive is None:
-            return None
-        naive, aligned = (curves.barrier(self.t, self._resampled[path]) for path in ("naive", "aligned"))
-        return self.bootstrap.interval(naive - aligned)
-
-    def bits_per_byte(self, path: str) -> list[float] | None:
-        """Of the scored text at each point; None where its bytes are not known."""
-        if self.windows.bytes_scored is None:
-            return None
-        return (self.losses[path].sum(dim=1) / (math.log(2) * sum(self.windows.bytes_scored))).tolist()
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the reader of the barriers should know: maxima that the grid may have missed."""
-        found = {name: self.curve(name).unresolved(half_width(self.barrier_interval(name))) for name in self.losses}
-        return [
-            f"{name} path: the barrier may be higher than measured: {why}; --refine adds points there"
-            for name, why in found.items()
-            if why
-        ]
-
-    def of_layers(self, first: int, last: int | None = None) -> tuple[BarrierCurve, Interval | None]:
-        """Curve of the path on which some layers alone are interpolated, and the interval of its barrier.
-
-        Raises:
-            KeyError: that was not measured.
-        """
-        found = (self.layerwise or {})[first, first if last is None else last]
-        t, losses = found.t, found.losses
-        means = (losses.sum(dim=1) / self.windows.scored.sum()).tolist()
-        interval = self.bootstrap.interval(curves.barrier(t, self.bootstrap.means(losses.numpy())))
-        return BarrierCurve(t, tuple(means)), interval
+        """See `Summary`; nats per token."""
+        return self.summary.endpoint_change
 
     @property
     def relabelling_floor(self) -> float | None:
-        """What relabelling experts alone does to the loss of B in a dtype narrower than float32, nats per token.
+        """See `Summary`; nats per token."""
+        return self.summary.relabelling_floor
 
-        Two losses that differ by less cannot be told apart. None in float32, or without a naive path.
-        """
-        narrow = self.evaluation.get("dtype") != "float32"
-        return abs(self.endpoint_change) if narrow and self.endpoint_change is not None else None
+    @property
+    def difference(self) -> float | None:
+        """See `Summary`; nats per token."""
+        return self.summary.difference
+
+    @property
+    def difference_interval(self) -> Interval | None:
+        """See `Summary`; nats per token."""
+        return self.summary.difference_interval
+
+    @property
+    def warnings(self) -> list[str]:
+        """Maxima that the grid may have missed, in words."""
+        reasons = {name: path.curve.unresolved(half_width(path.barrier_interval)) for name, path in self.paths.items()}
+        return [
+            f"{name} path: the barrier may be higher than measured: {reason}; --refine adds points there"
+            for name, reason in reasons.items()
+            if reason
+        ]
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of report.json; numbers that are not finite as they are."""
+        layerwise = [path.to_layers_dict(span) for span, path in self.layers.items()]
         return {
             "version": REPORT_VERSION,
             "a": self.a,
@@ -202,226 +157,55 @@ class BarrierReport:
             "evaluation": self.evaluation,
             "matching": self.matching,
             "windows": {"tokens": self.windows.scored.int().tolist(), "document": list(self.windows.documents)},
-            "paths": {name: self._path(name) for name in self.losses},
-            **({} if self.layerwise is None else {"layerwise": self._layers()}),
+            "paths": {name: path.to_dict() for name, path in self.paths.items()},
+            **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
-            "summary": {
-                "aligned_percent_of_naive": self.percent_of_naive,
-                "endpoint_change": self.endpoint_change,
-                "relabelling_floor": self.relabelling_floor,
-                "difference": self.difference,
-                "difference_interval": self.difference_interval,
-            },
+            "summary": self.summary.to_dict(),
             "statistics": self.bootstrap.describe(),
             "warnings": self.warnings,
             "versions": {name: version(name) for name in PACKAGES},
             "seconds": self.seconds,
         }
 
-    def _path(self, name: str) -> dict[str, Any]:
-        curve = self.curve(name)
-        return {
-            "t": list(curve.t),
-            "nll": list(curve.nll),
-            "perplexity": list(curve.perplexity),
-            "excess": list(curve.excess),
-            "barrier": curve.barrier,
-            "barrier_t": curve.barrier_t,
-            "area": curve.area,
-            "window_nll": (self.losses[name] / self.windows.scored).tolist(),
-            "barrier_interval": self.barrier_interval(name),
-            "area_interval": self.area_interval(name),
-            "nll_interval": self.nll_interval(name),
-            "barrier_worse_end": curve.barrier_worse_end,
-            "barrier_perplexity_ratio": curve.perplexity_ratio,
-            "bits_per_byte": self.bits_per_byte(name),
-        }
-
-    def _layers(self) -> list[dict[str, Any]]:
-        found = []
-        for first, last in self.layerwise or {}:
-            curve, interval = self.of_layers(first, last)
-            facts = {"barrier": curve.barrier, "barrier_interval": interval, "t": list(curve.t), "nll": list(curve.nll)}
-            found.append({**({"layer": first} if first == last else {"layers": [first, last]}), **facts})
-        return found
-
     def to_json(self) -> str:
+        """report.json: null stands for a number that is not finite."""
         return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
-        """Losses along the path and the barriers, for a terminal."""
-        found = {name: self.curve(name) for name in self.losses}
-        lines = ["     t" + "".join(f"{name + ' nll':>14}{'perplexity':>14}" for name in found)]
-        for i, t in enumerate(self.t):
-            lines.append(f"{t:6.3f}" + "".join(f"{c.nll[i]:14.4f}{c.perplexity[i]:14.4f}" for c in found.values()))
-        lines.append("")
-        lines += [self.sentence(name) for name in found]
-        if self.difference is not None and self.bootstrap.count > 1:
-            lines.append(f"naive - aligned: {self.difference:.4f}{_between(self.difference_interval, '.4f')}")
-            lines.append(
-                f"brackets: {100 * self.bootstrap.level:g} % intervals over {self.bootstrap.count} {self.bootstrap.unit}s"
-            )
-        return "\n".join(lines)
+        """Losses along the paths and the barriers, for a terminal."""
+        return rendering.table(self.paths, self.summary)
 
-    def sentence(self, name: str) -> str:
-        """One path's barrier in words."""
-        curve = self.curve(name)
-        interval = _between(self.barrier_interval(name), ".4f")
-        text = f"barrier, {name} path: {curve.barrier:.4f} nats per token{interval} at t = {curve.barrier_t:.3g}"
-        text += f"; area {curve.area:+.4f}"
-        if name == "aligned" and self.percent_of_naive is not None:
-            text += f"; {self.percent_of_naive:.1f} % of the naive barrier"
-        return text
+    def sentence(self, path: str) -> str:
+        """The barrier of one path, for a terminal."""
+        return rendering.sentence(path, self.paths[path], self.summary)
 
     def to_markdown(self) -> str:
-        parts = [
-            f"# Perplexity barrier between {_short(self.a['source'])} and {_short(self.b['source'])}\n",
-            "![loss along the path](barrier.png)\n",
-            self._table_of_barriers(),
-        ]
-        if self.difference is not None:
-            parts.append(
-                f"Alignment lowers the barrier by {self.difference:.4f} nats per token"
-                f"{_between(self.difference_interval, '.4f')}.\n"
-            )
-        if self.percent_of_naive is not None:
-            parts.append(f"The aligned barrier is {self.percent_of_naive:.1f} % of the naive one.\n")
-        if self.endpoint_change is not None:
-            parts.append(
-                f"Alignment changed the loss of B itself by {self.endpoint_change:+.1e} nats (it should not beyond rounding).\n"
-            )
-        parts += [f"**Warning.** {warning[0].upper()}{warning[1:]}.\n" for warning in self.warnings]
-        parts.append(self._what_is_measured())
-        parts.append(self._how_sure())
-        if self.layerwise is not None:
-            parts.append(self._layers_in_words())
-        if self.routing:
-            parts.append(self._routing_in_words())
-        return "\n".join(parts)
-
-    def _table_of_barriers(self) -> str:
-        head = "path | barrier, nats | at t | over the worse end | perplexity ratio | area | nll of A | nll of B"
-        rows = [head, "|".join(["---"] * (head.count("|") + 1))]
-        for name in reversed(self.losses):
-            c = self.curve(name)
-            rows.append(
-                f"{name} | {c.barrier:.4f}{_between(self.barrier_interval(name), '.4f')} | {c.barrier_t:.3g} | "
-                f"{c.barrier_worse_end:.4f} | {c.perplexity_ratio:.4f} | {c.area:+.4f}"
-                f"{_between(self.area_interval(name), '+.4f')} | {c.nll[0]:.4f} | {c.nll[-1]:.4f}"
-            )
-        return "".join(f"| {row} |\n" for row in rows)
-
-    def _what_is_measured(self) -> str:
-        evaluation, windows = self.evaluation, self.windows
-        overlap = " that overlap (each scored where the one before ended)" if windows.context_only else ""
-        per_byte = self.bits_per_byte("aligned")
-        ends = f" The ends have {per_byte[0]:.4f} and {per_byte[-1]:.4f} bits per byte." if per_byte else ""
-        return (
-            "## What is measured\n\n"
-            "The barrier is the largest rise of the loss, in nats per token, above the straight line between the losses of "
-            "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
-            "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
-            "theirs. "
-            f"These are {len(self.t)} points on one text: {evaluation['tokens_scored']} predicted tokens in "
-            f"{evaluation['windows']} windows of at most {evaluation['context']} tokens{overlap}, "
-            f"{'each opened by a BOS token' if evaluation['bos'] else 'without BOS'}, in {evaluation['dtype']}.{ends} "
-            "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
-            "that the models are connected in general.\n"
-        )
-
-    def _how_sure(self) -> str:
-        drawn = self.bootstrap
-        note = f" Mind: {drawn.note}." if drawn.note else ""
-        if drawn.count < 2:
-            return f"## How sure\n\nNo intervals.{note}\n"
-        return (
-            "## How sure\n\n"
-            f"Intervals in brackets hold {100 * drawn.level:g} %: a paired bootstrap over {drawn.count} {drawn.unit}s "
-            f"({drawn.replicates} resamples, seed {drawn.seed}), the same resample at all points of all paths, means weighted "
-            "by token, percentiles. They tell how figures would vary with other text of the same kind, not with other models. "
-            "The band around a curve is pointwise; since its points share their text, the curve is surer in shape than in "
-            f"height.{note}\n"
-        )
-
-    def _layers_in_words(self) -> str:
-        rows = "".join(
-            f"| {figures.span(first, last)} | {curve.barrier:.4f}{_between(interval, '.4f')} | {curve.barrier_t:.3g} |\n"
-            for first, last in self.layerwise or {}
-            for curve, interval in [self.of_layers(first, last)]
-        )
-        return (
-            "## Layer by layer\n\n![barrier of each layer](layerwise.png)\n\n"
-            "The barrier where one layer, or the layers of a range together, go from A to aligned B and all else stays A.\n\n"
-            f"| layers | barrier, nats | at t |\n|---|---|---|\n{rows}"
-        )
-
-    def _routing_in_words(self) -> str:
-        paths = dict.fromkeys(record["path"] for record in self.routing or [])
-        images = "".join(
-            f"![routing, {path} path](routing-{path}.png)\n![load, {path} path](load-{path}.png)\n" for path in paths
-        )
-        return (
-            f"## Routing along the path\n\n{images}\n"
-            "Agreement is the share of the experts chosen for a token that A, or B in the coordinates of the path, would "
-            "choose for it as well. Where both fall on the way, tokens meet experts that neither model would choose for them.\n"
+        """The content of report.md, which shows the files that `plot` writes."""
+        return rendering.markdown(
+            (self.a["source"], self.b["source"]),
+            self.paths,
+            self.summary,
+            evaluation=self.evaluation,
+            warnings=self.warnings,
+            layers=None if self.layerwise is None else self.layers,
+            routing=self.routing or (),
         )
 
     def plot(self, path: Path) -> None:
-        """Draws the loss along the paths, and what was measured besides, as PNG and SVG files.
+        """Writes plots as PNG and SVG files.
 
         Args:
-            path: of the first plot; its suffix does not matter. The others stand beside it: layerwise, and for each path
-                routing-PATH (agreement) and load-PATH.
+            path: of the loss along the paths; its suffix does not matter. Others are written beside it: `layerwise`, and for
+                each path `routing-PATH` (agreement) and `load-PATH`.
         """
-        ends = f"{_short(self.a['source'])} to {_short(self.b['source'])}"
-        lines = {}
-        for name in [name for name in figures.STYLES if name in self.losses]:
-            curve, interval = self.curve(name), self.barrier_interval(name)
-            lines[name] = figures.Line(curve.t, curve.nll, self.nll_interval(name), curve.barrier, interval)
-        figures.save(figures.curve(lines, ends, self.bootstrap.level), path)
-        if self.layerwise:
-            values = {}
-            for first, last in self.layerwise:
-                curve, interval = self.of_layers(first, last)
-                values[first, last] = (curve.barrier, *(interval or (math.nan, math.nan)))
-            figures.save(figures.layerwise(values, ends, self.aligned.barrier), path.with_name("layerwise.png"))
-        for name in dict.fromkeys(record["path"] for record in self.routing or []):
-            t, layers, to_a, to_b, load = self._routing_arrays(name)
-            title = f"{ends}, {name} path"
-            figures.save(figures.agreement(t, layers, to_a, to_b, title), path.with_name(f"routing-{name}.png"))
-            shown = sorted({0, min(range(len(t)), key=lambda i: abs(t[i] - 0.5)), len(t) - 1})
-            loads = {t[i]: load[i] for i in shown}
-            figures.save(figures.load(loads, layers, title), path.with_name(f"load-{name}.png"))
-
-    def _routing_arrays(self, path: str) -> tuple[list[float], list[int], Floats, Floats, Floats]:
-        """t, layers, agreement with A and with B [point, layer], load [point, layer, expert] of one path; nan: no record."""
-        records = [record for record in self.routing or [] if record["path"] == path]
-        t = sorted({record["t"] for record in records})
-        layers = sorted({record["layer"] for record in records})
-        experts = max(len(record["load"]) for record in records)
-        agreement = np.full((2, len(t), len(layers)), np.nan)
-        load = np.full((len(t), len(layers), experts), np.nan)
-        for record in records:
-            at = t.index(record["t"]), layers.index(record["layer"])
-            agreement[:, *at] = record["agreement_a"], record["agreement_b"]
-            load[at][: len(record["load"])] = record["load"]
-        return t, layers, agreement[0], agreement[1], load
-
-
-def _between(interval: Interval | None, form: str) -> str:
-    """An interval in brackets, behind a number."""
-    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+        ends = self.a["source"], self.b["source"]
+        rendering.plot(path, ends, self.paths, layers=self.layers, routing=self.routing or ())
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """JSON has no NaN and no infinity: None takes their place."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _short(source: str) -> str:
-    """A Hub id as it is, a folder by its name."""
-    return Path(source).resolve().name if Path(source).is_dir() else source

@@ -87,7 +87,15 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the self-test of one configuration found."""
+    """What the self-test of one configuration found.
+
+    Example:
+        >>> moved, left = Check("expert order", 3e-7, control=False), Check("experts moved, router left", 0.4, control=True)
+        >>> print(SelfTest("mixtral", "mixtral", (moved, left)).table())
+        self-test of model type mixtral as family mixtral: passed
+          ok      3e-07  (at most 0.0001)  expert order
+          ok      4e-01  (must differ by 0.001)  experts moved, router left
+    """
 
     model_type: str
     family: str

@@ -75,6 +75,12 @@ def selftest(model: str | os.PathLike[str]) -> SelfTest:
 
     Raises:
         InputError: not a checkpoint that this package reads; the message says why.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> found = lmc.selftest("model-a")
+        >>> found.passed, found.checks[0].name
+        (True, 'everything at once, as on the Hub')
     """
     from hf_moe_lmc.proof.checks import prove  # see `_derived`
 

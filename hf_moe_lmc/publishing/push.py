@@ -76,6 +76,12 @@ def push(
     Raises:
         InputError: the folder is unfinished, or has no card.
         HubError: the Hub cannot be reached, or refused.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> lmc.merge("model-a", "model-b", "merged", align=False)
+        >>> lmc.push("merged", "me/merged", private=True)
+        'https://huggingface.co/me/merged/commit/...'
     """
     check_publishable(repo_id)
     root = Path(folder)

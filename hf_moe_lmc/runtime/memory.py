@@ -1,4 +1,9 @@
-"""Tensors in memory that has been used before: touching fresh memory can cost more than reading a file into it."""
+"""Memory that is used again, and how much of it is free.
+
+Fresh memory is expensive: the kernel zeroes it page by page at first touch, and takes it back as soon as a large tensor is
+gone. For the tensors of one expert that can cost more than reading a file into them, or than the sums over them. So large
+tensors that live for a moment come from `reused`, and from nowhere else. Accelerators have allocators that do the same.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +14,57 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
-LEAST = 1 << 20  # bytes; below, the system's own allocator does as well
-HELD = 6  # most buffers that wait for use: the matrices of two experts
+from hf_moe_lmc.runtime.cgroups import memory_left
 
-_waiting: deque[np.ndarray] = deque()
+CPU = torch.device("cpu")
+LEAST = 1 << 20  # bytes; below, the system's own allocator does as well
+WAITING = 6  # buffers that may wait for use, however large: the matrices of two experts
+WAITING_BYTES = 256 << 20  # of more buffers than that: the blocks that up to 16 threads compute with
+
+_waiting: deque[np.ndarray] = deque()  # the longest unused first
 _lock = threading.RLock()  # a collection of garbage may end a tensor in the midst of `reused`
 
 
-def reused(count: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor [count] on the CPU, in memory that an earlier one of nearly its size has let go of.
+def reused(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+    """An uninitialised tensor, on the CPU in memory that an earlier one of nearly its size has let go of.
 
-    When nothing refers to it or a view of it any more, its memory waits for the next one.
+    When nothing refers to it or a view of it any more, its memory waits for the next one, in whatever thread.
     """
-    nbytes = count * dtype.itemsize
-    if nbytes < LEAST:
-        return torch.empty(count, dtype=dtype)
-    with _lock:
-        buffer = next((one for one in _waiting if nbytes <= one.nbytes <= nbytes + nbytes // 4), None)
-        if buffer is not None:
-            _drop(buffer)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LEAST:
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffer = _take(nbytes)
     if buffer is None:
         buffer = torch.empty(nbytes, dtype=torch.uint8).numpy()
     view = buffer[:nbytes]
     weakref.finalize(view, _take_back, buffer).atexit = False
-    return torch.from_numpy(view).view(dtype)
+    return torch.from_numpy(view).view(dtype).view(shape)
+
+
+def _take(nbytes: int) -> np.ndarray | None:
+    """The buffer of a fitting size that was used last; None if there is none."""
+    with _lock:
+        for i in reversed(range(len(_waiting))):
+            if nbytes <= _waiting[i].nbytes <= nbytes + nbytes // 4:
+                buffer = _waiting[i]
+                del _waiting[i]
+                return buffer
+    return None
 
 
 def _take_back(buffer: np.ndarray) -> None:
     with _lock:
         _waiting.append(buffer)
-        while len(_waiting) > HELD:
+        while len(_waiting) > WAITING and sum(one.nbytes for one in _waiting) > WAITING_BYTES:
             _waiting.popleft()
 
 
-def _drop(buffer: np.ndarray) -> None:
-    for i, one in enumerate(_waiting):
-        if one is buffer:
-            del _waiting[i]
-            return
-
-
-def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of this thread's that holds until it asks for the same name again: new memory costs more than the sums."""
-    count = math.prod(shape)
-    key = (name, dtype, device)
-    if key not in _own.buffers or _own.buffers[key].numel() < count:
-        _own.buffers[key] = torch.empty(count, dtype=dtype, device=device)
-    return _own.buffers[key][:count].view(shape)
-
-
-class _Own(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-
-_own = _Own()
+def available_memory() -> int:
+    """Bytes that this process may still take: of what the machine has free, or can free, as much as its cgroups allow."""
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)

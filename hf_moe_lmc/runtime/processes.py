@@ -170,11 +170,13 @@ def team() -> Team:
 
 
 def close() -> None:
-    """Leaves the other processes, if they have met."""
+    """Leaves the other processes, if they have met; together, as torchrun ends the rest when one has exited."""
     global _team
     if _team is not None and _team._group is not None:
         from torch import distributed
 
+        with suppress(ProcessError):  # whoever has ended has nothing more to say
+            _team._round(None)
         distributed.destroy_process_group()
         _team = None
 

@@ -1,176 +1,218 @@
-"""The verb `barrier`: the main job."""
+"""The verb `barrier`: the main job, the perplexity barrier between two checkpoints."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
+from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
-from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class
-from hf_moe_lmc.path.measurement import _Measurement, _Options, _spans
-from hf_moe_lmc.path.tokenizer import _common_tokenizer, _context
-from hf_moe_lmc.perplexity.report import BarrierReport
-from hf_moe_lmc.perplexity.text import Text, text_source
-from hf_moe_lmc.perplexity.windows import cut_windows
+from hf_moe_lmc.path.evaluation import Evaluator
+from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans
+from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
+from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
+from hf_moe_lmc.perplexity.report import BarrierReport, Span
+from hf_moe_lmc.perplexity.text import Text, TextOptions
+from hf_moe_lmc.perplexity.windows import WindowOptions, cut_windows
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team, together
+from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.verbs.inputs import download, load_symmetry, open_models
-from hf_moe_lmc.writing.output import begin, writing
+from hf_moe_lmc.verbs.inputs import Inputs, download
+from hf_moe_lmc.verbs.job import Job, Request, verb
+from hf_moe_lmc.verbs.options import OutputOptions, filled
+from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.writing.output import writing
 from hf_moe_lmc.writing.streams import refuse_quantised
 from hf_moe_lmc.writing.workplace import Workplace
 
 
-@together
+@verb
 def barrier(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
-    split: str = "test",
-    column: str = "text",
-    points: int = 25,
-    naive: bool = True,
-    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
-    order: OrderMethod = "best",
-    units: UnitMethod = "scaled",
-    exact: bool = False,
+    split: str | None = None,
+    column: str | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
-    batch_size: int | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    activation_memory: int | None = None,
-    layerwise: int = 0,
+    points: int | None = None,
+    naive: bool | None = None,
+    layerwise: int | None = None,
     layers: str | None = None,
-    refine: int = 0,
-    routing: bool = True,
-    resume: bool = True,
-    overwrite: bool = False,
-) -> BarrierReport:
+    refine: int | None = None,
+    routing: bool | None = None,
+    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    order: OrderMethod | None = None,
+    units: UnitMethod | None = None,
+    exact: bool | None = None,
+    dtype: DType | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    activation_memory: int | None = None,
+    resume: bool | None = None,
+    overwrite: bool | None = None,
+) -> Request[BarrierReport]:
     """Measures the perplexity barrier between two checkpoints, naive and aligned.
 
-    Several processes (torchrun) share the layers to match and the batches of windows; process 0 writes.
+    Several processes (torchrun) share the layers to match and the batches of windows; process 0 writes. `barrier.plan` takes
+    the same arguments and returns the Plan: a dry run.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
         output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
         text: a UTF-8 file or several, each one document, where .jsonl and .parquet files have a document in each row; or
-            `dataset`, whose rows are documents.
-        dataset_revision: branch, tag or commit of a dataset on the Hub.
-        column: where the text of a row stands.
-        points: grid points from t = 0 to t = 1, both included.
-        naive: evaluate the path to B as it is, too.
-        symmetry: a saved or given symmetry instead of matching.
-        order, units, exact: as in `align`.
+            `dataset`, whose rows are documents. See `TextOptions`.
+        dataset_config, dataset_revision, split: of the dataset; by default its split `test`.
+        column: where the text of a row stands, by default `text`.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
         stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
             ended; None: no overlap.
         max_tokens: tokens of text to read; None reads everything.
-        batch_size: windows per forward pass, by default about 4096 tokens' worth.
-        dtype: in which the models run: float32, bfloat16 or float16.
-        device: where the layers run; by default a GPU if there is one.
-        activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
-            models are read. By default half of the memory that is free.
-        layerwise: inner points of the paths on which some layers alone leave A for their aligned place in B; 0: none, or 5
-            where `layers` says which.
+        points: grid points from t = 0 to t = 1, both included, by default 25.
+        naive: evaluate the path to B as it is, too (the default).
+        layerwise: inner points of the paths on which some layers alone leave A for their aligned place in B; by default none,
+            or 5 where `layers` says which.
         layers: decoder layers for `layerwise`, such as "0-3,8": those of a range together, 8 alone; "each", the default,
             stands for every MoE layer alone.
-        refine: how many times the intervals beside the maximum of the aligned curve are halved; both paths get the new points.
-            Each time reads both models again.
-        routing: record at each point which experts the tokens take; those that `refine` adds cost both ends again.
-        resume: continue from what an earlier call with the same inputs and options had done when it was stopped: the layers
-            that it had matched, and what had gone through the whole model (see workplace.py and `evaluate`).
+        refine: how many times the intervals beside the maximum of the aligned curve are halved, by default 0; both paths get
+            the new points. Each time reads both models again.
+        routing: record at each point which experts the tokens take (the default); those that `refine` adds cost both ends
+            again.
+        symmetry: a saved or given symmetry instead of matching.
+        order, units, exact: as for `align`.
+        dtype: in which the models run: float32 (the default), bfloat16 or float16.
+        device: where the layers run; by default a GPU if there is one.
+        batch_size: windows per forward pass, by default about 4096 tokens' worth.
+        activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
+            models are read. By default half of the memory that is free.
+        resume: continue from what an earlier call with the same inputs and options had done when it was stopped (the
+            default): the layers that it had matched, and what had gone through the whole model.
         overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
 
     Raises:
         InputError: the inputs do not fit, before anything is written.
+        ForeignError: transformers cannot build or run the model.
+
+    Example:
+        >>> report = lmc.barrier("model-a", "model-b", "barrier", text="held_out.txt")  # doctest: +SKIP
+        >>> report.aligned.barrier  # nats per token  # doctest: +SKIP
+        0.204
     """
-    options = _Options(
-        matching=WeightMatching(order=order, units=units, exact=exact),
-        points=points,
-        naive=naive,
-        context=context,
-        stride=stride,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        activation_memory=activation_memory,
-        layerwise=layerwise,
-        layers=layers,
-        refine=refine,
-        routing=routing,
+    given = locals()
+    asked = _Asked(
+        source=filled(TextOptions, given).source(),
+        windows=filled(WindowOptions, given),
+        grid=filled(GridOptions, given),
+        compute=filled(ComputeOptions, given),
+        matching=filled(WeightMatching, given),
     )
-    files = [text] if isinstance(text, str | os.PathLike) else text
-    source = text_source(files, dataset, dataset_config, split, column, dataset_revision)
-    with ExitStack() as stack:
-        model_a, model_b = open_models(
-            a,
-            b,
-            stack,
-            output=output,
-            symmetry=symmetry,
-            each=refuse_quantised,
-            overwrite=overwrite,
-            ignore_extra_layers=True,
+    if symmetry is not None:
+        refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
+    check_device(device)
+    file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
+
+    def prepare(inputs: Inputs) -> Job[BarrierReport]:
+        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True)
+        model_class = language_model_class(model_a)
+        spans = layer_spans(asked.grid.layers, model_a) if asked.grid.steps else []
+        context = context_length(model_a, asked.windows.context)
+        windows = cut_windows(
+            asked.source.documents(),
+            common_tokenizer(model_a, model_b),
+            context=context,
+            max_tokens=asked.windows.max_tokens,
+            stride=asked.windows.stride,
         )
-        workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
-        return _barrier(model_a, model_b, source, symmetry, options, workplace)
+        evaluator = Evaluator(model_a, model_b, windows, evaluation_options(model_class, asked.compute, context))
+        return _Barrier(evaluator, asked, spans, found, file)
+
+    return Request(verb="barrier", output=output, inputs=(a, b), options=filled(OutputOptions, given), prepare=prepare)
 
 
-def _barrier(
-    a: MoEModel,
-    b: MoEModel,
-    text: Text,
-    symmetry: str | os.PathLike[str] | ModelSymmetry | None,
-    options: _Options,
-    progress: Workplace | None,
-) -> BarrierReport:
-    """Checks, downloads, aligns unless a symmetry is given, evaluates, writes."""
-    language_model_class(a)
-    given = load_symmetry(symmetry, b) if symmetry is not None else None
-    spans = _spans(options.layers, a) if options.steps else []
-    mates = team()
-    windows = cut_windows(
-        text.documents(),
-        _common_tokenizer(a, b),
-        context=_context(a, options.context),
-        max_tokens=options.max_tokens,
-        stride=options.stride,
-    )
-    with writing(progress) as writer:
-        started = time.perf_counter()
-        download(a, b, given=given)
-        mates.check_equal({"text": windows.describe()["tokens_sha256"]})
-        if given is None:
-            alignment = align_models(a, b, options.matching, workplace=progress)
-            used, matching = alignment.symmetry, alignment.to_dict()
-        else:
-            file = None if isinstance(symmetry, ModelSymmetry) or symmetry is None else os.fspath(symmetry)
-            used, matching = given, {"symmetry": file, **given.metadata}
-        symmetries = {"aligned": used, **({"naive": b.identity()} if options.naive else {})}
-        report = _Measurement(a, b, symmetries, windows, options, spans, progress).report(text.describe(), matching, started)
-        _warn(report)
-        if writer:
-            used.save(writer.path("symmetry.safetensors"))
-            writer.write_text("report.json", report.to_json())
-            writer.write_text("report.md", report.to_markdown())
-            report.plot(writer.path("barrier.png"))
-    return report
+plan_barrier = barrier.plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a barrier is asked for, but for the models."""
+
+    source: Text
+    windows: WindowOptions
+    grid: GridOptions
+    compute: ComputeOptions
+    matching: WeightMatching
+
+
+@dataclass(frozen=True)
+class _Barrier(Job[BarrierReport]):
+    """Two models and a text that fit.
+
+    Attributes:
+        spans: first and last of the decoder layers that are also interpolated without the others.
+        symmetry: what B is aligned with; None: it is still to be found.
+        file: where that was read from.
+    """
+
+    evaluator: Evaluator
+    asked: _Asked
+    spans: Sequence[Span]
+    symmetry: ModelSymmetry | None
+    file: str | None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return ("aligned", "naive") if self.asked.grid.naive else ("aligned",)
+
+    @property
+    def work(self) -> Work:
+        models, grid = [self.evaluator.a, self.evaluator.b], self.asked.grid
+        points = 1 + len(self.paths) * (grid.points - 1) + len(self.spans) * len(grid.steps)
+        return Work(
+            inputs=[model.checkpoint for model in models],
+            models=models,
+            matched=self.symmetry is None,
+            evaluated=self.evaluator.cost(self.paths, points),
+        )
+
+    def run(self, workplace: Workplace | None) -> BarrierReport:
+        a, b = self.evaluator.a, self.evaluator.b
+        with writing(workplace) as writer:
+            started = time.perf_counter()
+            download(a, b, given=self.symmetry)
+            team().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
+            aligned, matching = self._aligned(workplace)
+            symmetries = {"aligned": aligned, **({"naive": b.identity()} if self.asked.grid.naive else {})}
+            measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workplace)
+            report = measurement.report(self.asked.source.describe(), matching, started)
+            _warn(report)
+            if writer:
+                aligned.save(writer.path("symmetry.safetensors"))
+                writer.write_text("report.json", report.to_json())
+                writer.write_text("report.md", report.to_markdown())
+                report.plot(writer.path("barrier.png"))
+        return report
+
+    def _aligned(self, workplace: Workplace | None) -> tuple[ModelSymmetry, dict[str, Any]]:
+        """What B is aligned with, and what a report says of it."""
+        if self.symmetry is not None:
+            return self.symmetry, {"symmetry": self.file, **self.symmetry.metadata}
+        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workplace=workplace)
+        return alignment.symmetry, alignment.to_dict()
 
 
 def _warn(report: BarrierReport) -> None:
-    """Of what the reader of a report should know."""
+    """Warns of what the reader of a report should know."""
     dtype, problem = report.evaluation["dtype"], report.evaluation.get("routing_unavailable")
     for name, values in report.losses.items():
         bad = [f"{report.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]

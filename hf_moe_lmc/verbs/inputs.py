@@ -1,106 +1,142 @@
-"""Opening, recognising and comparing what the user gave."""
+"""Opening, recognising and comparing what the user gave: all problems are reported together."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
-from hf_moe_lmc.checkpoints.pair import same_place
+from hf_moe_lmc.checkpoints.pair import check_plain_pair, same_place
 from hf_moe_lmc.checkpoints.vocabulary import check_tokenizers
 from hf_moe_lmc.errors import Faults
-from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.pair import check_pair
-from hf_moe_lmc.proof.recognition import recognise
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
-from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.workplace import check_output
 
+# Models are recognised with transformers, which takes seconds to import and a plain merge does without.
+if TYPE_CHECKING:
+    from hf_moe_lmc.moe.model import MoEModel
+    from hf_moe_lmc.symmetry.group import ModelSymmetry
 
-def open_models(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    stack: ExitStack,
-    *,
-    output: str | os.PathLike[str] | None = None,
-    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
-    each: Callable[[MoEModel], object] | None = None,
-    ignore_extra_layers: bool = False,
-    overwrite: bool = False,
-) -> tuple[MoEModel, MoEModel]:
-    """Opens, recognises and compares two checkpoints from headers alone, and looks at the output and at a saved symmetry.
+Model = str | os.PathLike[str]
+
+
+class Inputs:
+    """What one call reads, opened from headers and small files alone.
+
+    Each method raises InputError with everything that is wrong with what it opens, with the output, and between them.
 
     Args:
-        each: a further check of either model.
-        ignore_extra_layers: see `check_pair`.
-
-    Raises:
-        InputError: whatever is wrong with either, with the other two, or between A and B; all of it in one list.
+        stack: closes what has been opened.
+        output: checked as well; None: nothing is written.
     """
-    faults = Faults()
-    found: list[str] = []
-    opened = [_opened(model, stack, faults) for model in (a, b)]
-    checkpoints = [checkpoint for checkpoint in opened if checkpoint]
-    if output is not None and team().is_main:
-        with faults.gather():
-            check_output(output, [checkpoint.folder for checkpoint in checkpoints], overwrite=overwrite)
-    if symmetry is not None:
-        _given(symmetry, faults)
-    models = [_recognised(checkpoint, faults) for checkpoint in checkpoints]
-    if len(checkpoints) == 2:
-        with faults.gather():
-            found += check_tokenizers(*checkpoints)
-    recognised = [model for model in models if model]
-    for model in recognised:
-        with faults.gather():
-            if each:
+
+    def __init__(self, stack: ExitStack, output: Model | None = None, *, overwrite: bool = False) -> None:
+        self._stack = stack
+        self._output = output
+        self._overwrite = overwrite
+        self._faults = Faults()
+
+    def pair(
+        self,
+        a: Model,
+        b: Model,
+        *,
+        symmetry: Model | ModelSymmetry | None = None,
+        each: Callable[[MoEModel], object] = lambda model: None,
+        ignore_extra_layers: bool = False,
+    ) -> tuple[MoEModel, MoEModel, ModelSymmetry | None]:
+        """Two models of one architecture, and the symmetry that acts on the second, where one is given.
+
+        Args:
+            each: a further check of either model.
+            ignore_extra_layers: see `check_pair`.
+        """
+        from hf_moe_lmc.moe.pair import check_pair
+
+        warnings: list[str] = []
+        checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
+        self._check_output(checkpoints)
+        given = self._load(symmetry) if symmetry is not None else None
+        models = [model for model in map(self._recognise, checkpoints) if model]
+        if len(checkpoints) == 2:
+            with self._faults.gather():
+                warnings += check_tokenizers(*checkpoints)
+        for model in models:
+            with self._faults.gather():
                 each(model)
-    if len(recognised) == 2:
-        with faults.gather():
-            found += check_pair(*recognised, ignore_extra_layers=ignore_extra_layers)
-    faults.check()
-    if same_place(*checkpoints):
-        found.insert(0, f"A and B hold the same weights: both are {checkpoints[0].name}")
-    for warning in found:
-        warn(warning)
-    model_a, model_b = recognised
-    return model_a, model_b
+        if len(models) == 2:
+            with self._faults.gather():
+                warnings += check_pair(*models, ignore_extra_layers=ignore_extra_layers)
+        self._faults.check()
+        if same_place(*checkpoints):
+            warnings.insert(0, f"A and B hold the same weights: both are {checkpoints[0].name}")
+        for warning in warnings:
+            warn(warning)
+        model_a, model_b = models
+        if given is not None:
+            model_b.check_symmetry(given)
+        return model_a, model_b, given
 
+    def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint] | None:
+        """Two checkpoints with the same tensors, whatever they are; None if they hold other ones, or quantised ones."""
+        checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
+        whole = len(checkpoints) == 2
+        if whole and checkpoints[0].tensors.keys() != checkpoints[1].tensors.keys():
+            return None
+        if whole and any(checkpoint.quantisation for checkpoint in checkpoints):
+            return None
+        self._check_output(checkpoints)
+        warnings: list[str] = []
+        if whole:
+            with self._faults.gather():
+                warnings = check_plain_pair(*checkpoints)
+        self._faults.check()
+        for warning in warnings:
+            warn(warning)
+        return checkpoints[0], checkpoints[1]
 
-def _opened(model: str | os.PathLike[str], stack: ExitStack, faults: Faults) -> Checkpoint | None:
-    with faults.gather():
-        return stack.enter_context(Checkpoint.open(model))
-    return None
+    def single(self, model: Model, symmetry: Model | ModelSymmetry, *, inverse: bool = False) -> tuple[MoEModel, ModelSymmetry]:
+        """A model, and the symmetry (or with `inverse` its inverse) that acts on it."""
+        checkpoint = self._open(model)
+        self._check_output([checkpoint] if checkpoint else [])
+        recognised = self._recognise(checkpoint) if checkpoint else None
+        given = self._load(symmetry)
+        self._faults.check()
+        assert recognised is not None and given is not None
+        given = given.inverse() if inverse else given
+        recognised.check_symmetry(given)
+        return recognised, given
 
+    def _open(self, model: Model) -> Checkpoint | None:
+        with self._faults.gather():
+            return self._stack.enter_context(Checkpoint.open(model))
+        return None
 
-def _given(symmetry: str | os.PathLike[str] | ModelSymmetry, faults: Faults) -> ModelSymmetry | None:
-    with faults.gather():
-        return symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
-    return None
+    def _recognise(self, checkpoint: Checkpoint) -> MoEModel | None:
+        from hf_moe_lmc.proof.recognition import recognise
 
+        with self._faults.gather():
+            return recognise(checkpoint)
+        return None
 
-def _recognised(checkpoint: Checkpoint, faults: Faults) -> MoEModel | None:
-    with faults.gather():
-        return recognise(checkpoint)
-    return None
+    def _load(self, symmetry: Model | ModelSymmetry) -> ModelSymmetry | None:
+        from hf_moe_lmc.symmetry.group import ModelSymmetry
 
+        with self._faults.gather():
+            return symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
+        return None
 
-def load_symmetry(symmetry: str | os.PathLike[str] | ModelSymmetry, model: MoEModel, *, inverse: bool = False) -> ModelSymmetry:
-    """A saved or given symmetry (or its inverse), checked to act on `model`.
-
-    Raises:
-        SymmetryError: not a symmetry, of another family, or of other shapes.
-    """
-    value = symmetry if isinstance(symmetry, ModelSymmetry) else ModelSymmetry.load(symmetry)
-    value = value.inverse() if inverse else value
-    model.check_symmetry(value)
-    return value
+    def _check_output(self, checkpoints: list[Checkpoint]) -> None:
+        if self._output is not None and team().is_main:
+            with self._faults.gather():
+                check_output(self._output, [checkpoint.folder for checkpoint in checkpoints], overwrite=self._overwrite)
 
 
 def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
-    """Brings the weights, once everything has been checked from headers.
+    """Fetches the weights, once everything has been checked from headers.
 
     Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
     """

@@ -19,6 +19,7 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
 )
 from hf_moe_lmc.proof.recognition import recognise
+from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
 
 
@@ -97,8 +98,8 @@ class Inspection:
             "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
             "symmetry": self.symmetry[0],
         }
-        lines = [f"{name:<14} {value}" for name, value in rows.items() if value]
-        return "\n".join([*lines, *(f"{'':<14} {line}" for line in self.symmetry[1:])])
+        facts = [(name, value) for name, value in rows.items() if value]
+        return "\n".join(aligned([*facts, *(("", line) for line in self.symmetry[1:])], least=(14,), gap=" "))
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -106,6 +107,14 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         InputError: not a checkpoint that this package reads; the message says why.
+
+    Example:
+        >>> import hf_moe_lmc as lmc
+        >>> found = lmc.inspect("model-a")
+        >>> found.family, found.experts, found.top_k
+        ('mixtral', 6, 2)
+        >>> print(found.symmetry[0])
+        experts in any order (S_6), each with its router row
     """
     with Checkpoint.open(model) as checkpoint:
         return _describe(recognise(checkpoint))

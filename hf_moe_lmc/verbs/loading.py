@@ -18,7 +18,7 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.verbs.inputs import download, load_symmetry, open_models
+from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.streams import (
     interpolated,
@@ -54,12 +54,12 @@ def load_interpolated(
     folder = tempfile.mkdtemp(prefix="hf_moe_lmc-")  # what the device map puts on disk lives as long as the model
     try:
         with ExitStack() as stack:
-            model_a, model_b = open_models(a, b, stack, ignore_extra_layers=True)
-            refuse_quantised(model_a, model_b)
+            model_a, model_b, given = Inputs(stack).pair(
+                a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True
+            )
             language_model_class(model_a)
-            given = load_symmetry(symmetry, model_b) if symmetry is not None else model_b.identity()
-            download(model_a, model_b, given=given if symmetry is not None else None)
-            stream = interpolated(model_a, model_b, given.layers, t)
+            download(model_a, model_b, given=given)
+            stream = interpolated(model_a, model_b, (given or model_b.identity()).layers, t)
             loaded = load_point(stream, dtype=dtype or _usual_dtype(model_a), device=device, offload_folder=Path(folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,35 +7,30 @@ are, and transformers is not even imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
-from hf_moe_lmc.checkpoints.pair import check_plain_pair
-from hf_moe_lmc.errors import Faults, InputError
-from hf_moe_lmc.matching.options import WeightMatching
+from hf_moe_lmc.errors import InputError, refuse_idle
+from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.publishing.card import model_card
-from hf_moe_lmc.publishing.push import check_publishable, publish
-from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team, together
+from hf_moe_lmc.verbs.inputs import Inputs
+from hf_moe_lmc.verbs.job import Job, Request, verb
+from hf_moe_lmc.verbs.options import OutputOptions, filled
+from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.interpolation import check_t
-from hf_moe_lmc.writing.output import TensorStream, begin, writing
-from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
+from hf_moe_lmc.writing.output import FolderWriter, writing
 from hf_moe_lmc.writing.spans import PlainStream
-from hf_moe_lmc.writing.workplace import check_output
+from hf_moe_lmc.writing.workplace import Workplace
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
-    from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
     from hf_moe_lmc.moe.model import MoEModel
-    from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
+    from hf_moe_lmc.symmetry.group import ModelSymmetry
 
 
-@together
+@verb
 def merge(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -44,29 +39,27 @@ def merge(
     *,
     align: bool = True,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
-    order: OrderMethod = "best",
-    units: UnitMethod = "scaled",
-    exact: bool = False,
+    order: OrderMethod | None = None,
+    units: UnitMethod | None = None,
+    exact: bool | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
-    resume: bool = True,
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-) -> Alignment | None:
+    resume: bool | None = None,
+    overwrite: bool | None = None,
+    allow_nonfinite: bool | None = None,
+) -> Request[Alignment | None]:
     """Writes the checkpoint theta_t = (1 - t) A + t B' with a model card, in A's layout, dtypes and side files.
+
+    `merge.plan` takes the same arguments and returns the Plan: a dry run.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]).
         output: a new or empty folder.
+        t: 0 is A, 1 is B.
         align: match B to A first; otherwise B is taken as it is. Two checkpoints with the same tensors are then
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
-        order, units, exact: as in `align`.
-        push_to_hub: OWNER/NAME to publish the result under.
-        resume: continue from the layers that an earlier call had matched, and the shards that it had written, when it was
-            stopped (see workplace.py).
-        overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
-        allow_nonfinite: write weights that are NaN or infinite, instead of raising.
+        order, units, exact, push_to_hub, private, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
         The alignment that was computed, or None where there was nothing to compute.
@@ -74,148 +67,154 @@ def merge(
     Raises:
         InputError: the inputs do not fit, before anything is written; or weights are NaN or infinite.
         WriteError: the system refuses to write.
+
+    Example:
+        >>> lmc.merge("model-a", "model-b", "merged", t=0.3)  # doctest: +SKIP
     """
+    given = locals()
+    method, options = filled(WeightMatching, given), filled(OutputOptions, given)
     check_t(t)
-    check_publishable(push_to_hub)
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
-    with ExitStack() as stack:
-        opened = open_plain(a, b, stack, output=output, overwrite=overwrite) if not align else None
-        models = None if opened else _open_models(a, b, stack, output=output, symmetry=symmetry, overwrite=overwrite)
-        workplace = begin(output, a, b, stack=stack, resume=resume, overwrite=overwrite)
-        if opened:
-            found = _plain(*opened, t)
-        else:
-            assert models is not None
-            found = _modelled(*models, t, align, symmetry, WeightMatching(order=order, units=units, exact=exact))
-        facts = {"what": "merge", "t": t, "allow_nonfinite": allow_nonfinite, **found.facts}
-        with writing(workplace, facts, inputs=[found.a, found.b], allow_nonfinite=allow_nonfinite) as writer:
-            alignment = None
-            if found.search:
-                elements, search = found.search
-                with written_meanwhile(writer, found.stream, elements) as deliver:
-                    alignment = search(allow_nonfinite=allow_nonfinite, workplace=workplace, deliver=deliver)
-            elif writer:
-                writer.write_tensors(found.stream)
-            used = alignment.symmetry if alignment else found.given
+    if symmetry is not None or not align:
+        refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
+
+    def prepare(inputs: Inputs) -> Job[Alignment | None]:
+        pair = None if align else inputs.plain_pair(a, b)
+        if pair:
+            return _PlainMerge(*pair, t, options.allow_nonfinite)
+        from hf_moe_lmc.writing.streams import refuse_quantised
+
+        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        return _Merge(model_a, model_b, t, method if align and found is None else None, found, options.allow_nonfinite)
+
+    return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
+
+
+plan_merge = merge.plan
+
+
+@dataclass(frozen=True)
+class _PlainMerge(Job["Alignment | None"]):
+    """Two checkpoints with the same tensors, as they are."""
+
+    a: Checkpoint
+    b: Checkpoint
+    t: float
+    allow_nonfinite: bool
+
+    @property
+    def work(self) -> Work:
+        return Work(inputs=[self.a, self.b], template=self.a, facts=self.facts)
+
+    def facts(self) -> Mapping[str, Any]:
+        of_inputs = {"a": self.a.fingerprint(), "b": self.b.fingerprint()}
+        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **of_inputs}
+
+    def run(self, workplace: Workplace | None) -> None:
+        bring(self.a, self.b)
+        with writing(workplace, self.facts(), inputs=[self.a, self.b], allow_nonfinite=self.allow_nonfinite) as writer:
             if writer:
-                writer.write_checkpoint_files(found.a)
+                writer.write_tensors(PlainStream(self.a, self.b, self.t))
+                writer.write_checkpoint_files(self.a)
+                writer.write_text("README.md", merge_card(self.a, self.b, self.t))
+
+
+@dataclass(frozen=True)
+class _Merge(Job["Alignment | None"]):
+    """Two models.
+
+    Attributes:
+        method: how B is matched to A; None: it is not.
+        symmetry: what B was aligned with before; None: nothing, or it is still to be found.
+    """
+
+    a: MoEModel
+    b: MoEModel
+    t: float
+    method: WeightMatching | None
+    symmetry: ModelSymmetry | None
+    allow_nonfinite: bool
+
+    @property
+    def inputs(self) -> list[Checkpoint]:
+        return [self.a.checkpoint, self.b.checkpoint]
+
+    @property
+    def work(self) -> Work:
+        return Work(
+            inputs=self.inputs,
+            template=self.a.checkpoint,
+            models=[self.a, self.b],
+            matched=self.method is not None,
+            facts=self.facts,
+        )
+
+    def facts(self) -> Mapping[str, Any]:
+        from hf_moe_lmc.matching.alignment import matching_facts
+        from hf_moe_lmc.symmetry.group import digest
+
+        options = {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite}
+        if self.method:
+            return options | matching_facts(self.a, self.b, self.method)
+        of_inputs = {side: checkpoint.fingerprint() for side, checkpoint in zip("ab", self.inputs, strict=True)}
+        return options | of_inputs | {"symmetry": digest(self.symmetry or self.b.identity())}
+
+    def run(self, workplace: Workplace | None) -> Alignment | None:
+        from hf_moe_lmc.verbs.inputs import download
+
+        download(self.a, self.b, given=self.symmetry)
+        with writing(workplace, self.facts(), inputs=self.inputs, allow_nonfinite=self.allow_nonfinite) as writer:
+            alignment = self._write_tensors(writer, workplace)
+            used = alignment.symmetry if alignment else self.symmetry
+            if writer:
+                writer.write_checkpoint_files(self.a.checkpoint)
                 if used:
                     used.save(writer.path("alignment/symmetry.safetensors"))
                 if alignment:
                     writer.write_text("alignment/alignment.json", alignment.to_json())
-                writer.write_text("README.md", merge_card(found, alignment, t))
-    if push_to_hub and team().is_main:
-        publish(output, push_to_hub, private=private)
-    return alignment
+                card = merge_card(self.a.checkpoint, self.b.checkpoint, self.t, alignment=alignment, symmetry=self.symmetry)
+                writer.write_text("README.md", card)
+        return alignment
 
+    def _write_tensors(self, writer: FolderWriter | None, workplace: Workplace | None) -> Alignment | None:
+        from hf_moe_lmc.matching.alignment import align_models
+        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
+        from hf_moe_lmc.writing.streams import interpolated
 
-@dataclass(frozen=True)
-class _Merge:
-    """What is to be written, and from what.
-
-    Attributes:
-        facts: what its shards depend on besides t.
-        given: a symmetry that B was aligned with before.
-        search: the group elements that `stream` waits for, and `align_models` for the two; None: there is nothing to find.
-    """
-
-    a: Checkpoint
-    b: Checkpoint
-    stream: TensorStream
-    facts: dict[str, Any]
-    given: ModelSymmetry | None = None
-    search: tuple[Mapping[int, Future[LayerSymmetry]], Callable[..., Alignment]] | None = None
-
-
-def _plain(a: Checkpoint, b: Checkpoint, t: float) -> _Merge:
-    """Two checkpoints with the same tensors as they are."""
-    bring(a, b)
-    return _Merge(a, b, PlainStream(a, b, t), {"a": a.fingerprint(), "b": b.fingerprint()})
-
-
-def open_plain(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    stack: ExitStack,
-    *,
-    output: str | os.PathLike[str],
-    overwrite: bool = False,
-) -> tuple[Checkpoint, Checkpoint] | None:
-    """Two checkpoints with the same tensors, checked from their headers; None if they hold other ones, or quantised ones.
-
-    Raises:
-        InputError: whatever is wrong with either, between them, or with the output; all of it in one list.
-    """
-    faults, opened = Faults(), list[Checkpoint]()
-    for model in (a, b):
-        with faults.gather():
-            opened.append(stack.enter_context(Checkpoint.open(model)))
-    pair = (opened[0], opened[1]) if len(opened) == 2 else None
-    if pair and (pair[0].tensors.keys() != pair[1].tensors.keys() or any(one.quantisation for one in pair)):
+        if self.method:
+            elements = pending(self.b.layers)
+            stream = interpolated(self.a, self.b, elements, self.t, rounded=True)
+            with written_meanwhile(writer, stream, elements) as deliver:
+                return align_models(
+                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workplace=workplace, deliver=deliver
+                )
+        if writer:
+            used = self.symmetry or self.b.identity()
+            writer.write_tensors(interpolated(self.a, self.b, used.layers, self.t, rounded=True))
         return None
-    if team().is_main:
-        with faults.gather():
-            check_output(output, [one.folder for one in opened], overwrite=overwrite)
-    found = []
-    if pair:
-        with faults.gather():
-            found = check_plain_pair(*pair)
-    faults.check()
-    for warning in found:
-        warn(warning)
-    return pair
 
 
-def _open_models(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, **options: Any
-) -> tuple[MoEModel, MoEModel]:
-    from hf_moe_lmc.verbs.inputs import open_models
-    from hf_moe_lmc.writing.streams import refuse_quantised
-
-    return open_models(a, b, stack, each=refuse_quantised, **options)
-
-
-def _modelled(
-    model_a: MoEModel,
-    model_b: MoEModel,
+def merge_card(
+    a: Checkpoint,
+    b: Checkpoint,
     t: float,
-    align: bool,
-    symmetry: str | os.PathLike[str] | ModelSymmetry | None,
-    method: WeightMatching,
-) -> _Merge:
-    """Two models, the second one to be aligned by a `method`, or aligned before, or in another layout."""
-    from hf_moe_lmc.matching.alignment import align_models, matching_facts
-    from hf_moe_lmc.symmetry.group import digest
-    from hf_moe_lmc.verbs.inputs import download, load_symmetry
-    from hf_moe_lmc.writing.streams import interpolated
-
-    given = load_symmetry(symmetry, model_b) if symmetry is not None else None
-    download(model_a, model_b, given=given)
-    of_a, of_b = model_a.checkpoint, model_b.checkpoint
-    if align and given is None:
-        elements = pending(model_b.layers)
-        stream = interpolated(model_a, model_b, elements, t, rounded=True)
-        facts = matching_facts(model_a, model_b, method)
-        return _Merge(of_a, of_b, stream, facts, search=(elements, partial(align_models, model_a, model_b, method)))
-    used = given or model_b.identity()
-    stream = interpolated(model_a, model_b, used.layers, t, rounded=True)
-    facts = {"a": of_a.fingerprint(), "b": of_b.fingerprint(), "symmetry": digest(used)}
-    return _Merge(of_a, of_b, stream, facts, given)
-
-
-def merge_card(found: _Merge, alignment: Alignment | None, t: float) -> str:
-    aligned, given = alignment is not None, found.given is not None
-    how = "aligned to A by weight matching" if aligned else "aligned to A by a saved symmetry" if given else "not aligned"
-    options = " --symmetry SYMMETRY" if given else " --no-align"
+    *,
+    alignment: Alignment | None = None,
+    symmetry: ModelSymmetry | None = None,
+) -> str:
+    """The model card of a merge, with what B was aligned by: an alignment, a saved symmetry, or nothing."""
+    how, options = "not aligned", " --no-align"
     if alignment:
-        options = f" --order {alignment.order} --units {alignment.units}"
+        how, options = "aligned to A by weight matching", f" --order {alignment.order} --units {alignment.units}"
+    elif symmetry:
+        how, options = "aligned to A by a saved symmetry", " --symmetry SYMMETRY"
     return model_card(
-        title=f"A merge of {found.a.display_name} and {found.b.display_name}",
+        title=f"A merge of {a.display_name} and {b.display_name}",
         summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two "
-        f"{'Mixture-of-Experts ' if aligned or given else ''}models, where B' is B, {how}.",
-        inputs={"A": found.a, "B": found.b},
-        base=[found.a, found.b],
+        f"{'Mixture-of-Experts ' if alignment or symmetry else ''}models, where B' is B, {how}.",
+        inputs={"A": a, "B": b},
+        base=[a, b],
         relation="merge",
         command=f"hf-moe-lmc merge A B -o OUT -t {t:g}{options}",
         alignment=alignment.totals() if alignment else None,

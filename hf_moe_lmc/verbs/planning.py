@@ -1,4 +1,4 @@
-"""What `align`, `apply` and `merge` would do: the option `--dry-run`. All is checked, nothing downloaded or written."""
+"""The plan of a verb, which a dry run shows: everything has been checked, nothing fetched or written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,21 +14,51 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.errors import InputError, OutputError
+from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.runtime.progress import size_of
+from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
-from hf_moe_lmc.verbs.merge import open_plain
-from hf_moe_lmc.writing.output import SPARE
+from hf_moe_lmc.writing.output import lack_of_space
 from hf_moe_lmc.writing.shard_file import worker_count
 from hf_moe_lmc.writing.spans import SPAN
-from hf_moe_lmc.writing.workplace import check_output
+from hf_moe_lmc.writing.workplace import kept_files
 
 if TYPE_CHECKING:
     from hf_moe_lmc.moe.model import MoEModel
-    from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.path.evaluation import Cost
 
 PROBE = 32 << 20  # bytes read and written to see how fast that goes here
 PRODUCT = 1024  # rows of the matrix product that is timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a verb reads and writes.
+
+    Attributes:
+        inputs: what is read.
+        template: what is written has its tensors; None: no checkpoint is written.
+        models: what is read, where it was recognised.
+        matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
+            MoE blocks, which are compared in the end, are read twice.
+        evaluated: cost of an evaluation, which reads both models in each pass.
+        facts: what the shards are made from, of which some may have been written by a call that was stopped.
+    """
+
+    inputs: Sequence[Checkpoint]
+    template: Checkpoint | None = None
+    models: Sequence[MoEModel] = ()
+    matched: bool = False
+    evaluated: Cost | None = None
+    facts: Callable[[], Mapping[str, Any]] = dict
+
+    def shards_left(self, output: Path) -> list[Shard]:
+        """Shards of the template that an earlier call has not written yet."""
+        if self.template is None:
+            return []
+        here = all(checkpoint.is_here for checkpoint in self.inputs)
+        whole = kept_files(output, self.facts()) if here else set()
+        return [shard for shard in self.template.shards.values() if shard.name not in whole]
 
 
 @dataclass(frozen=True)
@@ -37,13 +66,15 @@ class Plan:
     """What a verb would do, from headers and a short probe of this machine.
 
     Attributes:
-        tensors, shards: of the output; 0 where only a symmetry is written.
+        tensors, shards: of the output; 0 where no checkpoint is written.
         bytes_to_download: of checkpoints on the Hub that are not in the cache.
         bytes_to_read: from disk; a checkpoint that is matched and rewritten counts twice, though much may still be cached.
         bytes_free: where the output would be.
         peak_memory: bytes, besides what Python and the libraries take.
         seconds: of reading and writing at the rates that the probe saw, downloads left out; None where nothing is here yet.
         matching_seconds: of the matching besides, at most: every expert compared in full. Related ones take a fraction.
+        passes: how often both models are read to evaluate them; 0: nothing is evaluated.
+        problem: why it is not possible all the same: there is no room for the output; None: it is.
     """
 
     verb: str
@@ -59,168 +90,66 @@ class Plan:
     seconds: float | None
     layers_to_match: int
     matching_seconds: float
+    passes: int = 0
+    problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def table(self) -> str:
-        rows = [
-            ("tensors", f"{self.tensors:,} in {self.shards} shards"),
-            *([("to download", size_of(self.bytes_to_download))] if self.bytes_to_download else []),
-            ("to read", size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else "")),
-            (
-                "to write",
-                f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; {size_of(self.bytes_free)} free",
-            ),
-            ("peak memory", f"{size_of(self.peak_memory)} besides Python and its libraries"),
-            ("reading and writing", f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download"),
-        ]
+        """For a terminal: one fact a line."""
+        rows = {
+            "tensors": f"{self.tensors:,} in {self.shards} shards",
+            "to download": size_of(self.bytes_to_download) if self.bytes_to_download else "",
+            "to read": size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else ""),
+            "to write": f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; "
+            f"{size_of(self.bytes_free)} free",
+            "peak memory": f"{size_of(self.peak_memory)} besides Python and its libraries",
+            "reading and writing": f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download",
+        }
         if self.layers_to_match:
-            rows.append(
-                ("matching", f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}, meanwhile written")
-            )
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
-        return "\n".join([f"{self.verb} would be possible; nothing has been written", *lines])
+            meanwhile = ", meanwhile written" if self.tensors else ""
+            rows["matching"] = f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}{meanwhile}"
+        if self.passes:
+            times = "once" if self.passes == 1 else f"{self.passes} times"
+            rows["evaluation"] = f"reads both models {times}; the time of the forward passes is not known beforehand"
+        possible = "would be possible" if self.problem is None else "would not be possible: there is no room for its output"
+        shown = [(name, value) for name, value in rows.items() if value]
+        return "\n".join([f"{self.verb} {possible}; nothing has been written", *aligned(shown)])
 
 
-def plan_merge(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    align: bool = True,
-    symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
-    overwrite: bool = False,
-) -> Plan:
-    """What `merge` would do with these arguments.
-
-    Raises:
-        InputError: as `merge` would.
-    """
-    if symmetry is not None and not align:
-        raise InputError("a symmetry was given and alignment was turned off; choose one")
-    with ExitStack() as stack:
-        plain = open_plain(a, b, stack, output=output, overwrite=overwrite) if not align else None
-        if plain:
-            _check(output, plain, overwrite)
-            return _plan("merge", output, plain, template=plain[0])
-        from hf_moe_lmc.writing.streams import refuse_quantised
-
-        how: dict[str, Any] = {"output": output, "overwrite": overwrite, "symmetry": symmetry}
-        models = _models(a, b, stack, each=refuse_quantised, **how)
-        from hf_moe_lmc.verbs.inputs import load_symmetry
-
-        if symmetry is not None:
-            load_symmetry(symmetry, models[1])
-        inputs = [model.checkpoint for model in models]
-        _check(output, inputs, overwrite)
-        return _plan("merge", output, inputs, template=inputs[0], models=models, matched=align and symmetry is None)
-
-
-def plan_align(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    symmetry_only: bool = False,
-    overwrite: bool = False,
-) -> Plan:
-    """What `align` would do with these arguments.
-
-    Raises:
-        InputError: as `align` would.
-    """
-    with ExitStack() as stack:
-        models = _models(a, b, stack, output=output, overwrite=overwrite, ignore_extra_layers=True)
-        inputs = [model.checkpoint for model in models]
-        _check(output, inputs, overwrite)
-        template = None if symmetry_only else inputs[1]
-        return _plan("align", output, inputs, template=template, models=models, matched=True)
-
-
-def plan_apply(
-    symmetry: str | os.PathLike[str] | ModelSymmetry,
-    b: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    inverse: bool = False,
-    overwrite: bool = False,
-) -> Plan:
-    """What `apply` would do with these arguments.
-
-    Raises:
-        InputError: as `apply` would.
-    """
-    from hf_moe_lmc.proof.recognition import recognise
-    from hf_moe_lmc.verbs.inputs import load_symmetry
-
-    with ExitStack() as stack:
-        model = recognise(stack.enter_context(Checkpoint.open(b)))
-        load_symmetry(symmetry, model, inverse=inverse)
-        inputs = [model.checkpoint]
-        _check(output, inputs, overwrite)
-        return _plan("apply", output, inputs, template=inputs[0], models=[model])
-
-
-def _models(a: str | os.PathLike[str], b: str | os.PathLike[str], stack: ExitStack, **options: Any) -> Sequence[MoEModel]:
-    from hf_moe_lmc.verbs.inputs import open_models
-
-    return open_models(a, b, stack, **options)
-
-
-def _check(output: str | os.PathLike[str], inputs: Sequence[Checkpoint], overwrite: bool) -> None:
-    check_output(output, [checkpoint.folder for checkpoint in inputs], overwrite=overwrite)
-    nearest = _nearest(output)
-    if not os.access(nearest, os.W_OK):
-        raise OutputError(f"{output}: cannot be written (no permission in {nearest}); choose another output")
-
-
-def _plan(
-    verb: str,
-    output: str | os.PathLike[str],
-    inputs: Sequence[Checkpoint],
-    *,
-    template: Checkpoint | None,
-    models: Sequence[MoEModel] = (),
-    matched: bool = False,
-) -> Plan:
-    """The plan for inputs that have been checked.
-
-    Args:
-        template: what is written has its tensors.
-        matched: the two models are matched; a layer is written while it is still in the page cache, but the tensors outside
-            the MoE blocks, which are compared in the end, are read twice.
-    """
-    sizes = {id(one): one.nbytes for one in inputs}
+def planned(verb: str, output: Path, work: Work) -> Plan:
+    """The plan for work that has been checked."""
+    template, models = work.template, work.models
     outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
-    reading = sum(sizes.values()) + (outside if matched and template else 0)
-    writing = sum(shard.size for shard in template.shards.values()) if template else 0
-    away = [one for one in inputs if not one.is_here]
-    free = shutil.disk_usage(_nearest(output)).free
-    if writing + SPARE > free:
-        raise OutputError(
-            f"{output}: {size_of(writing)} are to be written, {size_of(free)} are free there; choose another disk"
-        )
-    layers = [model.layers for model in models]
-    common = sorted(layers[0].keys() & layers[-1].keys()) if matched else []
+    reading = sum(checkpoint.nbytes for checkpoint in work.inputs) if work.matched or not work.evaluated else 0
+    reading += outside if work.matched and template else 0
+    reading += work.evaluated.passes * work.evaluated.bytes_of_both if work.evaluated else 0
+    left = work.shards_left(output)
+    writing = sum(shard.size for shard in left)
+    nearest = _nearest(output)
+    away = [checkpoint for checkpoint in work.inputs if not checkpoint.is_here]
+    common = sorted(models[0].layers.keys() & models[-1].layers.keys()) if work.matched else []
     flops = sum(_flops(models[0], index) for index in common)
-    read_rate = None if away else _reading(inputs)
-    write_rate = _writing(_nearest(output))
+    read_rate = None if away else _reading(work.inputs)
+    write_rate = _writing(nearest)
+    evaluating = work.evaluated.weights + work.evaluated.activations if work.evaluated else 0
     return Plan(
         verb=verb,
         tensors=len(template.tensors) if template else 0,
         shards=len(template.shards) if template else 0,
-        bytes_to_download=sum(sizes[id(one)] for one in away),
+        bytes_to_download=sum(checkpoint.nbytes for checkpoint in away),
         bytes_to_read=reading,
         bytes_to_write=writing,
-        bytes_free=free,
-        peak_memory=_memory(models, matched),
+        bytes_free=shutil.disk_usage(nearest).free,
+        peak_memory=max(_memory(models, work.matched), evaluating),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
         layers_to_match=len(common),
         matching_seconds=flops / _multiplying() if flops else 0.0,
+        passes=work.evaluated.passes if work.evaluated else 0,
+        problem=lack_of_space(output, left, nearest),
     )
 
 
@@ -242,8 +171,9 @@ def _flops(model: MoEModel, index: int) -> int:
     return sum(2 * bank.experts * bank.unit_count * bank.expert_numel for bank in layer.banks.values()) + shared
 
 
-def _nearest(output: str | os.PathLike[str]) -> Path:
-    root = Path(output).resolve()
+def _nearest(output: Path) -> Path:
+    """The folder that is there already, and would hold the output."""
+    root = output.resolve()
     return next(path for path in (root, *root.parents) if path.exists())
 
 

@@ -34,7 +34,7 @@ from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.shard_file import _in_parallel, _ShardFile
-from hf_moe_lmc.writing.spans import Scratch, Span
+from hf_moe_lmc.writing.spans import Span
 from hf_moe_lmc.writing.workplace import (
     Kept,
     Workplace,
@@ -132,11 +132,11 @@ class FolderWriter:
 
     def _jobs(
         self, stream: TensorStream, files: list[_ShardFile], tell: Callable[[int], object]
-    ) -> Iterator[Callable[[Scratch], None]]:
+    ) -> Iterator[Callable[[], None]]:
         telling = threading.Lock()
 
-        def write(file: _ShardFile, span: Span, scratch: Scratch) -> None:
-            values = span.compute(scratch).to(span.dtype)
+        def write(file: _ShardFile, span: Span) -> None:
+            values = span.compute().to(span.dtype)
             if not self._allow_nonfinite and not is_finite(values):
                 raise self._not_finite(file, span, values)
             file.write(span, values)
@@ -149,7 +149,7 @@ class FolderWriter:
             for span in stream.spans(file.shard):
                 file.hold()
                 yield partial(write, file, span)
-            yield lambda _, file=file: file.release()  # type: ignore[misc]
+            yield file.release
 
     def _not_finite(self, file: _ShardFile, span: Span, values: Tensor) -> CheckpointError:
         """What to say of a range with a value that is not finite: the tensor, and the input that it comes from."""
@@ -168,13 +168,9 @@ class FolderWriter:
 
     def check_space(self, template: Checkpoint) -> None:
         """Raises OutputError where the shards of a template that are not there yet would not fit."""
-        needed = sum(shard.size for shard in self._left(template))
-        free = shutil.disk_usage(self.folder).free
-        if needed + SPARE > free and needed:
-            raise OutputError(
-                f"{self._workplace.root}: {size_of(needed)} are to be written, {size_of(free)} are free there; "
-                "free some space, or choose another disk"
-            )
+        problem = lack_of_space(self._workplace.root, self._left(template), self.folder)
+        if problem:
+            raise OutputError(problem)
 
     def write_checkpoint_files(self, template: Checkpoint) -> None:
         """Configurations (without switches to foreign code), side files and an index, all as the template has them."""
@@ -197,6 +193,17 @@ class FolderWriter:
                 if not file.endswith(".safetensors") or "/" in file:
                     _sync(self._kept.path(file))
         self._workplace.publish(self._kept, last=INDEX, durable=self._durable)
+
+
+def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | None:
+    """What to say where the disk of `folder` has no room for the shards of an output; None where it has."""
+    needed, free = sum(shard.size for shard in shards), shutil.disk_usage(folder).free
+    if needed + SPARE <= free or not needed:
+        return None
+    return (
+        f"{output.resolve()}: {size_of(needed)} are to be written, {size_of(free)} are free there; free some space, or choose "
+        "another disk"
+    )
 
 
 def begin(

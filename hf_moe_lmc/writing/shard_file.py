@@ -15,7 +15,7 @@ from hf_moe_lmc.checkpoints.checkpoint import (
     Shard,
     TensorInfo,
 )
-from hf_moe_lmc.writing.spans import Scratch, Span
+from hf_moe_lmc.writing.spans import Span
 from hf_moe_lmc.writing.workplace import (
     UNFINISHED,
     Kept,
@@ -81,9 +81,7 @@ class _ShardFile:
         return next(info for info in self._infos if info.start <= position < info.start + info.nbytes)
 
 
-def _in_parallel(
-    jobs: Iterator[Callable[[Scratch], None]], files: list[_ShardFile], stop: threading.Event, *, threads: int
-) -> None:
+def _in_parallel(jobs: Iterator[Callable[[], None]], files: list[_ShardFile], stop: threading.Event, *, threads: int) -> None:
     """Runs all jobs in a few threads; the first failure, an interrupt or `stop` ends them all. `files` are flushed meanwhile.
 
     Args:
@@ -94,13 +92,12 @@ def _in_parallel(
 
     def work() -> None:
         torch.set_num_threads(1)  # of this thread: the jobs themselves are what runs in parallel
-        scratch = Scratch()
         while not stop.is_set():
             with taking:
                 job = next(jobs, None)
             if job is None:
                 return
-            job(scratch)
+            job()
 
     def guarded() -> None:
         try:

@@ -7,7 +7,7 @@ ranges are cut to a bounded size. So the work is that of the bytes, whatever the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -16,25 +16,10 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard, TensorInfo
 from hf_moe_lmc.errors import MismatchError
+from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 
 SPAN = 8 << 20  # most bytes of one range outside the MoE blocks
-
-
-@dataclass
-class Scratch:
-    """Buffers that one thread uses again and again."""
-
-    _buffers: list[Tensor] = field(default_factory=list)
-
-    def take(self, which: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Buffer number `which` as [count] of a dtype, with whatever it held before."""
-        nbytes = count * dtype.itemsize
-        while len(self._buffers) <= which:
-            self._buffers.append(torch.empty(0, dtype=torch.uint8))
-        if self._buffers[which].numel() < nbytes:
-            self._buffers[which] = torch.empty(max(nbytes, SPAN), dtype=torch.uint8)
-        return self._buffers[which][:nbytes].view(dtype)
 
 
 @dataclass(frozen=True)
@@ -45,13 +30,13 @@ class Span:
         start: its first byte in the file.
         count: its elements.
         dtype: in which they are written.
-        compute: their values, one row, in that dtype or a wider one; valid until the same scratch is used again.
+        compute: their values, one row, in that dtype or a wider one.
     """
 
     start: int
     count: int
     dtype: torch.dtype
-    compute: Callable[[Scratch], Tensor]
+    compute: Callable[[], Tensor]
 
     @property
     def nbytes(self) -> int:
@@ -79,8 +64,8 @@ class Copied:
             for first, count in _steps(run):
                 yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._copy, run, first, count))
 
-    def _copy(self, run: _Run, first: int, count: int, scratch: Scratch) -> Tensor:
-        values = scratch.take(0, count, run.dtype)
+    def _copy(self, run: _Run, first: int, count: int) -> Tensor:
+        values = reused(count, run.dtype)
         self.checkpoint.fill(values, run.shard, run.start + first * run.dtype.itemsize)
         return values
 
@@ -102,9 +87,9 @@ class Interpolated:
             for first, count in _steps(run):
                 yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._blend, run, first, count))
 
-    def _blend(self, run: _Run, first: int, count: int, scratch: Scratch) -> Tensor:
+    def _blend(self, run: _Run, first: int, count: int) -> Tensor:
         assert run.partner is not None
-        of_a, of_b = scratch.take(0, count, run.dtype), scratch.take(1, count, run.partner.dtype)
+        of_a, of_b = reused(count, run.dtype), reused(count, run.partner.dtype)
         floating = run.dtype.is_floating_point
         if self.t != 1 or not floating:
             self.a.fill(of_a, run.shard, run.start + first * run.dtype.itemsize)

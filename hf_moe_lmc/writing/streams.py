@@ -21,7 +21,6 @@ from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.writing.spans import (
     Copied,
     Interpolated,
-    Scratch,
     Span,
     TensorSource,
 )
@@ -59,7 +58,7 @@ class ModelStream:
                 yield Span(start, piece.count, info.dtype, partial(self._assemble, layer, name, piece))
         yield from self.outside.spans(outside)
 
-    def _assemble(self, layer: MoELayer, name: str, piece: Piece, _: Scratch) -> Tensor:
+    def _assemble(self, layer: MoELayer, name: str, piece: Piece) -> Tensor:
         return layer.assemble(name, piece, self.layers[layer.index])
 
 

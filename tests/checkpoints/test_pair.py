@@ -12,7 +12,7 @@ from hf_moe_lmc.checkpoints.configuration import check_counts, differing, withou
 from hf_moe_lmc.checkpoints.pair import check_plain_pair
 from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
 from hf_moe_lmc.verbs.align import align
-from hf_moe_lmc.verbs.inputs import open_models
+from hf_moe_lmc.verbs.inputs import Inputs
 from tests import tiny
 from tests.checkpoints.test_checkpoint import truncate
 
@@ -73,7 +73,7 @@ def test_what_only_follows_from_a_fault_is_not_listed(copy: Callable[..., Path],
     a, b = copy("mixtral", name="a"), copy("mixtral", name="b")
     truncate(a)
     with pytest.raises(CheckpointError) as error, ExitStack() as stack:
-        open_models(a, b, stack, output=tmp_path / "out")
+        Inputs(stack, tmp_path / "out").pair(a, b)
     assert not error.value.faults and str(error.value).startswith(f"{a}/model.safetensors: truncated")
 
 

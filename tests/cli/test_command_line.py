@@ -205,6 +205,7 @@ def test_bad_input_is_refused_with_exit_code_2_and_nothing_written(
         assert not out.exists()
 
 
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 def test_other_refusals_name_what_is_wrong(
     saved: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path
 ) -> None:

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, ForeignError, InputError
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path import evaluation
-from hf_moe_lmc.path.endpoints import Endpoints, Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, check_points, evaluate
+from hf_moe_lmc.path.endpoints import Endpoints, Point, conversions
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator, check_points
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.path.sweep import Lane
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
@@ -85,13 +85,13 @@ def test_the_loss_at_a_point_is_that_of_the_written_merge_to_the_bit(case: str, 
     a, b = miniatures(case, tmp_path)
     symmetries = {"aligned": drawn(b), "naive": b.identity()}
     options = EvaluationOptions(model_class=language_model_class(a), batch_size=2, resident=False)
-    losses, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, options)
+    losses, cost = Evaluator(a, b, WINDOWS, options).evaluate(symmetries, POINTS)
     assert losses.dtype == torch.float64 and losses.isfinite().all() and cost.mode == "layers"
-    at_once, cost = evaluate(a, b, symmetries, POINTS, WINDOWS, replace(options, resident=True))
+    at_once, cost = Evaluator(a, b, WINDOWS, replace(options, resident=True)).evaluate(symmetries, POINTS)
     assert torch.equal(losses, at_once) and cost.mode == "resident"
     for point, found in list(zip(POINTS, losses, strict=True))[:3]:  # the other path differs in its symmetry alone
         merged = write(interpolated(a, b, symmetries[point.path].layers, point.t), tmp_path / f"{point.t}")
-        expected = window_losses(reference(options.model_class, merged), WINDOWS, batch_size=2)
+        expected = window_losses(text_reader(reference(options.model_class, merged)), WINDOWS, batch_size=2)
         assert torch.equal(found, expected), point
 
 
@@ -111,7 +111,7 @@ def run(pair: tuple[MoEModel, MoEModel], symmetries: dict[str, Any]) -> Callable
         a, b = pair
         more = {name: options.pop(name) for name in ("inspect_model", "observers", "progress") if name in options}
         options = {"model_class": language_model_class(a), "batch_size": 2, "resident": False} | options
-        return evaluate(a, b, symmetries, points, windows, EvaluationOptions(**options), **more)
+        return Evaluator(a, b, windows, EvaluationOptions(**options)).evaluate(symmetries, points, **more)
 
     return run
 
@@ -201,7 +201,8 @@ def test_one_layer_alone_is_interpolated(
     assert other != folder
     with torch.no_grad():
         stream = interpolated(a, b, symmetries["aligned"].layers, 0.5)
-        ends = Endpoints(a, b, symmetries, Skeleton(model_class, a.config, dtype=torch.float32, device=torch.device("cpu")))
+        skeleton = Skeleton(model_class, a.config, dtype=torch.float32, device=torch.device("cpu"))
+        ends = Endpoints(a, b, symmetries, skeleton, conversions(skeleton, a, b))
         names = [name for name in ends.skeleton.state if name.startswith("model.layers.1.")]
         ends.load(names)
         ends.place(names, "aligned", 0.5)

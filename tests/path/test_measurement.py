@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from hf_moe_lmc.cli.command_line import _parser, _size, main
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.path.measurement import _beside_the_maximum
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.verbs.barrier import barrier
+from tests.schemas import check_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 
@@ -32,6 +31,7 @@ def measure(
             patch.setattr(BarrierReport, "plot", lambda *_: None)  # tests of the report and of the path draw
             report = barrier(a, b, output, **options)
         found = json.loads((output / "report.json").read_text())
+        check_report(found)
         assert found.get("routing") == report.routing
         assert found.get("layerwise") == json.loads(report.to_json()).get("layerwise")
         return report
@@ -78,11 +78,10 @@ def test_ranges_of_layers_go_together(plain: BarrierReport, measure: Callable[..
     entries = report.to_dict()["layerwise"]
     assert [entry.get("layer", entry.get("layers")) for entry in entries] == [1, 2, [0, 2], [1, 2]]
     assert all(("layer" in entry) != ("layers" in entry) for entry in entries)
-    single, _ = report.of_layers(2)
-    both, _ = report.of_layers(1, 2)
+    single, both = (report.layers[span].curve for span in ((2, 2), (1, 2)))
     assert single.t == both.t == (0, 0.5, 1) and single.nll[0] == both.nll[0] != both.nll[1] != single.nll[1]
     alone = measure(layers="0", routing=False, naive=False)
-    assert list(alone.layerwise or {}) == [(0, 0)] and len(alone.of_layers(0)[0].t) == 7
+    assert list(alone.layerwise or {}) == [(0, 0)] and len(alone.layers[0, 0].t) == 7
 
 
 def test_layers_that_do_not_exist_are_refused(measure: Callable[..., BarrierReport]) -> None:
@@ -140,28 +139,6 @@ def test_numbers_out_of_range_are_refused(measure: Callable[..., BarrierReport])
             measure(**{name: -1})
     with pytest.raises(InputError, match="activation-memory 0: expected at least 1"):
         measure(activation_memory=0)
-
-
-def test_sizes_are_read_with_their_units(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [_size(text) for text in ("4GiB", "500 MB", "1048576", "1.5k", "2TiB", "7b", "3m")]
-    assert found == [4 * 2**30, 500 * 10**6, 2**20, 1500, 2 * 2**40, 7, 3 * 10**6]
-    for text in ("much", "4XB", "-1", "", "4GiBs"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected a size"):
-            _size(text)
-    with pytest.raises(SystemExit):
-        main(["barrier", "a", "b", "-o", "c", "--text", "x", "--activation-memory", "lots"])
-    assert "expected a size such as 4GiB" in capsys.readouterr().err
-
-
-def test_the_options_of_the_command_line_have_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["barrier", "a", "b", "-o", "c", "--text", "x"]
-    options = _parser().parse_args(command)
-    assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (0, 0, True, None)
-    assert options.layers is None and _parser().parse_args([*command, "--layers", "0-3,8"]).layers == "0-3,8"
-    options = _parser().parse_args([*command, "--layerwise", "--refine", "--no-routing", "--activation-memory", "1GiB"])
-    assert (options.layerwise, options.refine, options.routing, options.activation_memory) == (5, 3, False, 2**30)
-    options = _parser().parse_args([*command, "--layerwise", "2", "--refine", "1"])
-    assert (options.layerwise, options.refine) == (2, 1)
 
 
 def test_bfloat16_reports_what_relabelling_alone_does(plain: BarrierReport, measure: Callable[..., BarrierReport]) -> None:

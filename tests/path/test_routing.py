@@ -10,7 +10,7 @@ import torch
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.routing import RoutingObserver, _distribution
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.verbs.apply import apply
@@ -32,7 +32,7 @@ def routed(
 ) -> RoutingObserver:
     observer = RoutingObserver(a, points)
     options = {"model_class": language_model_class(a), "batch_size": 2, "resident": False} | options
-    evaluate(a, b, symmetries, points, windows, EvaluationOptions(**options), observers=[observer])
+    Evaluator(a, b, windows, EvaluationOptions(**options)).evaluate(symmetries, points, observers=[observer])
     return observer
 
 

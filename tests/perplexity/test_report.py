@@ -4,30 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses
-from hf_moe_lmc.perplexity.windows import Windows
-
-
-def report(naive: list[float] | None, aligned: list[float]) -> BarrierReport:
-    """Losses per token on one window of four predicted tokens."""
-    windows = Windows((torch.arange(5),), (0,), 5, False, 5)
-    losses = {"aligned": 4 * torch.tensor(aligned, dtype=torch.float64)[:, None]}
-    if naive is not None:
-        losses["naive"] = 4 * torch.tensor(naive, dtype=torch.float64)[:, None]
-    return BarrierReport(
-        a={"source": "org/a"},
-        b={"source": "org/b"},
-        evaluation={**windows.describe(), "dtype": "float32"},
-        matching={},
-        windows=windows,
-        losses=losses,
-        t=(0.0, 0.5, 1.0),
-        seconds=1.0,
-    )
+from hf_moe_lmc.perplexity.report import LayerLosses
+from tests.perplexity.reports import on_documents, report
 
 
 def test_the_share_of_the_naive_barrier_is_said_only_where_there_is_one() -> None:
@@ -57,30 +37,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_json(tmp_path: Path) -> Non
     assert "nothing to resample" in broken.to_markdown() and found["statistics"]["clusters"] == 1
 
 
-def on_documents(count: int = 12, **more: object) -> BarrierReport:
-    """Two windows of four predicted tokens in each document; naive barrier about 1, aligned about 0.2, at nine points."""
-    generator = np.random.default_rng(0)
-    owners = tuple(i // 2 for i in range(2 * count))
-    t = tuple(i / 8 for i in range(9))
-    level = generator.normal(3, 0.5, count).repeat(2)
-    rise = generator.normal(1, 0.1, count).repeat(2)
-    shape = 4 * np.array(t) * (1 - np.array(t))
-    losses = {
-        name: torch.from_numpy(4 * (level + height * shape[:, None] * rise))
-        for name, height in (("aligned", 0.2), ("naive", 1.0))
-    }
-    windows = Windows(
-        tuple(torch.arange(5) for _ in owners), owners, 5, False, 5 * len(owners), bytes_scored=(16,) * len(owners)
-    )
-    return BarrierReport(
-        a={"source": "org/a"}, b={"source": "org/b"}, evaluation={**windows.describe(), "dtype": "float32"}, matching={},
-        windows=windows, losses=losses, t=t, seconds=1.0, **more,
-    )  # fmt: skip
-
-
 def test_the_numbers_of_a_path_have_intervals() -> None:
-    report = on_documents()
-    found = json.loads(report.to_json())
+    measured = on_documents()
+    found = json.loads(measured.to_json())
     for name in ("naive", "aligned"):
         path = found["paths"][name]
         for key in ("barrier", "area"):
@@ -98,9 +57,9 @@ def test_the_numbers_of_a_path_have_intervals() -> None:
     facts = {"unit": "document", "clusters": 12, "replicates": 2000, "level": 0.95, "seed": 0, "note": None}
     assert facts.items() <= statistics.items() and "bootstrap" in statistics["method"]
     assert "layerwise" not in found and "routing" not in found and found["warnings"] == []
-    text = report.to_markdown()
+    text = measured.to_markdown()
     assert "over 12 documents" in text and "bits per byte" in text and f"[{low:.4f}, {high:.4f}]" in text
-    assert f"[{low:.4f}, {high:.4f}]" in report.table() and "95 % intervals over 12 documents" in report.table()
+    assert f"[{low:.4f}, {high:.4f}]" in measured.table() and "95 % intervals over 12 documents" in measured.table()
     assert found == json.loads(on_documents().to_json())  # seeded
 
 
@@ -121,8 +80,8 @@ def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path
     spans = [(0, 0), (1, 1), (0, 1)]
     of_layer = {span: LayerLosses(t, on_documents().losses["aligned"][[0, 4, 8]] * (1 + sum(span))) for span in spans}
     routing = [
-        {"path": "aligned", "t": at, "layer": layer, "load": [0.25, 0.75], "agreement_a": 1 - at / 2, "agreement_b": at,
-         "entropy": 0.5}
+        {"path": "aligned", "t": at, "layer": layer, "module": "mlp", "load": [0.25, 0.75], "agreement_a": 1 - at / 2,
+         "agreement_b": at, "entropy": 0.5}
         for at in t
         for layer in (0, 1)
     ]  # fmt: skip

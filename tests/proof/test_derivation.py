@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, FamilyError
-from hf_moe_lmc.moe import family
+from hf_moe_lmc.moe import registry
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof import checks as proof
 from hf_moe_lmc.proof import derivation, recognition
@@ -27,10 +27,10 @@ from tests import tiny
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the package forget families."""
-    known = family.families()
+    known = registry.families()
 
     def forget(*model_types: str) -> None:
-        monkeypatch.setattr(family, "_FAMILIES", {name: value for name, value in known.items() if name not in model_types})
+        monkeypatch.setattr(registry, "_FAMILIES", {name: value for name, value in known.items() if name not in model_types})
         monkeypatch.setattr(recognition, "_PROVED", {})
 
     return forget
@@ -87,7 +87,7 @@ def test_custom_code_is_refused(saved: Callable[..., Path], copy: Callable[..., 
         model_type = "custom_moe_of_the_tests"
 
     AutoConfig.register(CustomConfig.model_type, CustomConfig)
-    with pytest.raises(FamilyError, match=r"is custom code .tests\.test_derivation., from which nothing is derived"):
+    with pytest.raises(FamilyError, match=r"is custom code .tests\.proof\.test_derivation., from which nothing is derived"):
         derive(CustomConfig(), "here")
     folder = copy("olmoe")
     tiny.edit_config(folder, model_type="nobody_knows_it", auto_map={"AutoConfig": "configuration_x.XConfig"})

@@ -1,17 +1,18 @@
-"""Pull and push with the real client against a server of our own. Subprocesses, because the client reads its endpoint and
-whether it is offline at import: one that runs many commands, and a fresh one where the whole program is the point."""
+"""Pull and push with the real client against a server of our own.
+
+Commands run in other processes, because the client reads its endpoint when it is imported: in forks of one interpreter, and
+in a fresh one where the whole program is the point, or where the client is offline.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,51 +23,12 @@ from safetensors import safe_open
 
 from hf_moe_lmc.checkpoints.checkpoint import INDEX
 from tests import tiny
+from tests.conftest import TOKEN
 from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
+from tests.interpreter import COMMAND_LINE, Interpreter, Ran
+from tests.schemas import check_alignment
 
-TOKEN = "hf_tester"
 PROBE = 100_001  # bytes of a shard that the client asks for to read its header
-WORKER = """
-import contextlib, io, json, os, sys, traceback
-from hf_moe_lmc.cli import main
-
-answers, sys.stdout = sys.stdout, sys.stderr  # nothing but answers goes there
-for line in sys.stdin:
-    job = json.loads(line)
-    os.environ["HF_TOKEN"] = job["token"]
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            code = main(job["arguments"])
-        except BaseException:
-            code = None
-            traceback.print_exc()
-    print(json.dumps({"code": code, "output": output.getvalue(), "errors": errors.getvalue()}), file=answers, flush=True)
-"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did; `code` is None where an exception got out."""
-
-    code: int | None
-    output: str
-    errors: str
-
-    def expect(self, code: int, *words: str) -> None:
-        """The exit code, and one line of complaint that has all `words` and nothing of Python's."""
-        assert self.code == code, self
-        assert "Traceback" not in self.errors
-        [complaint] = [line for line in self.errors.splitlines() if line and not line.startswith("warning: ")]
-        assert complaint.startswith("error: ")
-        for word in words:
-            assert word in complaint
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture
@@ -77,62 +39,20 @@ def hub(server: HubServer) -> HubServer:
     return server
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def environment(server: HubServer, home: Path) -> dict[str, str]:
-    """Of a user who is logged in; nothing of this machine's Hub settings or proxies."""
-    kept = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*_proxy$", name, re.IGNORECASE)}
-    return {
-        **kept,
-        "HF_ENDPOINT": server.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture(scope="module")
-def run(environment: dict[str, str], home: Path) -> Iterator[Callable[..., Outcome]]:
-    """(arguments, token) -> outcome of the command line, in one process for all tests."""
-    with (home / "complaints.txt").open("w+") as complaints:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=environment,
-            cwd=home,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-        )
-
-        def call(*arguments: object, token: str = TOKEN) -> Outcome:
-            print(json.dumps({"arguments": [str(one) for one in arguments], "token": token}), file=worker.stdin, flush=True)
-            answer = worker.stdout.readline()
-            assert answer, complaints.seek(0) or complaints.read()
-            return Outcome(**json.loads(answer))
-
-        yield call
-        worker.stdin.close()
-        worker.wait(timeout=60)
-        worker.stdout.close()
+@pytest.fixture
+def run(interpreter: Interpreter) -> Callable[..., Ran]:
+    """(arguments, more environment) -> what the command line did."""
+    return partial(interpreter.run, COMMAND_LINE)
 
 
 @pytest.fixture
-def program(environment: dict[str, str], tmp_path: Path) -> Callable[..., Outcome]:
-    """(arguments, more environment) -> outcome of `python -m hf_moe_lmc` in a process of its own."""
+def program(environment: dict[str, str], tmp_path: Path) -> Callable[..., Ran]:
+    """(arguments, more environment) -> what `python -m hf_moe_lmc` did in an interpreter of its own."""
 
-    def call(*arguments: object, **more: str) -> Outcome:
+    def call(*arguments: object, **more: str) -> Ran:
         command = [sys.executable, "-m", "hf_moe_lmc", *map(str, arguments)]
-        ran = subprocess.run(
-            command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
-        )
-        return Outcome(ran.returncode, ran.stdout, ran.stderr)
+        ran = subprocess.run(command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return Ran((ran.returncode,), ran.stdout, ran.stderr)
 
     return call
 
@@ -177,7 +97,7 @@ def history(hub: HubServer, repo_id: str, ref: str = "main") -> list[dict[str, b
     return [{path: content for path, content in commit.files.items() if path not in ATTRIBUTES} for commit in commits]
 
 
-def test_inspect_reads_headers_alone(hub: HubServer, program: Callable[..., Outcome], model: Path) -> None:
+def test_inspect_reads_headers_alone(hub: HubServer, program: Callable[..., Ran], model: Path) -> None:
     commit = hub.publish("tester/a", contents(model))
     outcome = program("inspect", "tester/a")
     assert (outcome.code, outcome.errors) == (0, "")
@@ -188,7 +108,7 @@ def test_inspect_reads_headers_alone(hub: HubServer, program: Callable[..., Outc
 
 @pytest.mark.parametrize("revision", ["old", "refs/pr/3", "commit"])
 def test_inspect_at_a_revision(
-    hub: HubServer, run: Callable[..., Outcome], saved: Callable[..., Path], model: Path, revision: str
+    hub: HubServer, run: Callable[..., Ran], saved: Callable[..., Path], model: Path, revision: str
 ) -> None:
     """A branch, a pull request and a commit are read as they are asked for; main holds something else."""
     commit = hub.publish("tester/moving", contents(model), revision="old" if revision == "commit" else revision)
@@ -200,14 +120,14 @@ def test_inspect_at_a_revision(
     assert only_header_was_read(hub, commit)
 
 
-def test_ids_without_owner_need_the_scheme(hub: HubServer, run: Callable[..., Outcome], model: Path) -> None:
+def test_ids_without_owner_need_the_scheme(hub: HubServer, run: Callable[..., Ran], model: Path) -> None:
     hub.publish("legacy", contents(model))
     for name in ("hf://legacy", "hf://legacy@main"):
         assert run("inspect", name).code == 0
     run("inspect", "legacy").expect(2, "the Hub was not asked", "hf://")
 
 
-def test_a_header_of_any_length_is_read(hub: HubServer, run: Callable[..., Outcome], model: Path) -> None:
+def test_a_header_of_any_length_is_read(hub: HubServer, run: Callable[..., Ran], model: Path) -> None:
     """Longer than what the client asks for first; space after the JSON is part of the header."""
     whole = (model / "model.safetensors").read_bytes()
     first = 8 + int.from_bytes(whole[:8], "little")
@@ -218,14 +138,12 @@ def test_a_header_of_any_length_is_read(hub: HubServer, run: Callable[..., Outco
     assert only_header_was_read(hub, commit)
 
 
-def test_align_pulls_and_publishes_in_one_commit(
-    hub: HubServer, program: Callable[..., Outcome], home: Path, tmp_path: Path
-) -> None:
+def test_align_pulls_and_publishes_in_one_commit(hub: HubServer, run: Callable[..., Ran], home: Path, tmp_path: Path) -> None:
     inputs = [tiny.save(tiny.make_model("olmoe", seed), tmp_path / f"{seed}", "per-expert", shard="20KB") for seed in (0, 1)]
     licence = {"README.md": b"---\nlicense: apache-2.0\n---\n"}
     a = hub.publish("tester/a", contents(inputs[0]))
     b = hub.publish("tester/b", contents(inputs[1]) | licence, revision="v1")
-    outcome = program("align", "tester/a", "tester/b@v1", "-o", tmp_path / "out", "--push-to-hub", "tester/out")
+    outcome = run("align", "tester/a", "tester/b@v1", "-o", tmp_path / "out", "--push-to-hub", "tester/out")
     assert outcome.code == 0, outcome.errors
     assert "published: tester/out" in outcome.output
 
@@ -241,6 +159,7 @@ def test_align_pulls_and_publishes_in_one_commit(
         file for file in b.files if file.endswith(".safetensors")
     }
     report = json.loads(written["alignment/alignment.json"])
+    check_alignment(report)
     assert {side: (report[side]["source"], report[side]["commit"]) for side in "ab"} == {
         "a": ("tester/a", a.oid),
         "b": ("tester/b", b.oid),
@@ -254,7 +173,7 @@ def test_align_pulls_and_publishes_in_one_commit(
 
 
 def test_merge_publishes_a_card_with_both_inputs(
-    hub: HubServer, run: Callable[..., Outcome], saved: Callable[..., Path], tmp_path: Path
+    hub: HubServer, run: Callable[..., Ran], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     for seed, licence in enumerate(("mit", "apache-2.0")):
         card = f"---\nlicense: {licence}\n---\n".encode()
@@ -269,7 +188,7 @@ def test_merge_publishes_a_card_with_both_inputs(
 
 
 def test_other_architectures_are_refused_from_headers(
-    hub: HubServer, run: Callable[..., Outcome], model: Path, tmp_path: Path
+    hub: HubServer, run: Callable[..., Ran], model: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**tiny.COMMON, num_local_experts=5, num_experts_per_tok=2)
@@ -284,7 +203,7 @@ def test_other_architectures_are_refused_from_headers(
     assert not (tmp_path / "out").exists()
 
 
-def test_push_publishes_once_and_then_nothing_new(hub: HubServer, run: Callable[..., Outcome], finished: Path) -> None:
+def test_push_publishes_once_and_then_nothing_new(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     outcome = run("push", finished, "tester/new", "--commit-message", "First")
     assert outcome.code == 0, outcome.errors
     assert history(hub, "tester/new") == [contents(finished)]
@@ -295,14 +214,14 @@ def test_push_publishes_once_and_then_nothing_new(hub: HubServer, run: Callable[
     assert len(history(hub, "tester/new")) == 1
 
 
-def test_push_without_owner_publishes_under_the_user(hub: HubServer, run: Callable[..., Outcome], finished: Path) -> None:
+def test_push_without_owner_publishes_under_the_user(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     outcome = run("push", finished, "mine", "--private")
     assert outcome.code == 0, outcome.errors
     assert history(hub, "tester/mine") == [contents(finished)]
     assert hub.repositories["tester/mine"].private
 
 
-def test_push_opens_a_pull_request(hub: HubServer, run: Callable[..., Outcome], finished: Path) -> None:
+def test_push_opens_a_pull_request(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     outcome = run("push", finished, "tester/reviewed", "--private", "--create-pr")
     assert (outcome.code, outcome.output) == (0, f"published: {hub.endpoint}/tester/reviewed/discussions/1\n")
     assert hub.repositories["tester/reviewed"].private
@@ -310,7 +229,7 @@ def test_push_opens_a_pull_request(hub: HubServer, run: Callable[..., Outcome], 
     assert history(hub, "tester/reviewed", "refs/pr/1") == [contents(finished)]
 
 
-def test_push_to_a_branch_makes_it(hub: HubServer, run: Callable[..., Outcome], finished: Path) -> None:
+def test_push_to_a_branch_makes_it(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     hub.publish("tester/branched", {"README.md": b"# Before\n"})
     before = history(hub, "tester/branched")
     for _ in range(2):  # the second time the branch is there
@@ -322,11 +241,11 @@ def test_push_to_a_branch_makes_it(hub: HubServer, run: Callable[..., Outcome], 
 @pytest.mark.parametrize("token", ["", "hf_wrong"])
 @pytest.mark.parametrize("there", [False, True])
 def test_push_is_refused_without_a_good_token(
-    hub: HubServer, run: Callable[..., Outcome], finished: Path, token: str, there: bool
+    hub: HubServer, run: Callable[..., Ran], finished: Path, token: str, there: bool
 ) -> None:
     if there:
         hub.publish("tester/theirs", {})
-    run("push", finished, "tester/theirs", token=token).expect(1, "tester/theirs", "hf auth login")
+    run("push", finished, "tester/theirs", HF_TOKEN=token).expect(1, "tester/theirs", "hf auth login")
     assert (history(hub, "tester/theirs") == [{}]) if there else not hub.repositories
     assert not hub.objects
 
@@ -336,7 +255,7 @@ def test_push_is_refused_without_a_good_token(
     [("README.md", "the card"), ("config.json", "the configuration"), ("model.safetensors", "no weights")],
 )
 def test_push_refuses_an_unfinished_folder_before_any_request(
-    hub: HubServer, run: Callable[..., Outcome], finished: Path, tmp_path: Path, missing: str, complaint: str
+    hub: HubServer, run: Callable[..., Ran], finished: Path, tmp_path: Path, missing: str, complaint: str
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "folder"))
     (folder / missing).unlink()
@@ -346,7 +265,7 @@ def test_push_refuses_an_unfinished_folder_before_any_request(
 
 
 def test_push_refuses_a_card_that_the_hub_refuses(
-    hub: HubServer, run: Callable[..., Outcome], finished: Path, tmp_path: Path
+    hub: HubServer, run: Callable[..., Ran], finished: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "folder"))
     (folder / "README.md").write_text("---\ntags: [moe\n---\n")
@@ -354,9 +273,7 @@ def test_push_refuses_a_card_that_the_hub_refuses(
     assert not hub.objects and history(hub, "tester/new") == []
 
 
-def test_a_push_that_fails_shows_nothing_and_is_taken_up_again(
-    hub: HubServer, run: Callable[..., Outcome], finished: Path
-) -> None:
+def test_a_push_that_fails_shows_nothing_and_is_taken_up_again(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     hub.fail(403, method="PUT")
     run("push", finished, "tester/new").expect(1, "tester/new", "model.safetensors", "403")
     hub.fail(503, path="/commit/")
@@ -368,16 +285,14 @@ def test_a_push_that_fails_shows_nothing_and_is_taken_up_again(
     assert "PUT" not in {request.method for request in hub.log}  # uploaded by the one before
 
 
-def test_uploads_are_tried_again_when_the_server_is_busy(hub: HubServer, run: Callable[..., Outcome], finished: Path) -> None:
+def test_uploads_are_tried_again_when_the_server_is_busy(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     hub.fail(503, method="PUT")
     assert run("push", finished, "tester/busy").code == 0
     assert [request.status for request in hub.log if request.method == "PUT"] == [503, 200]
     assert history(hub, "tester/busy") == [contents(finished)]
 
 
-def test_small_files_are_asked_for_again_when_the_server_is_busy(
-    hub: HubServer, run: Callable[..., Outcome], model: Path
-) -> None:
+def test_small_files_are_asked_for_again_when_the_server_is_busy(hub: HubServer, run: Callable[..., Ran], model: Path) -> None:
     hub.publish("tester/slow", contents(model))
     hub.fail(503, path="/resolve/.*/config.json")
     assert run("inspect", "tester/slow").code == 0
@@ -385,7 +300,7 @@ def test_small_files_are_asked_for_again_when_the_server_is_busy(
 
 
 @pytest.mark.parametrize("path", ["/api/models/", "safetensors"])
-def test_what_is_not_tried_again_fails_in_one_line(hub: HubServer, run: Callable[..., Outcome], model: Path, path: str) -> None:
+def test_what_is_not_tried_again_fails_in_one_line(hub: HubServer, run: Callable[..., Ran], model: Path, path: str) -> None:
     hub.publish("tester/busy", contents(model))
     hub.fail(503, path=path)
     run("inspect", "tester/busy").expect(1, "tester/busy", "503")
@@ -411,14 +326,14 @@ def test_what_is_not_tried_again_fails_in_one_line(hub: HubServer, run: Callable
     ],
 )
 def test_a_wrong_name_is_an_error_of_the_user(
-    hub: HubServer, run: Callable[..., Outcome], home: Path, model: Path, name: str, complaint: str
+    hub: HubServer, run: Callable[..., Ran], home: Path, model: Path, name: str, complaint: str
 ) -> None:
     (home / "folder").mkdir(exist_ok=True)
     hub.publish("tester/a", contents(model))
     hub.publish("tester/private", contents(model), private=True)
     hub.publish("tester/gated", contents(model), gated=True)
     hub.publish("tester/cards", {"README.md": b""})
-    run("inspect", name, token="").expect(2, name, complaint)
+    run("inspect", name, HF_TOKEN="").expect(2, name, complaint)
     assert not (hub.log and complaint in ("local path", "Hub id"))
     assert not of_shards(hub)
 
@@ -436,7 +351,7 @@ def test_a_wrong_name_is_an_error_of_the_user(
     ids=["no length", "cut", "long", "no json", "list", "no tensor"],
 )
 def test_a_damaged_header_is_named(
-    hub: HubServer, run: Callable[..., Outcome], model: Path, damage: Callable[[bytes], bytes]
+    hub: HubServer, run: Callable[..., Ran], model: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     whole = (model / "model.safetensors").read_bytes()
     hub.publish("tester/damaged", {**contents(model), "model.safetensors": damage(whole)})
@@ -444,7 +359,7 @@ def test_a_damaged_header_is_named(
 
 
 def test_a_truncated_shard_is_found_after_the_download(
-    hub: HubServer, run: Callable[..., Outcome], model: Path, tmp_path: Path
+    hub: HubServer, run: Callable[..., Ran], model: Path, tmp_path: Path
 ) -> None:
     """Its header, all that is read before, is whole."""
     whole = (model / "model.safetensors").read_bytes()
@@ -454,15 +369,15 @@ def test_a_truncated_shard_is_found_after_the_download(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unreachable_server_is_a_failure(program: Callable[..., Outcome]) -> None:
+def test_a_server_that_cannot_be_reached_is_a_failure(run: Callable[..., Ran]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
-        program("inspect", "tester/a", HF_ENDPOINT=endpoint).expect(1, "tester/a", "cannot be reached")
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
+        run("inspect", "tester/a", HTTP_PROXY=nobody).expect(1, "tester/a", "cannot be reached")
 
 
 def test_offline_the_cache_is_enough_and_what_it_lacks_is_refused(
-    hub: HubServer, run: Callable[..., Outcome], program: Callable[..., Outcome], model: Path, tmp_path: Path
+    hub: HubServer, run: Callable[..., Ran], program: Callable[..., Ran], model: Path, tmp_path: Path
 ) -> None:
     commit = hub.publish("tester/kept", contents(model))
     assert run("merge", "tester/kept", "tester/kept", "-o", tmp_path / "online", "--no-align").code == 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,22 +17,27 @@ from hf_moe_lmc.matching import alignment
 from hf_moe_lmc.matching.records import matchings
 from hf_moe_lmc.path import evaluation
 from hf_moe_lmc.perplexity import figures
-from hf_moe_lmc.runtime import processes as distribution
-from hf_moe_lmc.runtime.processes import Team, check_launch
+from hf_moe_lmc.runtime.processes import Team, check_launch, team
+from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.writing.workplace import at_work
 from tests import tiny
+from tests.interpreter import Interpreter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:outside the MoE blocks:UserWarning"),  # random models are unrelated
     pytest.mark.filterwarnings("always:continuing:UserWarning"),
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+@pytest.fixture
+def start(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Arguments of a fresh interpreter -> what it did."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+    return call
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -58,17 +62,20 @@ def pair(saved: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 
 BOTH = """
 import sys
-import hf_moe_lmc.evaluation as evaluation
-from hf_moe_lmc import distribution
 from hf_moe_lmc.cli import main
+from hf_moe_lmc.path import evaluation
+from hf_moe_lmc.perplexity import figures
+from hf_moe_lmc.runtime import processes
 a, b, out, text = sys.argv[1:]
 def job():
     code = main(["align", a, b, "-o", f"{out}/aligned"])
+    draw, figures.save = figures.save, lambda *_: None  # drawing takes longer than measuring: once
     code += main(["barrier", a, b, "-o", f"{out}/resident", "--text", text, *OPTIONS])
+    figures.save = draw
     evaluation.available_memory = lambda: 400_000  # layer by layer, in several passes
     options = ["--symmetry", f"{out}/aligned", *OPTIONS]
     return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, *options])
-distribution.close, close = lambda: None, distribution.close  # one meeting for all
+processes.close, close = lambda: None, processes.close  # one meeting for all
 code = job()
 close()
 sys.exit(code)
@@ -80,21 +87,22 @@ def test_two_processes_find_what_one_finds(
     pair: tuple[Path, Path],
     tmp_path: Path,
     text_file: Path,
+    interpreter: Interpreter,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    script = tmp_path / "both.py"
-    script.write_text(BOTH.replace("OPTIONS", repr(OPTIONS)))
     (tmp_path / "two").mkdir()
-    done = start(*TWO, script, *pair, tmp_path / "two", text_file)
-    assert done.returncode == 0, done.stderr
+    done = interpreter.together(2, BOTH.replace("OPTIONS", repr(OPTIONS)), *pair, tmp_path / "two", text_file)
+    assert done.codes == (0, 0), done.errors
     out = tmp_path / "one"
     assert main(["align", *map(str, pair), "-o", f"{out}/aligned"]) == 0
     barrier = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
-    assert main([*barrier, "-o", f"{out}/resident"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "save", lambda *_: None)
+        assert main([*barrier, "-o", f"{out}/resident"]) == 0
     monkeypatch.setattr(evaluation, "available_memory", lambda: 400_000)
     assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned"]) == 0
-    assert done.stdout == capsys.readouterr().out.replace(f"{tmp_path}/one", f"{tmp_path}/two")  # one process speaks
+    assert done.output == capsys.readouterr().out.replace(f"{tmp_path}/one", f"{tmp_path}/two")  # one process speaks
     for found in out.rglob("report.json"):  # the path of the symmetry is in it
         found.write_text(found.read_text().replace(f"{tmp_path}/one", f"{tmp_path}/two"))
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
@@ -106,7 +114,9 @@ def test_two_processes_find_what_one_finds(
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["aligned", "layers", "resident"]
 
 
-def test_an_error_in_one_process_ends_all_with_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_error_in_one_process_ends_all_with_it(
+    pair: tuple[Path, Path], tmp_path: Path, start: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     bad = Path(shutil.copytree(pair[0], tmp_path / "bad"))
     # layer 1 falls to process 1
     tiny.edit(bad, lambda tensors: tensors["model.layers.1.mlp.gate.weight"].fill_(float("nan")))
@@ -117,6 +127,28 @@ def test_an_error_in_one_process_ends_all_with_it(pair: tuple[Path, Path], tmp_p
     assert "exitcode  : 2 " in done.stderr
     assert 'Traceback (most recent call last):\n  File "hf_moe_lmc' not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+SLOW = """
+import os, sys, time
+from hf_moe_lmc.cli import command_line
+if os.environ["RANK"] == "0":
+    escaped = command_line.escaped
+    command_line.escaped = lambda text: time.sleep(1) or escaped(text)
+code = command_line.main()
+os.write(2, b"left\n")  # at once: another process writes there, too
+sys.exit(code)
+"""
+
+
+def test_nobody_leaves_before_the_first_process_has_spoken(
+    pair: tuple[Path, Path], tmp_path: Path, interpreter: Interpreter
+) -> None:
+    """Torchrun ends the other processes when one has exited: the message would be lost."""
+    done = interpreter.together(2, SLOW, "align", pair[0], tmp_path, "-o", tmp_path / "out")
+    assert done.codes == (2, 2)
+    error, *left = done.errors.splitlines()
+    assert error.startswith("error: ") and left == ["left", "left"]
 
 
 SLURM = {
@@ -162,13 +194,13 @@ def test_one_slurm_task_or_torchrun_in_slurm_is_fine(monkeypatch: pytest.MonkeyP
     check_launch()
 
 
-def test_a_single_process_starts_nothing() -> None:
-    code = "import sys; from hf_moe_lmc.distribution import close, team; team(); close(); print('torch' in sys.modules)"
+def test_a_single_process_starts_nothing(start: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = "import sys; from hf_moe_lmc.runtime.processes import close, team; team(); close(); print('torch' in sys.modules)"
     assert start("-c", code).stdout == "False\n"
-    team = Team()
-    assert team.exchange(1) == [1] and team.from_main(2) == 2 and team.share([1, 2, 3]) == [1, 2, 3]
+    alone = Team()
+    assert alone.exchange(1) == [1] and alone.from_main(2) == 2 and alone.share([1, 2, 3]) == [1, 2, 3]
     assert [Team(rank, 2).share([1, 2, 3]) for rank in (0, 1)] == [[1, 3], [2]]
-    assert not torch.distributed.is_initialized() and distribution.team().is_main
+    assert not torch.distributed.is_initialized() and team().is_main
 
 
 STOPPED = """
@@ -190,15 +222,24 @@ main(sys.argv[1:])
 """
 
 
-def stop_in(name: str, after: int, *arguments: object, before: str = "") -> None:
-    """Runs a verb in a process that is killed when it calls `name` (module.function) for the n-th time."""
-    module, _, function = name.rpartition(".")
-    done = start("-c", STOPPED.format(module=module, name=function, after=after, before=before), *arguments)
-    assert done.returncode == -9, done.stderr
+@pytest.fixture
+def stop_in(interpreter: Interpreter) -> Callable[..., None]:
+    """Runs a verb in a process that is killed when it has called `name` (module.function) `after` times."""
+
+    def call(name: str, after: int, *arguments: object, before: str = "") -> None:
+        module, _, function = name.rpartition(".")
+        done = interpreter.run(STOPPED.format(module=module, name=function, after=after, before=before), *arguments)
+        assert done.code == -9, done.errors
+
+    return call
 
 
 def test_align_continues_after_a_kill(
-    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    stop_in: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main(["align", *map(str, pair), "-o", str(tmp_path / "whole")]) == 0
     out = tmp_path / "out"
@@ -228,6 +269,7 @@ def test_barrier_continues_after_a_kill(
     pair: tuple[Path, Path],
     tmp_path: Path,
     text_file: Path,
+    stop_in: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     memory: int,
@@ -259,7 +301,7 @@ def test_barrier_continues_after_a_kill(
 
 def test_two_calls_cannot_work_on_one_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with at_work(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
-        alignment.align(*pair, tmp_path / "out")
+        align(*pair, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 

@@ -26,6 +26,7 @@ from hf_moe_lmc.writing.output import FolderWriter
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream, rewritten
 from tests import tiny, zoo
+from tests.schemas import check_alignment
 
 
 def random_symmetry(model: MoEModel, seed: int = 0, scale: float = 3.0, groups: int | None = None) -> ModelSymmetry:
@@ -152,6 +153,7 @@ def test_the_output_is_complete_and_says_what_was_done(saved: Callable[..., Path
     assert (out / "README.md").read_text().startswith("---\n")
 
     report = json.loads((out / "alignment" / "alignment.json").read_text())
+    check_alignment(report)
     assert report["family"] == "deepseek_v2" and report["groups"] == 4
     assert str(tmp_path) not in json.dumps(report) and str(tmp_path) not in (out / "README.md").read_text()
     assert report["a"]["fingerprint"] != report["b"]["fingerprint"]
@@ -219,6 +221,7 @@ def with_mtp_layer(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:A and B hold the same")
 def test_multi_token_prediction_layers_are_moe_layers_like_any_other(copy: Callable[..., Path], tmp_path: Path) -> None:
     a = with_mtp_layer(copy("deepseek_v3", name="a"), 0)
     model = read(a)
@@ -227,10 +230,12 @@ def test_multi_token_prediction_layers_are_moe_layers_like_any_other(copy: Calla
     apply(planted, a, tmp_path / "b")
     alignment = align(a, tmp_path / "b", tmp_path / "out")
     assert alignment.symmetry.isclose(planted.inverse()) and 3 in alignment.symmetry.layers
+    check_alignment(alignment.to_dict())
 
     without = copy("deepseek_v3", name="without")  # the configuration promises one, and it may be absent
     with pytest.warns(UserWarning, match=r"A lacks the multi-token-prediction layers \[3\]"):
         alone = align(without, a, tmp_path / "alone")
+    check_alignment(alone.to_dict())
     assert alone.symmetry.layers[3] == LayerSymmetry.identity(8, 8, 16)
     tiny.edit_config(a, num_nextn_predict_layers=0)
     with pytest.raises(InputError, match="layer 3 is one too many"):
@@ -437,6 +442,7 @@ def test_a_table_of_token_experts_is_relabelled_and_decides_the_order(tmp_path: 
     alignment = merge(a, tmp_path / "b", tmp_path / "merged")
     assert torch.equal(tiny.tensors(a)[table], tiny.tensors(tmp_path / "merged")[table])
     assert "table" in {matching.first.order_method for matching in alignment.layers.values()}
+    check_alignment(alignment.to_dict())
 
 
 def spoil(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, torch.Tensor]], None]:

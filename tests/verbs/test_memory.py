@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig
+
+from tests.interpreter import Interpreter
 
 # One layer's experts are 3 times the allowance, all in one shard; matching keeps nothing of a layer for the next.
 EXPERTS, UNITS, WIDTH, LAYERS = 80, 512, 512, 1
@@ -83,19 +82,12 @@ def write_checkpoint(folder: Path, layout: str, experts: int, units: int, noise:
 @pytest.mark.filterwarnings("ignore:outside the MoE blocks")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account of anonymous memory")
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
-def test_peak_memory_is_a_few_experts(tmp_path: Path, layout: str) -> None:
+def test_peak_memory_is_a_few_experts(tmp_path: Path, interpreter: Interpreter, layout: str) -> None:
     warm = write_checkpoint(tmp_path / "warm", layout, 2, UNITS)
     a, b = (write_checkpoint(tmp_path / name, layout, EXPERTS, UNITS, noise) for name, noise in (("a", 0.0), ("b", 0.1)))
     assert LAYER_BYTES >= 3 * ALLOWANCE and (a / "model.safetensors").stat().st_size >= 3 * ALLOWANCE
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, warm, a, b, tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        # freed tensors go back to the kernel at once, so that what is counted is what is in use
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-    )
-    assert found.returncode == 0, found.stderr
-    measured = json.loads(found.stdout.splitlines()[-1])
+    found = interpreter.run(MEASURE, warm, a, b, tmp_path)
+    assert found.code == 0, found.errors
+    measured = json.loads(found.output.splitlines()[-1])
     used = measured["peak"] - measured["base"]
     assert 0 < used < ALLOWANCE, f"{used / 2**20:.0f} MiB"

@@ -10,10 +10,10 @@ import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
-from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, evaluate
+from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.perplexity import figures
 from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
@@ -25,6 +25,7 @@ from hf_moe_lmc.verbs.loading import load_interpolated
 from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing.streams import interpolated
 from tests import tiny, zoo
+from tests.schemas import check_report
 from tests.verbs.test_alignment import random_symmetry, read, with_mtp_layer
 
 FILES = ("barrier.png", "barrier.svg", "report.json", "report.md", "symmetry.safetensors")
@@ -107,6 +108,7 @@ def measured(
 
 def test_the_report_holds_what_other_programs_read(measured: tuple[Path, dict], saved: Callable[..., Path]) -> None:
     output, report = measured
+    check_report(report)
     maps = [f"{plot}-{path}.{kind}" for plot in ("routing", "load") for path in ("aligned", "naive") for kind in ("png", "svg")]
     assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, *maps])
     assert report["version"] == 1
@@ -165,6 +167,8 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     assert again.naive is None and again.percent_of_naive is None
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(found["paths"]) == ["aligned"]
+    check_report(found)
+    check_report(json.loads((tmp_path / "given" / "report.json").read_text()))
     assert found["paths"]["aligned"]["nll"] == report["paths"]["aligned"]["nll"]
     assert found["matching"]["symmetry"] == str(output / "symmetry.safetensors")
 
@@ -179,7 +183,9 @@ def test_overlapping_windows_of_rows_are_evaluated_alike_on_the_path_and_by_the_
     options = {"text": rows, "column": "body", "points": 2, "context": 32, "stride": 10, "naive": False}
     report = barrier(a, b, tmp_path / "out", batch_size=3, **options)
     windows = cut_windows(documents, tiny.tokenizer(), context=32, stride=10)
-    found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    check_report(content)
+    found = content["evaluation"]
     assert found["convention_hash"] == windows.convention_hash and (found["stride"], found["documents"]) == (10, 3)
     assert torch.allclose(report.losses["aligned"][0], window_losses(tiny.load(a), windows, batch_size=5), atol=1e-4)
 
@@ -198,6 +204,7 @@ def test_multi_token_prediction_layers_do_not_matter_to_the_path(
         else:
             after = barrier(one, other, tmp_path / name, **options).aligned.nll
         assert after == pytest.approx(before, abs=1e-5)
+        check_report(json.loads((tmp_path / name / "report.json").read_text()))
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(
@@ -259,10 +266,10 @@ def test_a_composite_model_is_evaluated_through_its_text(tmp_path: Path, case: s
     points = [Point("naive", t) for t in (0.0, 0.5, 1.0)]
     model_class = language_model_class(a)
     options = EvaluationOptions(model_class=model_class, batch_size=2)
-    losses, _ = evaluate(a, b, {"naive": b.identity()}, points, windows, options)
+    losses, _ = Evaluator(a, b, windows, options).evaluate({"naive": b.identity()}, points)
     for i, folder in enumerate(folders):
         model = model_class.from_pretrained(folder, dtype=torch.float32)
-        logits = model(input_ids=rows).logits[:, :-1]
+        logits = text_reader(model)(input_ids=rows).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").sum(1)
         assert torch.allclose(losses[2 * i].float(), expected, rtol=1e-4)
 

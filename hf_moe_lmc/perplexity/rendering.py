@@ -1,0 +1,233 @@
+"""A measurement for its readers: a table for the terminal, report.md, and the plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_moe_lmc.perplexity import figures
+from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats, Interval
+from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
+from hf_moe_lmc.runtime.tables import aligned, markdown_table
+
+Paths = Mapping[str, PathResult]  # by name; all share their windows and their bootstrap
+Routing = Sequence[Mapping[str, Any]]  # records as in report.json
+
+BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
+LAYERS = ("layers", "barrier, nats", "at t")
+
+
+def table(paths: Paths, summary: Summary) -> str:
+    """Losses at each point in columns, then a sentence for each path; nats per token."""
+    curves = [path.curve for path in paths.values()]
+    rows = [["t", *(title for name in paths for title in (f"{name} nll", "perplexity"))]]
+    for i, t in enumerate(curves[0].t):
+        rows.append([f"{t:.3f}", *(f"{number:.4f}" for curve in curves for number in (curve.nll[i], curve.perplexity[i]))])
+    lines = [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
+    lines += [sentence(name, path, summary) for name, path in paths.items()]
+    bootstrap = _bootstrap(paths)
+    if summary.difference is not None and bootstrap.count > 1:
+        lines.append(f"naive - aligned: {summary.difference:.4f}{_brackets(summary.difference_interval, '.4f')}")
+        lines.append(f"brackets: {100 * bootstrap.level:g} % intervals over {bootstrap.count} {bootstrap.unit}s")
+    return "\n".join(lines)
+
+
+def sentence(name: str, path: PathResult, summary: Summary) -> str:
+    """The barrier of one path."""
+    curve, percent = path.curve, summary.aligned_percent_of_naive
+    text = f"barrier, {name} path: {curve.barrier:.4f} nats per token{_brackets(path.barrier_interval, '.4f')}"
+    text += f" at t = {curve.barrier_t:.3g}; area {curve.area:+.4f}"
+    return text + (f"; {percent:.1f} % of the naive barrier" if name == "aligned" and percent is not None else "")
+
+
+def markdown(
+    sources: tuple[str, str],
+    paths: Paths,
+    summary: Summary,
+    *,
+    evaluation: Mapping[str, Any],
+    warnings: Sequence[str],
+    layers: Mapping[Span, PathResult] | None,
+    routing: Routing,
+) -> str:
+    """The content of report.md.
+
+    Args:
+        sources: where A and B come from.
+        evaluation: as in report.json.
+        layers: None: not measured.
+    """
+    a, b = map(_short, sources)
+    parts = [
+        f"# Perplexity barrier between {a} and {b}\n",
+        "![loss along the path](barrier.png)\n",
+        _table_of_barriers(paths),
+        *_comparison(summary),
+        *(f"**Warning.** {warning[0].upper()}{warning[1:]}.\n" for warning in warnings),
+        _measurement(paths["aligned"], evaluation),
+        _uncertainty(_bootstrap(paths)),
+    ]
+    if layers is not None:
+        parts.append(_layers(layers))
+    if routing:
+        parts.append(_routing(routing))
+    return "\n".join(parts)
+
+
+def _table_of_barriers(paths: Paths) -> str:
+    rows = []
+    for name in reversed(list(paths)):
+        path, curve = paths[name], paths[name].curve
+        rows.append(
+            [
+                name,
+                f"{curve.barrier:.4f}{_brackets(path.barrier_interval, '.4f')}",
+                f"{curve.barrier_t:.3g}",
+                f"{curve.barrier_worse_end:.4f}",
+                f"{curve.perplexity_ratio:.4f}",
+                f"{curve.area:+.4f}{_brackets(path.area_interval, '+.4f')}",
+                f"{curve.nll[0]:.4f}",
+                f"{curve.nll[-1]:.4f}",
+            ]
+        )
+    return markdown_table(BARRIERS, rows, rule=f"| {'|'.join(['---'] * len(BARRIERS))} |")
+
+
+def _comparison(summary: Summary) -> Iterator[str]:
+    if summary.difference is not None:
+        brackets = _brackets(summary.difference_interval, ".4f")
+        yield f"Alignment lowers the barrier by {summary.difference:.4f} nats per token{brackets}.\n"
+    if summary.aligned_percent_of_naive is not None:
+        yield f"The aligned barrier is {summary.aligned_percent_of_naive:.1f} % of the naive one.\n"
+    if summary.endpoint_change is not None:
+        change = f"{summary.endpoint_change:+.1e} nats (it should not beyond rounding)"
+        yield f"Alignment changed the loss of B itself by {change}.\n"
+
+
+def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
+    overlap = " that overlap (each scored where the one before ended)" if path.windows.context_only else ""
+    per_byte = path.bits_per_byte
+    ends = f" The ends have {per_byte[0]:.4f} and {per_byte[-1]:.4f} bits per byte." if per_byte else ""
+    return (
+        "## What is measured\n\n"
+        "The barrier is the largest rise of the loss, in nats per token, above the straight line between the losses of "
+        "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
+        "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
+        "theirs. "
+        f"These are {len(path.t)} points on one text: {evaluation['tokens_scored']} predicted tokens in "
+        f"{evaluation['windows']} windows of at most {evaluation['context']} tokens{overlap}, "
+        f"{'each opened by a BOS token' if evaluation['bos'] else 'without BOS'}, in {evaluation['dtype']}.{ends} "
+        "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
+        "that the models are connected in general.\n"
+    )
+
+
+def _uncertainty(bootstrap: Bootstrap) -> str:
+    caveat = f" Mind: {bootstrap.caveat}." if bootstrap.caveat else ""
+    if bootstrap.count < 2:
+        return f"## How sure\n\nNo intervals.{caveat}\n"
+    return (
+        "## How sure\n\n"
+        f"Intervals in brackets hold {100 * bootstrap.level:g} %: a paired bootstrap over {bootstrap.count} {bootstrap.unit}s "
+        f"({bootstrap.replicates} resamples, seed {bootstrap.seed}), the same resample at all points of all paths, means "
+        "weighted by token, percentiles. They tell how figures would vary with other text of the same kind, not with other "
+        "models. "
+        "The band around a curve is pointwise; since its points share their text, the curve is surer in shape than in "
+        f"height.{caveat}\n"
+    )
+
+
+def _layers(layers: Mapping[Span, PathResult]) -> str:
+    rows = [
+        (
+            figures.span(*span),
+            f"{path.curve.barrier:.4f}{_brackets(path.barrier_interval, '.4f')}",
+            f"{path.curve.barrier_t:.3g}",
+        )
+        for span, path in layers.items()
+    ]
+    return (
+        "## Layer by layer\n\n![barrier of each layer](layerwise.png)\n\n"
+        "The barrier where one layer, or the layers of a range together, go from A to aligned B and all else stays A.\n\n"
+        + markdown_table(LAYERS, rows, rule="|---|---|---|")
+    )
+
+
+def _routing(routing: Routing) -> str:
+    images = "".join(
+        f"![routing, {path} path](routing-{path}.png)\n![load, {path} path](load-{path}.png)\n" for path in _path_names(routing)
+    )
+    return (
+        f"## Routing along the path\n\n{images}\n"
+        "Agreement is the share of the experts chosen for a token that A, or B in the coordinates of the path, would "
+        "choose for it as well. Where both fall on the way, tokens meet experts that neither model would choose for them.\n"
+    )
+
+
+def plot(file: Path, sources: tuple[str, str], paths: Paths, *, layers: Mapping[Span, PathResult], routing: Routing) -> None:
+    """Writes the plots of a measurement, each as PNG and SVG: the losses as `file`, the others beside it."""
+    ends = " to ".join(map(_short, sources))
+    lines = {
+        name: figures.Line(path.t, path.curve.nll, path.nll_interval, path.curve.barrier, path.barrier_interval)
+        for name, path in ((name, paths[name]) for name in figures.STYLES if name in paths)
+    }
+    figures.save(figures.curve(lines, ends, _bootstrap(paths).level), file)
+    if layers:
+        bars = {span: (path.curve.barrier, *(path.barrier_interval or (math.nan, math.nan))) for span, path in layers.items()}
+        whole = paths["aligned"].curve.barrier
+        figures.save(figures.layerwise(bars, ends, whole), file.with_name("layerwise.png"))
+    for name in _path_names(routing):
+        t, numbers, to_a, to_b, load = routing_arrays(routing, name)
+        title = f"{ends}, {name} path"
+        figures.save(figures.agreement(t, numbers, to_a, to_b, title), file.with_name(f"routing-{name}.png"))
+        shown = sorted({0, min(range(len(t)), key=lambda i: abs(t[i] - 0.5)), len(t) - 1})
+        loads = {t[i]: load[i] for i in shown}
+        figures.save(figures.load(loads, numbers, title), file.with_name(f"load-{name}.png"))
+
+
+def routing_arrays(routing: Routing, path: str) -> tuple[list[float], list[int], Floats, Floats, Floats]:
+    """Records of one path as arrays; nan where there is no record.
+
+    Returns:
+        t; numbers of the layers; agreement with A and with B, float64 [point, layer]; load, float64 [point, layer, expert].
+
+    Example:
+        >>> record = {"path": "naive", "t": 0.5, "layer": 1, "load": [0.25, 0.75], "agreement_a": 1.0, "agreement_b": 0.5}
+        >>> t, layers, to_a, to_b, load = routing_arrays([record], "naive")
+        >>> t, layers, to_b.tolist(), load.tolist()
+        ([0.5], [1], [[0.5]], [[[0.25, 0.75]]])
+    """
+    records = [record for record in routing if record["path"] == path]
+    t = sorted({record["t"] for record in records})
+    layers = sorted({record["layer"] for record in records})
+    experts = max(len(record["load"]) for record in records)
+    agreement = np.full((2, len(t), len(layers)), np.nan)
+    load = np.full((len(t), len(layers), experts), np.nan)
+    for record in records:
+        at = t.index(record["t"]), layers.index(record["layer"])
+        agreement[:, *at] = record["agreement_a"], record["agreement_b"]
+        load[at][: len(record["load"])] = record["load"]
+    return t, layers, agreement[0], agreement[1], load
+
+
+def _path_names(routing: Routing) -> list[str]:
+    """Names of the paths, each once, in the order of the records."""
+    return list(dict.fromkeys(record["path"] for record in routing))
+
+
+def _bootstrap(paths: Paths) -> Bootstrap:
+    return next(iter(paths.values())).bootstrap
+
+
+def _brackets(interval: Interval | None, form: str) -> str:
+    """An interval in brackets, to follow a number; empty where there is none."""
+    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _short(source: str) -> str:
+    """A Hub id as it is, a folder by its name."""
+    return Path(source).resolve().name if Path(source).is_dir() else source

@@ -1,0 +1,134 @@
+"""Golden schema: the key paths of real reports and alignments are those of the schemas, no more and no fewer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from hf_moe_lmc.matching.alignment import Alignment
+from hf_moe_lmc.matching.blocks import DECIDED
+from hf_moe_lmc.matching.certificate import WAYS
+from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
+from hf_moe_lmc.path.measurement import DTYPES
+from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
+from hf_moe_lmc.verbs.align import align
+from hf_moe_lmc.verbs.barrier import barrier
+from tests.schemas import ALIGNMENT, REPORT, check_alignment, check_report, declared, seen
+from tests.verbs.test_alignment import miniature
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:outside the MoE blocks", "ignore:.*the barrier may be higher", "ignore:.*the routing cannot be watched"
+)
+COMMIT = "0" * 40
+
+
+@pytest.fixture(scope="module")
+def alignments(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Alignment]:
+    """With a shared expert, with several banks, with sketches; and what no test has the checkpoints for."""
+    folder = tmp_path_factory.mktemp("alignments")
+    banks = [miniature("longcat_flash", folder / str(seed), seed) for seed in (0, 1)]
+    pair = [saved("qwen2_moe", "per-expert", seed) for seed in (0, 1)]
+    found = [
+        align(*banks, folder / "banks", order="gate", symmetry_only=True),
+        align(*pair, folder / "whole"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("blocks", "units"):
+            patch.setattr(f"hf_moe_lmc.matching.{module}.SMALL", 0)
+        found.append(align(*pair, folder / "sketched", symmetry_only=True))
+    from_the_hub = replace(found[0], a={**found[0].a, "commit": COMMIT}, b={**found[0].b, "commit": COMMIT})
+    return [*found, replace(from_the_hub, outside=replace(found[0].outside, median_cosine=None))]
+
+
+def test_the_key_paths_of_alignments_are_those_of_the_schema(alignments: list[Alignment]) -> None:
+    found = set()
+    for alignment in alignments:
+        content = json.loads(alignment.to_json())
+        check_alignment(content)
+        found |= seen(content, ALIGNMENT)
+    assert any("banks" in layer for layer in alignments[0].to_dict()["layers"])
+    assert found == declared(ALIGNMENT)
+    without_banks = set().union(*(seen(json.loads(one.to_json()), ALIGNMENT) for one in alignments[1:3]))
+    assert (".layers[].banks", "object") in declared(ALIGNMENT) - without_banks  # the control
+
+
+@pytest.fixture(scope="module")
+def reports(
+    alignments: list[Alignment], saved: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[BarrierReport]:
+    """Real ones, which have all optional parts between them, and some with values that tests cannot bring about."""
+    folder = tmp_path_factory.mktemp("reports")
+    pair = [saved("qwen2_moe", "per-expert", seed) for seed in (0, 1)]
+    rows = folder / "test.jsonl"
+    rows.write_text("".join(json.dumps({"text": text_file.read_text()[:n]}) + "\n" for n in range(8, 20)))
+    align(*pair, folder / "aligned")
+    options: list[dict[str, Any]] = [
+        {"text": [rows, text_file], "layers": "each,0-2", "layerwise": 1, "refine": 1, "dtype": "bfloat16", "stride": 9},
+        {"dataset": str(folder), "symmetry": folder / "aligned", "naive": False, "routing": False},
+        {"text": text_file, "symmetry": alignments[1].symmetry, "points": 2},
+        {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BarrierReport, "plot", lambda *_: None)  # drawing takes longer than measuring
+        patch.setattr("hf_moe_lmc.path.measurement._beside_the_maximum", lambda curve: [0.3] if 0.3 not in curve.t else [])
+        found = []
+        for number, more in enumerate(options):
+            common = {"points": 3, "context": 32, "max_tokens": 200}
+            found.append(barrier(*pair, folder / str(number), **common | more))
+            assert json.loads((folder / str(number) / "report.json").read_text()) == json.loads(found[-1].to_json())
+        patch.setattr("hf_moe_lmc.path.routing.ROUTERS", ("elsewhere",))
+        found.append(barrier(*pair, folder / "unavailable", text=text_file, points=2, max_tokens=64))
+    return [*found, *without_files_to_make_them(found, alignments)]
+
+
+def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alignment]) -> Iterator[BarrierReport]:
+    """Checkpoints and datasets from the Hub, losses that are not finite, a tokenizer that does not tell positions."""
+    first, dataset = found[:2]
+    origins = {side: {**getattr(first, side), "commit": COMMIT} for side in ("a", "b")}
+    metadata = {f"{side}_commit": COMMIT for side in "ab"}
+    text = {**dataset.evaluation["text"], "config": "default", "revision": "main"}
+    yield replace(dataset, **origins, matching={**dataset.matching, **metadata}, evaluation={**first.evaluation, "text": text})
+    infinite = {name: losses.clone() for name, losses in first.losses.items()}
+    for losses in infinite.values():
+        losses[1] = math.inf
+    layers = {span: replace(alone, losses=alone.losses * math.inf) for span, alone in (first.layerwise or {}).items()}
+    routing = [{**row, "entropy": None} for row in first.routing or []]
+    yield replace(first, losses=infinite, layerwise=layers, routing=routing)
+    windows = replace(first.windows, bytes_scored=None)
+    high = {name: losses * (5 if name == "naive" else 1) for name, losses in first.losses.items()}
+    for losses in high.values():
+        losses[[0, -1]] = first.losses["naive"][[0, -1]]
+    yield replace(first, windows=windows, evaluation={**first.evaluation, "bytes_scored": None}, losses=high)
+    for alignment in alignments:
+        yield replace(first, matching=alignment.to_dict())
+
+
+def test_the_key_paths_of_reports_are_those_of_the_schema(reports: list[BarrierReport]) -> None:
+    found = set()
+    for report in reports:
+        content = json.loads(report.to_json())
+        check_report(content)
+        found |= seen(content, REPORT)
+    assert found == declared(REPORT)
+    of_one = seen(json.loads(reports[1].to_json()), REPORT)
+    assert (".routing[].load[]", "number") in declared(REPORT) - of_one  # the control
+
+
+def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
+    layer, definitions = ALIGNMENT["$defs"]["layer"]["properties"], ALIGNMENT["$defs"]
+    for words, expected in (
+        (ALIGNMENT["properties"]["order"]["enum"], get_args(OrderMethod)),
+        (ALIGNMENT["properties"]["units"]["enum"], get_args(UnitMethod)),
+        (definitions["unit_proof"]["enum"], WAYS),
+        (layer["order_decided"]["enum"], DECIDED),
+        (REPORT["$defs"]["evaluation"]["properties"]["dtype"]["enum"], DTYPES),
+    ):
+        assert set(words) == set(expected)
+    assert layer["candidates"]["propertyNames"]["enum"] == layer["order_method"]["enum"]
+    assert "hf_moe_lmc" in PACKAGES
