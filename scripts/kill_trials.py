@@ -4,8 +4,8 @@
 
 A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed
 or removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case.
-After the kill the output has to be absent, or whole. Then the same call is made again, and everything in the output
-(alignment.json without its seconds) has to equal, byte for byte, what an undisturbed call wrote; nothing else may be left.
+After the kill the output has to be absent, or whole. Then the same call is made again. Everything in the output has to equal,
+byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left.
 
 Cases: the output beside its workplace; an empty folder that alone may be written in (so files move in one by one); an old
 output that is replaced.

@@ -3,8 +3,10 @@
     python scripts/match_bench.py -o scripts/match_bench.json [--layers 2] [--experts 8] [--noise 0.03 0.5 inf] [--repeats 3]
 
 Two synthetic checkpoints (bfloat16, one tensor per expert, one shard for every two experts): B is A with its experts and hidden
-units shuffled, their signs flipped, and so much noise added, relative to the weights; `inf` is another draw. In each round
-`apply` of the symmetry that was found and `align` in full run side by side, each in a process of its own, from the page cache.
+units shuffled, their signs flipped, and so much noise added, relative to the weights; `inf` is another draw.
+
+In each round, `apply` of the symmetry that was found and `align` in full run in turn, each in a process of its own, from the
+page cache.
 Wall times are without imports, and mean something only as ratios within one run.
 """
 

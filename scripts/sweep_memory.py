@@ -2,7 +2,7 @@
 
     python scripts/sweep_memory.py -o scripts/sweep_memory.json [--layers 2] [--folder DIR]
 
-Two checkpoints with layers of 8 experts, hidden size 4096 and 14336 hidden units per expert (2.9 GB a layer) are evaluated
+Two checkpoints have layers of 8 experts, hidden size 4096 and 14336 hidden units per expert: 2.9 GB a layer. They are evaluated
 layer by layer on the naive and on an aligned path. What is measured is the anonymous memory of the process above what its
 imports take; what does not depend on the number of layers is what a model of any depth needs.
 """
