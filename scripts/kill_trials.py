@@ -14,7 +14,6 @@ output that is replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -207,11 +207,7 @@ def main() -> None:
                     "resumed_to_the_same_bytes": len(found),
                 })  # fmt: skip
                 print(results[-1], file=sys.stderr, flush=True)
-    report = {"command": "python scripts/kill_trials.py " + " ".join(sys.argv[1:]), "results": results}
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(options.output, {"results": results})
 
 
 if __name__ == "__main__":
