@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
+from hf_moe_lmc.checkpoints.pair import same_place
 from hf_moe_lmc.matching.blocks import Matching, match_layer
 from hf_moe_lmc.matching.distance import OutsideDistance, outside_distance
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
@@ -25,6 +26,7 @@ from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.workplace import Workplace
 
 ALIGNMENT_VERSION = 1
+SAME = "A and B hold the same weights; the alignment is the identity"
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,15 @@ def align_models(
     outside = mates.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if mates.is_main else None)
     assert outside is not None
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
-        found.append("A and B hold the same weights; the alignment is the identity")
+        found.append(SAME)
     if outside.unrelated:
         found.append(
             f"outside the MoE blocks the two models are unrelated (median cosine {outside.median_cosine:.2f}, "
             f"relative distance {outside.relative_distance:.2f}): no alignment of experts can repair that, expect a barrier"
         )
     for warning in found:
-        warn(warning)
+        if warning != SAME or not same_place(a.checkpoint, b.checkpoint):  # which was said when they were opened
+            warn(warning)
     symmetries = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
     metadata: dict[str, str] = {"method": "weight matching", "order": method.order, "units": method.units}
     metadata |= {f"{side}_{key}": value for side, origin in (("a", origin_a), ("b", origin_b)) for key, value in origin.items()}
