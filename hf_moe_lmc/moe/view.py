@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, dequantise, scale_grid
+from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerFacts
 from hf_moe_lmc.moe.notation import AXIS_WORDS, UNIT_KINDS, UnitKind, bank_size, is_expert_role, split_role
-from hf_moe_lmc.moe.quantised import matrix_axes, matrix_shape, stacked
+from hf_moe_lmc.moe.quantized import matrix_axes, matrix_shape, stacked
 
 CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
 
@@ -65,14 +65,14 @@ class BlockView:
         index: number of its layer.
         facts: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
-        quantisation: of its experts; whole experts can then change places, nothing else.
+        quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     index: int
     facts: LayerFacts
     claims: Mapping[str, Claim]
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -81,7 +81,7 @@ class BlockView:
     @cached_property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank, and of the `shared` expert."""
-        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantisation else self.facts.units
+        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantization else self.facts.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -147,11 +147,11 @@ class BlockView:
     def values(self, role: str, expert: int | None = None) -> Tensor:
         """The same as numbers to compute with: quantized weights are dequantized to float32."""
         held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
-        if held is None or self.quantisation is None:
+        if held is None or self.quantization is None:
             return self.stored(role, expert)
-        return self._dequantized(role, expert, *held, self.quantisation)
+        return self._dequantized(role, expert, *held, self.quantization)
 
-    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantisation) -> Tensor:
+    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantization) -> Tensor:
         """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
         shape = matrix_shape(scales, self.sizes, quantization)
         halves = stacked(scales, quantization)
@@ -160,7 +160,7 @@ class BlockView:
         grid = scale_grid(factors_shape, shape, block, halves)
         assert grid is not None
         codes, _ = self._part(weight, expert)
-        values = dequantise(codes.view(shape[0], -1), factors.view(grid), block, halves)
+        values = dequantize(codes.view(shape[0], -1), factors.view(grid), block, halves)
         rows, columns = matrix_axes(scales, quantization)
         axes = [*rows, *columns]
         known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}
