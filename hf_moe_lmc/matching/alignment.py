@@ -196,9 +196,9 @@ def align_models(
             f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "
             "a merge averages them unaligned"
         )
-    if b.quantisation:
+    if b.quantization:
         found.append(
-            f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
+            f"the weights are quantised ({b.quantization.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
     outside = mates.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if mates.is_main else None)

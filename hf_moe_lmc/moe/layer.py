@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, dequantise, scale_grid
+from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerFacts, MoEFamily
@@ -69,7 +69,7 @@ class MoELayer:
         index: number of its layer.
         facts: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
-        quantisation: of its experts; whole experts can then change places, nothing else.
+        quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
@@ -77,7 +77,7 @@ class MoELayer:
     index: int
     facts: LayerFacts
     claims: Mapping[str, Claim]
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -86,7 +86,7 @@ class MoELayer:
     @cached_property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank ('' is the first), and of the `shared` expert."""
-        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantisation else self.facts.units
+        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantization else self.facts.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -165,12 +165,12 @@ class MoELayer:
     def values(self, role: str, expert: int | None = None) -> Tensor:
         """As `read`, with quantised weights in float32."""
         held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
-        if held is None or self.quantisation is None:
+        if held is None or self.quantization is None:
             return self.read(role, expert)
         weight, scales = held
-        shape = matrix_shape(scales, self.sizes, self.quantisation)
-        halves = stacked(scales, self.quantisation)
-        block = self.quantisation.block_of(self.checkpoint.tensors[weight.name].dtype)
+        shape = matrix_shape(scales, self.sizes, self.quantization)
+        halves = stacked(scales, self.quantization)
+        block = self.quantization.block_of(self.checkpoint.tensors[weight.name].dtype)
         fused = scales.expert is None and expert is not None
 
         def part(claim: Claim) -> tuple[Tensor, tuple[int, ...]]:
@@ -181,8 +181,8 @@ class MoELayer:
         factors, own = part(scales)
         grid = scale_grid(own, shape, block, halves)
         assert grid is not None
-        values = dequantise(part(weight)[0].view(shape[0], -1), factors.view(grid), block, halves)
-        rows, columns = matrix_axes(scales, self.quantisation)
+        values = dequantize(part(weight)[0].view(shape[0], -1), factors.view(grid), block, halves)
+        rows, columns = matrix_axes(scales, self.quantization)
         axes = [*rows, *columns]
         known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}
         values = values.view([bank_size(known, split_role(role)[0], word) for word in axes])

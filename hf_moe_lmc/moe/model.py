@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import WAY_OUT, Quantisation
+from hf_moe_lmc.checkpoints.quantization import WAY_OUT, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
 from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.family import MoEFamily
@@ -59,8 +59,8 @@ class MoEModel:
         return self.config.get_text_config()
 
     @property
-    def quantisation(self) -> Quantisation | None:
-        return self.checkpoint.quantisation
+    def quantization(self) -> Quantization | None:
+        return self.checkpoint.quantization
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -118,9 +118,9 @@ class MoEModel:
             raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
         ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
         problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
-        if problems and self.quantisation:
+        if problems and self.quantization:
             raise SymmetryError(
-                f"{where} is quantised ({self.quantisation.method}): only whole experts can change places, anything else would "
+                f"{where} is quantised ({self.quantization.method}): only whole experts can change places, anything else would "
                 f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
             )
         if problems:

@@ -152,7 +152,7 @@ def _describe(model: MoEModel) -> Inspection:
             for role in layer.banks[""].roles
             if role in (*EXPERT_VECTORS, "expert_table") and role != "router"
         ),
-        quantisation=model.quantisation.method if model.quantisation else None,
+        quantisation=model.quantization.method if model.quantization else None,
         layouts=tuple(sorted(layouts, reverse=True)),
         dtypes=dtypes,
         bytes=checkpoint.nbytes,
@@ -174,8 +174,8 @@ def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:
         line + (f" ({_ranges(layers[line])})" if len(layers[line]) < len(model.layers) else "")
         for line in sorted(layers, key=lambda line: place[line])
     ]
-    if model.quantisation:
-        lines.append(f"nothing finer than whole experts: anything else in {model.quantisation.method} would need new scales")
+    if model.quantization:
+        lines.append(f"nothing finer than whole experts: anything else in {model.quantization.method} would need new scales")
     return tuple(lines)
 
 
@@ -184,12 +184,12 @@ def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
         yield _order_in_words(bank, groups)
     if "expert_table" in layer.roles:
         yield "the expert table, renamed to follow the experts"
-    for bank in layer.banks.values() if not layer.quantisation else ():
+    for bank in layer.banks.values() if not layer.quantization else ():
         if bank.unit_count:
             of = f"each expert of bank {bank.name}" if bank.name else "each expert"
             yield _units_in_words(of, bank.unit_count, bank.kind)
     shared = layer.banks[""].shared_count
-    if shared and not layer.quantisation:
+    if shared and not layer.quantization:
         same = layer.units["shared"] is layer.units[""]
         likewise = f"hidden units of the shared expert likewise (S_{shared})"
         yield likewise if same else _units_in_words("the shared expert", shared, layer.units["shared"])

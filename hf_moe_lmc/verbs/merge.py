@@ -151,7 +151,7 @@ def open_plain(
         with faults.gather():
             opened.append(stack.enter_context(Checkpoint.open(model)))
     pair = (opened[0], opened[1]) if len(opened) == 2 else None
-    if pair and (pair[0].tensors.keys() != pair[1].tensors.keys() or any(one.quantisation for one in pair)):
+    if pair and (pair[0].tensors.keys() != pair[1].tensors.keys() or any(one.quantization for one in pair)):
         return None
     if team().is_main:
         with faults.gather():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
-from hf_moe_lmc.checkpoints.quantisation import WAY_OUT
+from hf_moe_lmc.checkpoints.quantization import WAY_OUT
 from hf_moe_lmc.errors import CheckpointError, MismatchError
 from hf_moe_lmc.moe.layer import LayerSource, MoELayer, Piece
 from hf_moe_lmc.moe.model import MoEModel
@@ -134,8 +134,8 @@ def interpolated(
 def refuse_quantised(*models: MoEModel) -> None:
     """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
     for model in models:
-        if model.quantisation:
+        if model.quantization:
             raise CheckpointError(
-                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantisation.method}), which cannot "
+                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantization.method}), which cannot "
                 f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
             )
