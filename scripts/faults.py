@@ -1,6 +1,7 @@
 """Tries faults on small checkpoints with the real command line, and records what happens.
 
-    python scripts/faults.py                 # writes scripts/faults.json and docs/faults.md
+    python scripts/faults.py                   # tries all faults; writes scripts/faults.json and docs/faults.md
+    python scripts/faults.py --check           # tries all faults; exit code 1 if one ends otherwise than recorded there
     python scripts/faults.py --only truncated  # prints the rows whose fault holds a word
 
 Each row is data: what is wrong, the command, and the damage. A and B are two small Mixtral models in three shards each.
@@ -9,6 +10,7 @@ Each row is data: what is wrong, the command, and the damage. A and B are two sm
 from __future__ import annotations
 
 import argparse
+import difflib
 import fcntl
 import io
 import json
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +242,9 @@ def mounted(options: str) -> Damage:
 
     def damage(bench: Path) -> None:
         (bench / "DISK").mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(bench / "DISK")], check=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(bench / "DISK")], capture_output=True)
+        if done.returncode:
+            raise PermissionError(f"a disk can only be mounted by root: {done.stderr.decode().strip()}")
 
     return damage
 
@@ -441,9 +445,10 @@ def render(record: dict[str, Any]) -> str:
     lines = [
         "# Faults that were tried, and what happened",
         "",
-        "Written by `python scripts/faults.py`, which damages small checkpoints and runs the real command line on them; "
-        "`scripts/faults.json` has the whole messages. "
-        f"{sum(len(rows) for rows in record['sections'].values())} faults.",
+        f"{sum(len(rows) for rows in record['sections'].values())} faults. `python scripts/faults.py` damages small "
+        "checkpoints, runs the real command line on them, and writes this page. The whole messages are in "
+        "`scripts/faults.json`. `python scripts/faults.py --check` tries all faults again. Its exit code is 1 if one ends "
+        "otherwise than it is recorded, and it prints the differences. Two faults mount a small disk, which takes root.",
     ]
     for section, rows in record["sections"].items():
         if rows:
@@ -470,21 +475,45 @@ def left(row: dict[str, Any]) -> str:
 
 
 def rows(words: Iterable[str] = ()) -> list[Row]:
-    found = [row for section in SECTIONS.values() for row in section]
-    return [row for row in found if all(word in row.fault for word in words)]
+    """The faults that hold all these words."""
+    every = [row for section in SECTIONS.values() for row in section]
+    return [row for row in every if all(word in row.fault for word in words)]
 
 
-def main() -> None:
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two attempts at one fault, as a diff; empty where they agree."""
+    lines, lines_now = (json.dumps(row, indent=1, ensure_ascii=False).splitlines(keepends=True) for row in (before, now))
+    return "".join(difflib.unified_diff(lines, lines_now, f"{now['fault']}: recorded", f"{now['fault']}: now", n=99))
+
+
+def check(chosen: Iterable[Row], prepared: Path) -> int:
+    """Tries faults again; the exit code is 1 if one ends otherwise than RECORD says, or TABLE is not what RECORD gives."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    recorded = {row["fault"]: row for section in record["sections"].values() for row in section}
+    found = [attempt(row, prepared) for row in chosen]
+    differences = [difference(recorded.get(row["fault"], {}), row) for row in found]
+    differences += [f"recorded, and no longer tried: {fault}\n" for fault in recorded.keys() - {row.fault for row in rows()}]
+    if TABLE.read_text(encoding="utf-8") != render(record):
+        differences.append(f"{TABLE.name} is not what {RECORD.name} gives\n")
+    print("\n".join(filter(None, differences)), end="")
+    print(f"{len(found)} faults tried, {sum(map(bool, differences))} differences from {RECORD.name}", file=sys.stderr)
+    return int(any(differences))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="WORD", nargs="+", help="print the rows whose fault holds these words")
-    options = parser.parse_args()
+    parser.add_argument("--only", metavar="WORD", nargs="+", default=(), help="print the rows whose fault holds these words")
+    parser.add_argument("--check", action="store_true", help="write nothing; print what differs from the record")
+    options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder))
+        if options.check:
+            return check(rows(options.only), prepared)
         if options.only:
             print(json.dumps([attempt(row, prepared) for row in rows(options.only)], indent=2))
-            return
+            return 0
         record = {
             "command": "python scripts/faults.py",
             "sections": {name: [attempt(row, prepared) for row in section] for name, section in SECTIONS.items()},
@@ -492,10 +521,11 @@ def main() -> None:
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     TABLE.write_text(render(record), encoding="utf-8")
     print(f"written: {RECORD} and {TABLE}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     finally:
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -4,8 +4,8 @@
 
 A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed
 or removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case.
-After the kill the output has to be absent, or whole. Then the same call is made again, and everything in the output
-(alignment.json without its seconds) has to equal, byte for byte, what an undisturbed call wrote; nothing else may be left.
+After the kill the output has to be absent, or whole. Then the same call is made again. Everything in the output has to equal,
+byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left.
 
 Cases: the output beside its workplace; an empty folder that alone may be written in (so files move in one by one); an old
 output that is replaced.
@@ -14,7 +14,6 @@ output that is replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -207,11 +207,7 @@ def main() -> None:
                     "resumed_to_the_same_bytes": len(found),
                 })  # fmt: skip
                 print(results[-1], file=sys.stderr, flush=True)
-    report = {"command": "python scripts/kill_trials.py " + " ".join(sys.argv[1:]), "results": results}
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(options.output, {"results": results})
 
 
 if __name__ == "__main__":

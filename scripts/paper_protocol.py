@@ -175,9 +175,9 @@ def order_gaps(a: Path, b: Path, layers: list[int], report: BarrierReport) -> li
     gaps = []
     chosen = {layer["layer"]: layer["distance_after_units"] for layer in report.matching["layers"]}
     with ExitStack() as stack:
-        model_a, model_b, _ = Inputs(stack).pair(a, b)
+        pair = Inputs(stack).pair(a, b)
         for index in layers:
-            of_a, of_b = model_a.layers[index], model_b.layers[index]
+            of_a, of_b = pair.a.layers[index], pair.b.layers[index]
             rows = [
                 [UnitRows.of(layer.banks[""], i, torch.device("cpu")) for i in range(layer.experts)] for layer in (of_a, of_b)
             ]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only children talk to a server, our own
+os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "huggingface")  # the user's is left alone
+os.environ.pop("HF_HUB_CACHE", None)
 if sys.dont_write_bytecode:  # nothing is written beside the sources; without any bytecode each interpreter compiles for seconds
     sys.dont_write_bytecode = False
-    sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "bytecode")
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of the workers of xdist, and of what tests start
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 

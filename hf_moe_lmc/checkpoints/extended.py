@@ -78,7 +78,7 @@ class ExtendedCheckpoint(Checkpoint):
             config=original.config,
             shards={},
             tensors={},
-            quantisation=original.quantisation,
+            quantization=original.quantization,
             original=original,
             assembled=assembled,
             without=frozenset(without),

@@ -119,7 +119,7 @@ def _join_heads(
                 side.take(name, side.checkpoint, of=embedding)
                 side_a.changes["tie_word_embeddings"] = side_b.changes["tie_word_embeddings"] = False
                 notes.append(
-                    f"the head of {letter} is its embedding, the other file holds one of its own: the path and a merge hold both"
+                    f"the head of {letter} is its embedding, the other file holds its own: the path and a merge hold both"
                 )
 
 

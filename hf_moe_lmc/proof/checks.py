@@ -1,7 +1,7 @@
 """The proof of a family's description: a small random model, every part of its group, and controls that must fail.
 
-The model has the checkpoint's own configuration with small sizes (`shrink`). It is saved by transformers in both layouts,
-rewritten by this package, loaded by transformers again, and must compute what it did; and it must not where the group ends.
+The model has the checkpoint's own configuration with small sizes (`shrink`). Transformers saves it in both layouts, this
+package rewrites it, and transformers loads it again. It must then compute what it did. Where the group ends, it must not.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
 LAYOUTS = {"as on the Hub": True, "as in memory": False}  # save_original_format
 
 BANK_PARTS: dict[str, Callable[[BankSymmetry, BankSymmetry], BankSymmetry]] = {
-    "expert order": lambda g, one: replace(one, expert_order=g.expert_order),
-    "order of hidden units": lambda g, one: replace(one, unit_order=g.unit_order),
-    "signs of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.sign()),
-    "scales of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.abs()),
+    "expert order": lambda g, identity: replace(identity, expert_order=g.expert_order),
+    "order of hidden units": lambda g, identity: replace(identity, unit_order=g.unit_order),
+    "signs of hidden units": lambda g, identity: replace(identity, unit_scale=g.unit_scale.sign()),
+    "scales of hidden units": lambda g, identity: replace(identity, unit_scale=g.unit_scale.abs()),
 }
 SHARED_PARTS: dict[str, Callable[[UnitSymmetry, UnitSymmetry], UnitSymmetry]] = {
-    "shared expert: order of hidden units": lambda g, one: replace(one, order=g.order),
-    "shared expert: signs": lambda g, one: replace(one, scale=g.scale.sign()),
-    "shared expert: scales": lambda g, one: replace(one, scale=g.scale.abs()),
+    "shared expert: order of hidden units": lambda g, identity: replace(identity, order=g.order),
+    "shared expert: signs": lambda g, identity: replace(identity, scale=g.scale.sign()),
+    "shared expert: scales": lambda g, identity: replace(identity, scale=g.scale.abs()),
 }
 
 
@@ -167,27 +167,27 @@ class Rerun:
 
 def parts(model: MoEModel, g: ModelSymmetry) -> dict[str, ModelSymmetry]:
     """Each part of the group that this model has, as the element that `g` has of it."""
-    still = model.identity()
-    found = {}
+    identity = model.identity()
+    elements = {}
     for bank in next(iter(g.layers.values())).banks:
         for name in (*BANK_PARTS, *SHARED_PARTS) if bank == FIRST else BANK_PARTS:
-            layers = {index: restricted(name, g.layers[index], identity, bank) for index, identity in still.layers.items()}
+            layers = {index: restricted(name, g.layers[index], layer, bank) for index, layer in identity.layers.items()}
             element = ModelSymmetry(g.family, g.groups, layers)
-            if element != still:
-                found[name if bank == FIRST else f"bank {bank}: {name}"] = element
-    return found
+            if element != identity:
+                elements[name if bank == FIRST else f"bank {bank}: {name}"] = element
+    return elements
 
 
 @dataclass(frozen=True)
-class Left:
-    """A block in new coordinates, but for some roles, which were left where they are."""
+class PartlyActed:
+    """A block in new coordinates, but for some roles, whose tensors stay as they are."""
 
     acted: LayerSource
     original: LayerSource
-    roles: tuple[str, ...]
+    unmoved: tuple[str, ...]
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        return (self.original if split_role(role)[1] in self.roles else self.acted).read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return (self.original if split_role(role)[1] in self.unmoved else self.acted).stored(role, expert)
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class Translated:
 
     original: LayerSource
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        values = self.original.read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        values = self.original.stored(role, expert)
         if split_role(role)[1] != "router":
             return values
         return values + torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))
@@ -205,32 +205,36 @@ class Translated:
 
 def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
     """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
-    layers, still = model.layers, model.identity()
+    layers, identity = model.layers, model.identity().layers
     facts = next(iter(layers.values())).facts
     order, units = (
-        {index: restricted(name, g.layers[index], still.layers[index]) for index in layers}
+        {index: restricted(name, g.layers[index], identity[index]) for index in layers}
         for name in ("expert order", "order of hidden units")
     )
 
-    def left(elements: Mapping[int, LayerSymmetry], *roles: str) -> float:
-        return run({i: Left(ActedLayer(layer, elements[i], layer.units), layer, roles) for i, layer in layers.items()})
+    def acted(elements: Mapping[int, LayerSymmetry], *unmoved: str) -> float:
+        """The difference where all roles move but these."""
+        return run({i: PartlyActed(ActedLayer(layer, elements[i], layer.units), layer, unmoved) for i, layer in layers.items()})
 
-    yield Check("experts moved, router left", left(order, "router", "router_bias"), control=True)
+    yield Check("experts moved, router left", acted(order, "router", "router_bias"), control=True)
     for role in COMPANIONS:
         if any(role in layer.roles for layer in layers.values()):
-            yield Check(f"experts moved, {role} left", left(order, role), control=True)
-    yield Check("hidden units moved, up projection left", left(units, "up"), control=True)
+            yield Check(f"experts moved, {role} left", acted(order, role), control=True)
+    yield Check("hidden units moved, up projection left", acted(units, "up"), control=True)
     if model.groups > 1:
-        torn = {i: restricted("expert order", layer.random(generator), still.layers[i]) for i, layer in layers.items()}
-        yield Check("experts moved across their groups", left(torn), control=True)
+        torn = {i: restricted("expert order", layer.random(generator), identity[i]) for i, layer in layers.items()}
+        yield Check("experts moved across their groups", acted(torn), control=True)
     if not facts.units[FIRST].sign and facts.units[FIRST].order:
-        flipped = {
-            i: own.with_bank(FIRST, replace(own.banks[FIRST], unit_scale=-own.banks[FIRST].unit_scale))
-            for i, own in still.layers.items()
-        }
-        yield Check("signs that the hidden units do not allow", left(flipped), control=True)
-    moved = run({index: Translated(layer) for index, layer in layers.items()})
-    yield Check(f"router translated ({facts.router})", moved, control=facts.router != "softmax")
+        flipped = {i: _flipped(layer) for i, layer in identity.items()}
+        yield Check("signs that the hidden units do not allow", acted(flipped), control=True)
+    translated = run({index: Translated(layer) for index, layer in layers.items()})
+    yield Check(f"router translated ({facts.router})", translated, control=facts.router != "softmax")
+
+
+def _flipped(layer: LayerSymmetry) -> LayerSymmetry:
+    """With all signs of the first bank's hidden units the other way."""
+    bank = layer.banks[FIRST]
+    return layer.with_bank(FIRST, replace(bank, unit_scale=-bank.unit_scale))
 
 
 def check_round_trip(model: MoEModel) -> None:
@@ -276,6 +280,6 @@ def reloaded(built: PreTrainedModel, folder: Path) -> Tensor:
     return outputs(model.eval())
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(values: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((values - expected).abs().max() / expected.abs().max())

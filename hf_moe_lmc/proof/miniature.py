@@ -1,7 +1,7 @@
 """Tiny random models of any MoE architecture that transformers knows.
 
-A miniature has the class and the switches of the original and other sizes, so whatever holds for the original's
-computation (which axes may be permuted, which tensors move along) can be tried on it within a second.
+A miniature has the class and the switches of the original, and other sizes. So whatever holds for the original's computation
+can be tried on it within a second: which axes may be permuted, and which tensors move along.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_moe_lmc.moe.model_class import foreign, model_class_of, text_reader
-from hf_moe_lmc.proof.small_config import (
-    TOKEN_ID,
-    parts,
-    shrink,
-)
+from hf_moe_lmc.proof.sizes import TOKEN_ID
+from hf_moe_lmc.proof.small_config import parts, shrink
 
 
 def miniature(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -99,7 +96,7 @@ def _draw(name: str, tensor: Tensor, config: PreTrainedConfig) -> None:
         # decay rates stay where the initialisation puts them; experts may come as they lay in memory
         tensor.add_(0.05 * torch.randn_like(tensor))
     elif last == "balancing_biases":
-        # the last class skips the block; loading a checkpoint resets its bias to -1 in transformers 5.23
+        # the last class skips the block; loading a checkpoint resets its bias to -1 in transformers 5.23 and 5.24
         tensor[:-1].normal_(std=0.02)
     elif _CHOICE_BIAS.search(name):
         tensor.normal_(std=0.15)
@@ -135,8 +132,8 @@ def outputs(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
         inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     with torch.no_grad(), foreign(type(model), "cannot run on token ids alone"):
         result = reader(**inputs)
-    found: Tensor = result.logits if getattr(result, "logits", None) is not None else result.last_hidden_state
-    return found.float()
+    values: Tensor = result.logits if getattr(result, "logits", None) is not None else result.last_hidden_state
+    return values.float()
 
 
 def _tokens(config: PreTrainedConfig) -> Tensor:

@@ -84,7 +84,7 @@ class Inputs:
                 agreement = agreement_of_models(*models)
                 warnings += agreement.warnings
                 if agreement.problems and not inside_only:
-                    raise different(*checkpoints, agreement.problems)
+                    raise different(checkpoints[0], checkpoints[1], agreement.problems)
                 if agreement.problems:
                     warnings.append(
                         "the tokenizers of A and B differ; align moves no embeddings, but merge and barrier refuse them"
@@ -95,7 +95,7 @@ class Inputs:
         if len(models) == 2 and agreement:
             with self._faults.gather():
                 if not inside_only:
-                    model_a, model_b, notes = join_models(*models, agreement.ids)
+                    model_a, model_b, notes = join_models(models[0], models[1], agreement.ids)
                     models, warnings = [model_a, model_b], [*warnings, *notes]
                 warnings += check_pair(*models, inside_only=inside_only)
         self._faults.check()
@@ -113,7 +113,7 @@ class Inputs:
         """Two checkpoints with the same tensors, whatever they are; None if they hold other ones, or quantised ones."""
         checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
         whole = len(checkpoints) == 2
-        if whole and any(checkpoint.quantisation for checkpoint in checkpoints):
+        if whole and any(checkpoint.quantization for checkpoint in checkpoints):
             return None
         warnings: list[str] = []
         ids = None
@@ -126,7 +126,7 @@ class Inputs:
                     return None
                 checkpoints = [joined.a, joined.b]
                 if agreement.problems:
-                    faults.add(different(*checkpoints, agreement.problems))
+                    faults.add(different(checkpoints[0], checkpoints[1], agreement.problems))
         self._check_output(checkpoints)
         for fault in faults.found:
             self._faults.add(fault)

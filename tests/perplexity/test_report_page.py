@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,31 +12,24 @@ from jsonschema import ValidationError
 
 from tests.perplexity.reports import on_documents
 from tests.schemas import ALIGNMENT, REPORT
+from tests.scripts import script
 
+renderer = script("render_report")
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
 
 
-def renderer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render_report", ROOT / "scripts" / "render_report.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_the_committed_page_is_the_one_that_the_schemas_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = renderer()
-    assert script.markdown() == PAGE, "run: python scripts/render_report.py"
-    report, alignment = script.read()
+    assert renderer.markdown() == PAGE, "run: python scripts/render_report.py"
+    report, alignment = renderer.read()
     report["properties"]["another"] = {
         "type": ["array", "null"],
         "items": {"type": "number"},
         "unit": "m",
         "description": "New.",
     }
-    monkeypatch.setattr(script, "read", lambda: [report, alignment])
-    assert "| `another` *optional* | list of numbers or null | m | New. |\n" in script.markdown()
+    monkeypatch.setattr(renderer, "read", lambda: [report, alignment])
+    assert "| `another` *optional* | list of numbers or null | m | New. |\n" in renderer.markdown()
 
 
 def described(schema: dict[str, Any]) -> set[tuple[str, str]]:

@@ -11,7 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moe_lmc.errors import FamilyError, ForeignError
 from hf_moe_lmc.proof.miniature import build, outputs
-from hf_moe_lmc.proof.small_config import EXPERTS, WIDTH, shrink
+from hf_moe_lmc.proof.sizes import EXPERTS, WIDTH
+from hf_moe_lmc.proof.small_config import shrink
 from tests.zoo import CASES, GEMMA, original
 
 GROUPED = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +21,9 @@ from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing import output, spans, workplace
 from hf_moe_lmc.writing.workplace import at_work
 from tests import tiny
+from tests.scripts import script
+
+trials = script("kill_trials")
 
 INDEX = "model.safetensors.index.json"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -126,24 +127,14 @@ def test_values_beyond_the_range_of_the_output_are_named(tmp_path: Path) -> None
         merge(a, b, tmp_path / "out", 0.9, align=False)
 
 
-def trials() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "kill_trials.py"
-    spec = importlib.util.spec_from_file_location("kill_trials", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore")  # of the fork, and of unrelated models
 @pytest.mark.parametrize(("verb", "place"), [("merge", "beside"), ("align", "overwrite"), ("apply", "inside")])
 def test_a_kill_leaves_nothing_or_all_and_the_same_call_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, place: str
 ) -> None:
     monkeypatch.setattr(spans, "SPAN", 1024)
-    module = trials()
-    a, b = module.make_pair(tmp_path)
-    found = list(module.trials(verb, place, 8, tmp_path, a, b))
+    a, b = trials.make_pair(tmp_path)
+    found = list(trials.trials(verb, place, 8, tmp_path, a, b))
     assert len(found) == 8 and sum(one["killed"] for one in found) >= 7
     assert {"absent", "old"} & {one["stood"] for one in found}
 
@@ -162,7 +153,7 @@ def test_whole_shards_are_not_written_again(tmp_path: Path, monkeypatch: pytest.
     merge(a, b, tmp_path / "out", align=False)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
     assert {name for name in after if after[name] == times[name]} == set(times) - {lost.name}
-    assert trials().contents(tmp_path / "out") == trials().contents(tmp_path / "whole")
+    assert trials.contents(tmp_path / "out") == trials.contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out", "whole"]
     # other inputs are other facts: nothing is taken over
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
@@ -170,7 +161,7 @@ def test_whole_shards_are_not_written_again(tmp_path: Path, monkeypatch: pytest.
         merge(a, b, tmp_path / "other", align=False)
     merge(a, b, tmp_path / "other", 0.25, align=False)
     merge(a, b, tmp_path / "quarter", 0.25, align=False)
-    assert trials().contents(tmp_path / "other") == trials().contents(tmp_path / "quarter")
+    assert trials.contents(tmp_path / "other") == trials.contents(tmp_path / "quarter")
 
 
 def interrupt(*_: object, **__: object) -> None:
@@ -181,12 +172,12 @@ def test_overwrite_replaces_what_is_ours_and_nothing_else(tmp_path: Path) -> Non
     a, b = (checkpoint(tmp_path / name, drawn(torch.float32, i)) for i, name in enumerate("ab"))
     out, mine = tmp_path / "out", tmp_path / "mine"
     merge(a, b, out, 0.5, align=False)
-    before = trials().contents(out)
+    before = trials.contents(out)
     with pytest.raises(OutputError, match=r"not empty .* --overwrite"):
         merge(a, b, out, 0.25, align=False)
-    assert trials().contents(out) == before
+    assert trials.contents(out) == before
     merge(a, b, out, 0.25, align=False, overwrite=True)
-    assert trials().contents(out) != before
+    assert trials.contents(out) != before
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match=r"not overwritten: it holds thesis\.tex"):
@@ -199,7 +190,7 @@ def test_overwrite_replaces_what_is_ours_and_nothing_else(tmp_path: Path) -> Non
 
 def test_links_lead_nowhere_into_an_input(tmp_path: Path) -> None:
     a, b = (checkpoint(tmp_path / name, drawn(torch.float32, i)) for i, name in enumerate("ab"))
-    before = trials().contents(a)
+    before = trials.contents(a)
     (tmp_path / "link").symlink_to(a)
     (tmp_path / "nothing").symlink_to(tmp_path / "absent")
     (tmp_path / ".out.progress").symlink_to(a)
@@ -208,7 +199,7 @@ def test_links_lead_nowhere_into_an_input(tmp_path: Path) -> None:
             merge(a, b, out, align=False)
     with pytest.raises(OutputError, match="a link, where this package keeps its progress"):
         merge(a, b, tmp_path / "out", align=False)
-    assert trials().contents(a) == before
+    assert trials.contents(a) == before
 
 
 def test_side_files_are_copied_through_links_and_modes_are_those_of_new_files(tmp_path: Path) -> None:
@@ -280,7 +271,7 @@ def test_a_mount_point_is_filled_from_inside_and_a_read_only_one_is_refused(
     merge(a, b, tmp_path / "whole", align=False)
     disk = mounted("size=4m")
     merge(a, b, disk, align=False)
-    assert trials().contents(disk) == trials().contents(tmp_path / "whole")
+    assert trials.contents(disk) == trials.contents(tmp_path / "whole")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for out in (disk / "new", disk / "deep" / "er"):
         assert main(["merge", str(a), str(b), "--no-align", "-o", str(out)]) == 2
