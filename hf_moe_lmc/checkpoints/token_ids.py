@@ -63,6 +63,8 @@ class TokenIds:
     @cached_property
     def kinds(self) -> np.ndarray:
         """The kind of each row, uint8 [rows]."""
+        if self.alike:
+            return np.zeros(self.rows, dtype=np.uint8)  # padding, too
         ids = np.arange(self.rows)
         padding = np.where(ids < self.rows_a, OF_A, OF_B)
         alone = np.where(self.has_a, OF_A, OF_B)
@@ -78,8 +80,8 @@ class TokenIds:
 
     @property
     def alike(self) -> bool:
-        """Whether every row is interpolated and both have as many."""
-        return self.rows_a == self.rows_b and bool((self.kinds == BOTH).all())
+        """Whether both have the same ids and as many rows: then every row is interpolated."""
+        return self.rows_a == self.rows_b and not self.taken and bool((self.has_a == self.has_b).all())
 
     def runs(self) -> list[Run]:
         """All rows, in runs of one kind."""
