@@ -12,9 +12,7 @@ from hf_moe_lmc.checkpoints.extended import Assembled, ExtendedCheckpoint, Piece
 from hf_moe_lmc.checkpoints.token_ids import OF_A, OF_B, TokenIds
 
 # Tables with a row for each token id, wherever they stand: input embeddings, and heads that give a logit for each.
-EMBEDDING = re.compile(
-    r"(?:.*\.)?(?:embed_tokens|embed_in|tok_embeddings|word_embeddings|wte|embeddings\.word_embeddings|shared)\.weight"
-)
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|embed_in|tok_embeddings|word_embeddings|embeddings?|wte|shared)\.weight")
 HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer|shared_head\.head)\.(?:weight|bias)")
 # What older releases saved and no model reads: transformers computes it.
 IGNORED = re.compile(
@@ -59,16 +57,21 @@ class Joint:
 def embedding_of(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
     """The table of input embeddings of the language model; None where none has a usual name."""
     found = [name for name in names if EMBEDDING.fullmatch(name) and len(checkpoint.tensors[name].shape) == 2]
-    text = checkpoint.config.get("text_config") or checkpoint.config
-    rows = text.get("vocab_size") if isinstance(text, dict) else None
+    rows = _vocab_size(checkpoint)
     fitting = [name for name in found if checkpoint.tensors[name].shape[0] == rows] or found
     return min(fitting, key=len, default=None)
 
 
+def _vocab_size(checkpoint: Checkpoint) -> int | None:
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    found = text.get("vocab_size") if isinstance(text, dict) else None
+    return found if type(found) is int else None
+
+
 def rows_of(checkpoint: Checkpoint, names: Collection[str]) -> int:
-    """Rows of the input embeddings; 0 where there are none."""
+    """Rows of the input embeddings; where none has a usual name, what the configuration says."""
     name = embedding_of(checkpoint, names)
-    return checkpoint.tensors[name].shape[0] if name else 0
+    return checkpoint.tensors[name].shape[0] if name else _vocab_size(checkpoint) or 0
 
 
 def join(

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 GENERATION = ("generation_config.json",)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "merges.txt", "*.bpe", "bpe.codes",
+    "tokenizer.model", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "*.tiktoken", "tiktoken.model", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*",
 )  # fmt: skip
 PROCESSOR = (

@@ -99,7 +99,7 @@ class TokenIds:
             "interpolated": int((kinds == BOTH).sum()),
             "only_in_a": int((tokens & (kinds == OF_A)).sum()),
             "only_in_b": int((tokens & (kinds == OF_B)).sum()),
-            "padding": int((~tokens).sum()),
+            "padding": int((~tokens & (kinds != BOTH)).sum()),
         }
 
 
@@ -166,7 +166,7 @@ def compare_ids(a: Vocabulary | None, b: Vocabulary | None, rows_a: int, rows_b:
                     if a.opaque[name] != b.opaque[name]
                 ]
             )
-            known = {number for vocabulary in (a, b) for number in vocabulary.added.values()}
+            known = {number for vocabulary in (a, b) for number in vocabulary.beyond.values()}
             has_a, has_b = (
                 here & np.array([i not in known or i in own for i in range(rows)])
                 for here, own in ((here_a, set(a.added.values())), (here_b, set(b.added.values())))

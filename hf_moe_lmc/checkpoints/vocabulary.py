@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ class Vocabulary:
         opaque: SHA-256 of the files in other formats, by name.
         special: role -> token, `pad_token` among them.
         marked: tokens that are special, or added to the model's own.
+        own: tokens in the model's own file.
     """
 
     tokens: Mapping[str, int] | None
@@ -40,6 +41,12 @@ class Vocabulary:
     opaque: Mapping[str, str]
     special: Mapping[str, str]
     marked: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
+
+    @property
+    def beyond(self) -> Mapping[str, int]:
+        """The added tokens that are not among the model's own, as far as those are known."""
+        return {token: number for token, number in self.added.items() if token not in self.own}
 
     @cached_property
     def tokens_by_id(self) -> dict[int, str] | None:
@@ -85,6 +92,8 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     tokens, rules = _read_model(model) if isinstance(model, Mapping) else (None, ())
     if tokens is None and "vocab.json" in files and not fast:
         tokens, rules = _ids(read("vocab.json")), _read_merges(checkpoint) if "merges.txt" in files else ()
+    if tokens is None and (pieces := _read_pieces(checkpoint, files)):
+        tokens = pieces
     if tokens is None and not opaque:
         if not fast:
             return None
@@ -98,6 +107,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
         opaque=opaque,
         special=special,
         marked=frozenset({*added, *special.values()}),
+        own=frozenset(tokens or ()),
     )
 
 
@@ -110,6 +120,54 @@ def _read_model(model: Mapping[str, Any]) -> tuple[dict[str, int] | None, tuple[
     if isinstance(vocabulary, list) and all(isinstance(one, list) and one and isinstance(one[0], str) for one in vocabulary):
         return {one[0]: i for i, one in enumerate(vocabulary)}, tuple(map(tuple, vocabulary))
     return None, ()
+
+
+def _read_pieces(checkpoint: Checkpoint, files: Collection[str]) -> dict[str, int] | None:
+    """The pieces of a sentencepiece model, by their places; None where there is none, or none that reads as one.
+
+    The file is a protocol buffer: its field 1, repeated, is a piece, and field 1 of that the piece's text.
+    """
+    file = next((file for file in ("tokenizer.model", "spiece.model") if file in files), None)
+    if file is None:
+        return None
+    pieces: dict[str, int] = {}
+    data = memoryview(_bytes(checkpoint, file))
+    try:
+        for number, piece in enumerate(body for field, body in _fields(data) if field == 1):
+            text = next(bytes(body) for field, body in _fields(piece) if field == 1)
+            pieces[text.decode()] = number
+    except (IndexError, StopIteration, UnicodeDecodeError, ValueError):  # another format: it is compared byte by byte
+        return None
+    return pieces or None
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of the length-delimited fields of a protocol buffer, the others skipped; ValueError: it is none."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("no number")
+
+    while at < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            varint()
+            continue
+        size = varint() if kind == 2 else {1: 8, 5: 4}.get(kind, -1)
+        if size < 0 or at + size > len(data):
+            raise ValueError("not a protocol buffer")
+        if kind == 2:
+            yield tag >> 3, data[at : at + size]
+        at += size
 
 
 def _pair(merge: Any) -> tuple[Any, ...]:

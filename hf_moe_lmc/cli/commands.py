@@ -56,11 +56,14 @@ def apply(given: Given) -> None:
     return _print_place(given)
 
 
-def barrier(given: Given) -> None:
+def barrier(given: Given) -> int | None:
     if given.pop("dry_run", False):
-        return _print_plan(lmc.plan_barrier(**given))
-    print(lmc.barrier(**given).table())
-    return _print_place(given)
+        _print_plan(lmc.plan_barrier(**given))
+        return 0
+    report = lmc.barrier(**given)
+    print(report.table())
+    _print_place(given)
+    return 1 if report.disagreement else 0
 
 
 def merge(given: Given) -> None:

@@ -10,15 +10,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.joint import join, rows_of
-from hf_moe_lmc.checkpoints.token_ids import Agreement, TokenIds, agreement_of
+from hf_moe_lmc.checkpoints.joint import HEAD, join
+from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.moe.model import MoEModel
-
-
-def agreement_of_models(a: MoEModel, b: MoEModel) -> Agreement:
-    """Compares the token ids of two models; rows are those of their embeddings."""
-    rows_a, rows_b = (rows_of(model.checkpoint, model.outside) for model in (a, b))
-    return agreement_of(a.checkpoint, b.checkpoint, rows_a, rows_b)
 
 
 def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEModel, tuple[str, ...]]:
@@ -37,9 +31,13 @@ def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEM
 
 
 def _on(model: MoEModel, checkpoint: Checkpoint) -> MoEModel:
-    if checkpoint is model.checkpoint:
+    """A model on another checkpoint. As in transformers, a head in a file is used, whatever the configuration ties."""
+    changes = dict(checkpoint.changes)
+    if getattr(model.text_config, "tie_word_embeddings", False) and any(map(HEAD.fullmatch, checkpoint.tensors)):
+        changes["tie_word_embeddings"] = False
+    if checkpoint is model.checkpoint and not changes:
         return model
-    return replace(model, checkpoint=checkpoint, config=_configured(model.config, checkpoint.changes))
+    return replace(model, checkpoint=checkpoint, config=_configured(model.config, changes))
 
 
 def _configured(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_moe_lmc.checkpoints.configuration import differing
+from hf_moe_lmc.checkpoints.configuration import differing, settings
 from hf_moe_lmc.checkpoints.joint import EMBEDDING, HEAD, IGNORED
 from hf_moe_lmc.checkpoints.pair import not_one_architecture, shapes_of, tensor_problems
 from hf_moe_lmc.moe.model import MoEModel
@@ -38,6 +38,12 @@ def check_pair(a: MoEModel, b: MoEModel, *, inside_only: bool = False) -> list[s
     if any(problems):
         raise not_one_architecture(a.checkpoint, b.checkpoint, problems)
     return differing(a.config.to_dict(), b.config.to_dict())
+
+
+def function_settings(a: MoEModel, b: MoEModel) -> list[str]:
+    """Keys of the configurations that differ although they may change what the same weights compute."""
+    of_a, of_b = settings(a.config.to_dict()), settings(b.config.to_dict())
+    return [key for key in sorted(of_a.keys() | of_b.keys()) if (of_a.get(key) or None) != (of_b.get(key) or None)]
 
 
 def _regular(model: MoEModel) -> list[int]:

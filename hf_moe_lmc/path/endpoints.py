@@ -73,6 +73,11 @@ class Endpoints:
         assert match is not None
         return match[1]
 
+    def layouts(self) -> dict[str, str]:
+        """What tells apart the ends that are not read as their files have them, by side."""
+        digests = {"a": self.a.checkpoint.layout_digest(), "b": self.b.checkpoint.layout_digest()}
+        return {side: digest for side, digest in digests.items() if digest}
+
     def parts(self) -> tuple[list[Part], Part]:
         """The decoder layers in their order, and what a text needs besides."""
         at, module = self.layers_path, self.skeleton.module

@@ -42,6 +42,7 @@ class EvaluationOptions:
         activation_memory: bytes for the hidden states of all windows and points that are on their way; None: half of the
             memory that is free.
         resident: whether to hold all weights; None: decided from the memory that is free.
+        masked: token ids whose logits do not count, bool [rows]; None: all count.
     """
 
     model_class: type[PreTrainedModel]
@@ -50,6 +51,7 @@ class EvaluationOptions:
     device: str | None = None
     activation_memory: int | None = None
     resident: bool | None = None
+    masked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Evaluator:
         layers = self._layers(ends)
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
         batches = batches_of(self.windows.rows, self.options.batch_size)
-        job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode))
+        job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode), self.options.masked)
         kept = progress.kept("losses", _facts(job, self.options, observers)) if progress else None
         results = _Results.begin(job, observers, kept)
         mates = team()
@@ -201,6 +203,7 @@ class _Job:
     windows: Windows
     batches: list[list[int]]
     stages: list[tuple[Part, ...]]
+    masked: Tensor | None
 
     def forward(self, batch: int) -> Tensor:
         """Summed losses of the windows of a batch with the weights that stand in the model: float64 [window]."""
@@ -208,6 +211,8 @@ class _Job:
         ids = torch.stack([self.windows.rows[i] for i in rows]).to(skeleton.device)
         with foreign(type(skeleton.module), "cannot run on token ids alone"):
             logits = text_reader(skeleton.module)(input_ids=ids, use_cache=False).logits[:, :-1]
+        if self.masked is not None:
+            logits = logits.masked_fill(self.masked.to(logits.device), -math.inf)
         return self.windows.sums(rows, token_losses(logits, ids[:, 1:])).cpu()
 
 
@@ -307,6 +312,7 @@ def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer])
         "dtype": str(options.dtype),
         "device": ends.skeleton.device.type,
         "observers": [type(observer).__name__ for observer in observers],
+        **{f"layout_{side}": digest for side, digest in ends.layouts().items()},
     }
 
 

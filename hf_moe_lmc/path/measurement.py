@@ -121,7 +121,9 @@ class Measurement:
         tokens = float(self.windows.scored.sum())
         return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
 
-    def report(self, text: dict[str, Any], matching: dict[str, Any], started: float) -> BarrierReport:
+    def report(
+        self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> BarrierReport:
         """Evaluates, and says what was found."""
         grid, evaluator = self.grid, self.evaluator
         found, t = self.run()
@@ -143,6 +145,7 @@ class Measurement:
             seconds=team().from_main(time.perf_counter() - started),
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=found.routing if grid.routing and not found.problem else None,
+            own=own,
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -161,6 +164,13 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
         return []
     i = curve.t.index(curve.barrier_t)
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
+
+
+def own_loss(model: MoEModel, windows: Windows, options: EvaluationOptions) -> float:
+    """The loss of one model by itself, under its own configuration and over its own vocabulary, nats per token."""
+    evaluator = Evaluator(model, model, windows, replace(options, masked=None))
+    losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
+    return float(losses.sum() / windows.scored.sum())
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:
@@ -189,7 +199,9 @@ def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:
     return sorted(set(found), key=lambda span: (span[0] < span[1], span))
 
 
-def evaluation_options(model_class: type[PreTrainedModel], compute: ComputeOptions, context: int) -> EvaluationOptions:
+def evaluation_options(
+    model_class: type[PreTrainedModel], compute: ComputeOptions, context: int, masked: Tensor | None = None
+) -> EvaluationOptions:
     """How points are evaluated in windows of `context` tokens."""
     return EvaluationOptions(
         model_class=model_class,
@@ -197,6 +209,7 @@ def evaluation_options(model_class: type[PreTrainedModel], compute: ComputeOptio
         dtype=getattr(torch, compute.dtype),
         device=compute.device,
         activation_memory=compute.activation_memory,
+        masked=masked,
     )
 
 

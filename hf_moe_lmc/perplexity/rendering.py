@@ -15,6 +15,7 @@ from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
 Paths = Mapping[str, PathResult]  # by name; all share their windows and their bootstrap
+Own = Mapping[str, Mapping[str, Any]]  # by side: nll, because
 Routing = Sequence[Mapping[str, Any]]  # records as in report.json
 
 BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
@@ -36,6 +37,19 @@ def table(paths: Paths, summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def own_losses(own: Own) -> list[str]:
+    """The losses of the models by themselves, where their configuration or vocabulary is not that of the path.
+
+    Example:
+        >>> own_losses({"b": {"nll": 2.5, "because": ["num_experts_per_tok"]}})
+        ['B by itself: 2.5000 nats per token (its own num_experts_per_tok)']
+    """
+    return [
+        f"{side.upper()} by itself: {values['nll']:.4f} nats per token (its own {', '.join(values['because'])})"
+        for side, values in own.items()
+    ]
+
+
 def sentence(name: str, path: PathResult, summary: Summary) -> str:
     """The barrier of one path."""
     curve, percent = path.curve, summary.aligned_percent_of_naive
@@ -53,6 +67,8 @@ def markdown(
     warnings: Sequence[str],
     layers: Mapping[Span, PathResult] | None,
     routing: Routing,
+    disagreement: str | None = None,
+    own: Own,
 ) -> str:
     """The content of report.md.
 
@@ -60,14 +76,18 @@ def markdown(
         sources: where A and B come from.
         evaluation: as in report.json.
         layers: None: not measured.
+        disagreement: what makes the figures void.
+        own: losses of the models by themselves, by side.
     """
     a, b = map(_short, sources)
     parts = [
         f"# Perplexity barrier between {a} and {b}\n",
+        *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
         "![loss along the path](barrier.png)\n",
         _table_of_barriers(paths),
         *_comparison(summary),
-        *(f"**Warning.** {warning[0].upper()}{warning[1:]}.\n" for warning in warnings),
+        *(f"{line[0].upper()}{line[1:]}.\n" for line in own_losses(own)),
+        *(f"**Warning.** {warning[0].upper()}{warning[1:]}.\n" for warning in warnings if warning != disagreement),
         _measurement(paths["aligned"], evaluation),
         _uncertainty(_bootstrap(paths)),
     ]

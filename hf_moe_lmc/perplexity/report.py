@@ -23,6 +23,7 @@ from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.windows import Windows
 
 REPORT_VERSION = 1
+TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-3  # nats per token, in float32 and in narrower dtypes
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
 
@@ -52,6 +53,8 @@ class BarrierReport:
         seconds: of the whole measurement.
         layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
         routing: as in report.json; None: not recorded.
+        own: by side (`a`, `b`), the loss under that model's own configuration and vocabulary, and why that is another one;
+            None: it is not.
 
     Example:
         >>> import torch
@@ -78,6 +81,7 @@ class BarrierReport:
     seconds: float
     layerwise: dict[Span, LayerLosses] | None = None
     routing: Sequence[Mapping[str, Any]] | None = None
+    own: Mapping[str, Mapping[str, Any]] | None = None
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -137,11 +141,29 @@ class BarrierReport:
         """See `Summary`; nats per token."""
         return self.summary.difference_interval
 
+    @cached_property
+    def disagreement(self) -> str | None:
+        """What to say where the two ends at t = 1, which are one model, differ in their loss; None: they do not."""
+        change = self.endpoint_change
+        if change is None or not abs(change) > (TOLERANCE if self.relabelling_floor is None else NARROW_TOLERANCE):
+            return None
+        if self.relabelling_floor is not None:
+            ends = [self.losses[name][-1:].numpy() for name in ("aligned", "naive")]
+            aligned_end, naive_end = (self.bootstrap.means(end) for end in ends)
+            interval = self.bootstrap.interval((aligned_end - naive_end)[:, 0])
+            if interval is not None and interval[0] <= 0 <= interval[1]:
+                return None
+        return (
+            f"the two paths end in one model, but its losses differ by {change:+.2e} nats per token: the alignment changed "
+            "what B computes, so do not rely on this report"
+        )
+
     @property
     def warnings(self) -> list[str]:
-        """Maxima that the grid may have missed, in words."""
+        """A disagreement of the ends, and maxima that the grid may have missed, in words."""
         reasons = {name: path.curve.unresolved(half_width(path.barrier_interval)) for name, path in self.paths.items()}
-        return [
+        found = [] if self.disagreement is None else [self.disagreement]
+        return found + [
             f"{name} path: the barrier may be higher than measured: {reason}; --refine adds points there"
             for name, reason in reasons.items()
             if reason
@@ -160,6 +182,7 @@ class BarrierReport:
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
             **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
+            **({} if self.own is None else {"own": {side: dict(values) for side, values in self.own.items()}}),
             "summary": self.summary.to_dict(),
             "statistics": self.bootstrap.describe(),
             "warnings": self.warnings,
@@ -197,8 +220,9 @@ class BarrierReport:
         return self.paths[path].bits_per_byte
 
     def table(self) -> str:
-        """Losses along the paths and the barriers, for a terminal."""
-        return rendering.table(self.paths, self.summary)
+        """Losses along the paths and the barriers, for a terminal; what makes them void comes first."""
+        lines = [] if self.disagreement is None else [f"Mind: {self.disagreement}", ""]
+        return "\n".join([*lines, rendering.table(self.paths, self.summary), *rendering.own_losses(self.own or {})])
 
     def sentence(self, path: str) -> str:
         """The barrier of one path, for a terminal."""
@@ -214,6 +238,8 @@ class BarrierReport:
             warnings=self.warnings,
             layers=None if self.layerwise is None else self.layers,
             routing=self.routing or (),
+            disagreement=self.disagreement,
+            own=self.own or {},
         )
 
     def plot(self, path: Path) -> None:

@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_moe_lmc.errors import refuse_idle
+import torch
+
+from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.pair import function_settings
 from hf_moe_lmc.path.evaluation import Evaluator
-from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans
+from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_loss
 from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
-from hf_moe_lmc.perplexity.windows import WindowOptions, cut_windows
+from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_windows
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.verbs.inputs import Inputs, download
+from hf_moe_lmc.verbs.inputs import Inputs, Pair, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
@@ -134,8 +137,10 @@ def barrier(
             max_tokens=asked.windows.max_tokens,
             stride=asked.windows.stride,
         )
-        evaluator = Evaluator(pair.a, pair.b, windows, evaluation_options(model_class, asked.compute, context))
-        return _Barrier(evaluator, asked, spans, pair.symmetry, file)
+        check_ids(windows, pair)
+        masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
+        evaluator = Evaluator(pair.a, pair.b, windows, evaluation_options(model_class, asked.compute, context, masked))
+        return _Barrier(evaluator, asked, spans, pair, file)
 
     return Request(verb="barrier", output=output, inputs=(a, b), options=filled(OutputOptions, given), prepare=prepare)
 
@@ -160,14 +165,14 @@ class _Barrier(Job[BarrierReport]):
 
     Attributes:
         spans: first and last of the decoder layers that are also interpolated without the others.
-        symmetry: what B is aligned with; None: it is still to be found.
+        pair: with what B is aligned with; None: it is still to be found.
         file: where that was read from.
     """
 
     evaluator: Evaluator
     asked: _Asked
     spans: Sequence[Span]
-    symmetry: ModelSymmetry | None
+    pair: Pair
     file: str | None
 
     @property
@@ -181,7 +186,7 @@ class _Barrier(Job[BarrierReport]):
         return Work(
             inputs=[model.checkpoint for model in models],
             models=models,
-            matched=self.symmetry is None,
+            matched=self.pair.symmetry is None,
             evaluated=self.evaluator.cost(self.paths, points),
         )
 
@@ -189,12 +194,12 @@ class _Barrier(Job[BarrierReport]):
         a, b = self.evaluator.a, self.evaluator.b
         with writing(workplace) as writer:
             started = time.perf_counter()
-            download(a, b, given=self.symmetry)
+            download(a, b, given=self.pair.symmetry)
             team().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
             aligned, matching = self._aligned(workplace)
             symmetries = {"aligned": aligned, **({"naive": b.identity()} if self.asked.grid.naive else {})}
             measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workplace)
-            report = measurement.report(self.asked.source.describe(), matching, started)
+            report = measurement.report(self.asked.source.describe(), matching, started, self._own())
             _warn(report)
             if writer:
                 aligned.save(writer.path("symmetry.safetensors"))
@@ -205,10 +210,34 @@ class _Barrier(Job[BarrierReport]):
 
     def _aligned(self, workplace: Workplace | None) -> tuple[ModelSymmetry, dict[str, Any]]:
         """What B is aligned with, and what a report says of it."""
-        if self.symmetry is not None:
-            return self.symmetry, {"symmetry": self.file, **self.symmetry.metadata}
+        given = self.pair.symmetry
+        if given is not None:
+            return given, {"symmetry": self.file, **given.metadata}
         alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workplace=workplace)
         return alignment.symmetry, alignment.to_dict()
+
+    def _own(self) -> dict[str, dict[str, Any]] | None:
+        """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
+        other = [] if self.pair.ids.alike else ["vocabulary"]
+        because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
+        found = {
+            side: {"nll": own_loss(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
+            for side, model in zip("ab", self.pair.alone, strict=True)
+            if because[side]
+        }
+        return found or None
+
+
+def check_ids(windows: Windows, pair: Pair) -> None:
+    """Raises InputError where a text uses token ids that one of two models does not have."""
+    used = torch.cat(windows.rows).unique().numpy()
+    for side, model, has in (("A", pair.a, pair.ids.has_a), ("B", pair.b, pair.ids.has_b)):
+        missing = [int(number) for number in used if number >= len(has) or not has[number]]
+        if missing:
+            raise InputError(
+                f"the text uses token ids that {side} ({model.checkpoint.name}) has no token for: "
+                f"{', '.join(map(str, missing[:5]))}; take a text without them, or models with one tokenizer"
+            )
 
 
 def _warn(report: BarrierReport) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
+from hf_moe_lmc.checkpoints.joint import rows_of
 from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_place
-from hf_moe_lmc.checkpoints.token_ids import TokenIds, different
+from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, different
 from hf_moe_lmc.errors import Faults
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
@@ -31,12 +32,14 @@ class Pair:
     Attributes:
         symmetry: acts on B; None: none was given.
         ids: of their vocabularies.
+        alone: the two as their files have them.
     """
 
     a: MoEModel
     b: MoEModel
     symmetry: ModelSymmetry | None
     ids: TokenIds
+    alone: tuple[MoEModel, MoEModel]
 
 
 class Inputs:
@@ -70,7 +73,7 @@ class Inputs:
             each: a further check of either model.
             inside_only: nothing but experts and routers is used: vocabularies may differ, and neither model is extended.
         """
-        from hf_moe_lmc.moe.joining import agreement_of_models, join_models
+        from hf_moe_lmc.moe.joining import join_models
         from hf_moe_lmc.moe.pair import check_pair
 
         warnings: list[str] = []
@@ -79,9 +82,9 @@ class Inputs:
         given = self._load(symmetry) if symmetry is not None else None
         models = [model for model in map(self._recognise, checkpoints) if model]
         agreement = None
-        if len(models) == 2:
+        if len(checkpoints) == 2:
             with self._faults.gather():
-                agreement = agreement_of_models(*models)
+                agreement = agreement_of(checkpoints[0], checkpoints[1], *(rows_of(one, one.tensors) for one in checkpoints))
                 warnings += agreement.warnings
                 if agreement.problems and not inside_only:
                     raise different(checkpoints[0], checkpoints[1], agreement.problems)
@@ -92,6 +95,7 @@ class Inputs:
         for model in models:
             with self._faults.gather():
                 each(model)
+        alone = models
         if len(models) == 2 and agreement:
             with self._faults.gather():
                 if not inside_only:
@@ -107,7 +111,7 @@ class Inputs:
         model_a, model_b = models
         if given is not None:
             model_b.check_symmetry(given)
-        return Pair(model_a, model_b, given, agreement.ids)
+        return Pair(model_a, model_b, given, agreement.ids, (alone[0], alone[1]))
 
     def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint, TokenIds] | None:
         """Two checkpoints with the same tensors, whatever they are; None if they hold other ones, or quantised ones."""

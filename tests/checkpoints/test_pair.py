@@ -13,6 +13,7 @@ from hf_moe_lmc.checkpoints.pair import check_plain_pair
 from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.inputs import Inputs
+from hf_moe_lmc.verbs.merge import merge
 from tests import tiny
 from tests.checkpoints.test_checkpoint import truncate
 
@@ -85,11 +86,11 @@ def test_every_damaged_layer_and_a_mismatch_of_tokenizers_are_named(copy: Callab
             content.pop(f"model.layers.{layer}.block_sparse_moe.gate.weight")
 
     tiny.edit(b, change)
-    config = (b / "tokenizer_config.json").read_text()
-    (b / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<s>"'))
+    vocabulary = (b / "tokenizer.json").read_text()
+    (b / "tokenizer.json").write_text(vocabulary.replace('"a":', '"A ":'))
     with pytest.raises(InputError, match="3 faults") as error:
-        align(a, b, tmp_path / "out")
-    for expected in ("layer 0 is not a whole", "layer 2 is not a whole", "eos_token: '</s>' (2) in A, '<s>' (1) in B"):
+        merge(a, b, tmp_path / "out")
+    for expected in ("layer 0 is not a whole", "layer 2 is not a whole", "'a' in A, 'A ' in B"):
         assert expected in str(error.value)
     assert not (tmp_path / "out").exists()
 

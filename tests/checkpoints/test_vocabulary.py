@@ -1,4 +1,4 @@
-"""Tokenizers that agree are never refused, however they are written; those that do not always are."""
+"""Tokenizers that agree are never refused, however they are written; ids that mean different tokens always are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.vocabulary import check_tokenizers
-from hf_moe_lmc.errors import CheckpointError, MismatchError
+from hf_moe_lmc.checkpoints.token_ids import BOTH, OF_A, OF_B, PLACEHOLDER, agreement_of
+from hf_moe_lmc.errors import CheckpointError
 
 FAST: dict[str, Any] = {
     "version": "1.0",
@@ -23,6 +23,16 @@ FAST: dict[str, Any] = {
     },
 }
 SETTINGS: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+
+
+ROWS = 10
+
+
+def check_tokenizers(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """Warnings; fails where ids mean different tokens."""
+    found = agreement_of(a, b, ROWS, ROWS)
+    assert found.problems == []
+    return found.warnings
 
 
 def edited(value: Any, change: Callable[[Any], object]) -> Any:
@@ -77,40 +87,100 @@ def test_what_says_the_same_is_taken(with_tokenizer: Callable[..., Checkpoint], 
     [
         (
             {**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["vocab"].update(t=3, h=2))},
-            "token 'h': 3 in A, 2 in B",
+            "id 2: 't' in A, 'h' in B",
         ),
         (
-            {**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["vocab"].update(x=7))},
-            "token 'x': absent in A, 7 in B",
-        ),
-        (
-            {**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["added_tokens"].append({"id": 7, "content": "<x>"}))},
-            "7 tokens in A, 8 in B",
-        ),
-        ({**PLAIN, "added_tokens.json": {"<x>": 7}}, "token '<x>': absent in A, 7 in B"),
-        ({**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["merges"].reverse())}, "merge 0: .*'t', 'h'.* in A"),
-        ({**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["merges"].pop())}, "2 merges in A, 1 in B"),
-        (
-            {**PLAIN, "tokenizer_config.json": {**SETTINGS, "eos_token": "<s>"}},
-            r"eos_token: '</s>' \(1\) in A, '<s>' \(0\) in B",
+            {**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["merges"].reverse())},
+            "merge 0: t + h in A, th + e in B",
         ),
         ({**SLOW, "merges.txt": "#version: 0.2\nth e\nt h\n"}, "merge 0"),
+        # a token of the text in one, a special one in the other
+        ({**PLAIN, "added_tokens.json": {"<x>": 6}}, "id 6: 'the' in A, '<x>' in B"),
     ],
 )
-def test_what_says_something_else_is_refused(
+def test_ids_that_mean_something_else_are_found(
     with_tokenizer: Callable[..., Checkpoint], other: dict[str, Any], message: str
 ) -> None:
     a, b = with_tokenizer("a", PLAIN), with_tokenizer("b", other)
-    with pytest.raises(MismatchError, match=message) as error:
-        check_tokenizers(a, b)
-    assert a.name in str(error.value) and b.name in str(error.value)
+    assert message in "\n".join(line for lines in agreement_of(a, b, ROWS, ROWS).problems for line in lines)
+
+
+def kinds(a: Checkpoint, b: Checkpoint, rows_a: int = ROWS, rows_b: int = ROWS) -> list[int]:
+    found = agreement_of(a, b, rows_a, rows_b)
+    assert found.problems == [] and sum(found.ids.account().values()) == 2 * found.ids.rows, found.ids.account()
+    assert [run.kind for run in found.ids.runs() for _ in range(run.count)] == found.ids.kinds.tolist()
+    return found.ids.kinds.tolist()
+
+
+def test_rows_come_from_where_the_tokens_are(with_tokenizer: Callable[..., Checkpoint]) -> None:
+    a = with_tokenizer("a", PLAIN)
+    assert kinds(a, a) == [BOTH] * ROWS  # padding, too
+    grown = with_tokenizer("b", {**PLAIN, "added_tokens.json": {"<|im_start|>": 7, "<|im_end|>": 8}})
+    assert kinds(a, grown) == [BOTH] * 7 + [OF_B, OF_B, OF_A]
+    assert kinds(grown, a) == [BOTH] * 7 + [OF_A] * 3
+    assert kinds(a, grown, 7, 9) == [BOTH] * 7 + [OF_B] * 2  # embeddings cut to the tokenizer
+    assert kinds(a, a, 7, 16) == [BOTH] * 7 + [OF_B] * 9  # rows padded to a multiple
+    assert kinds(a, grown, 16, 9) == [BOTH] * 7 + [OF_B] * 2 + [OF_A] * 7
+    merged = with_tokenizer("c", {**PLAIN, "tokenizer.json": edited(FAST, lambda f: f["model"]["vocab"].update(x=7))})
+    assert kinds(a, merged) == [BOTH] * 7 + [OF_B, OF_A, OF_A]
+
+
+def test_a_placeholder_gives_way_and_other_names_are_said(with_tokenizer: Callable[..., Checkpoint]) -> None:
+    a, b, c = (
+        with_tokenizer(name, {**PLAIN, "added_tokens.json": {token: 7}})
+        for name, token in (("a", "<|place\u2581holder\u2581no\u25810|>"), ("b", "<think>"), ("c", "<plan>"))
+    )
+    assert kinds(a, b)[7] == OF_B and kinds(b, a)[7] == OF_A and kinds(b, c)[7] == BOTH
+    assert "'<think>' in A, '<plan>' in B: the row is interpolated" in agreement_of(b, c, ROWS, ROWS).warnings[0]
+    names = (
+        "<|reserved_special_token_3|>",
+        "<unused12>",
+        "[control_8]",
+        "<\uff5cplace\u2581holder\u2581no\u25812\uff5c>",
+        "<|dummy_0|>",
+    )
+    assert all(PLACEHOLDER.fullmatch(name) for name in names)
+    assert not any(PLACEHOLDER.fullmatch(name) for name in ("<think>", "<|im_end|>", "[INST]", "<tool_call>", "</s>"))
+
+
+def test_special_tokens_may_play_other_parts(with_tokenizer: Callable[..., Checkpoint]) -> None:
+    a = with_tokenizer("a", PLAIN)
+    b = with_tokenizer("b", {**PLAIN, "tokenizer_config.json": {**SETTINGS, "eos_token": "<s>"}})
+    assert kinds(a, b) == [BOTH] * ROWS
+    assert "eos_token: '</s>' (1) in A, '<s>' (0) in B" in check_tokenizers(a, b)[0]
+
+
+def pieces(*texts: str) -> str:
+    """A sentencepiece model with these pieces, and a score for each."""
+    found = b""
+    for text in texts:
+        body = b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15\x00\x00\x80\xbf"
+        found += b"\x0a" + bytes([len(body)]) + body
+    return (found + b"\x12\x02\x18\x05").decode("latin-1")
+
+
+def test_pieces_of_a_sentencepiece_model_are_tokens(with_tokenizer: Callable[..., Checkpoint]) -> None:
+    tokens = sorted(FAST["model"]["vocab"], key=FAST["model"]["vocab"].__getitem__)
+    fast, slow = with_tokenizer("a", PLAIN), with_tokenizer("b", {})
+    (slow.folder / "tokenizer.model").write_bytes(pieces(*tokens).encode("latin-1"))
+    other = with_tokenizer("c", {})
+    (other.folder / "tokenizer.model").write_bytes(pieces(*tokens[:-1], "other").encode("latin-1"))
+    slow, other = Checkpoint.open(slow.folder), Checkpoint.open(other.folder)
+    assert kinds(fast, slow) == [BOTH] * ROWS and agreement_of(fast, slow, ROWS, ROWS).warnings == []
+    assert agreement_of(fast, other, ROWS, ROWS).problems == [["id 6: 'the' in A, 'other' in B"]]
+
+
+def test_equal_sentencepiece_files_are_equal_vocabularies(with_tokenizer: Callable[..., Checkpoint]) -> None:
+    a = with_tokenizer("a", {"tokenizer.model": "pieces"})
+    b = with_tokenizer("b", {**PLAIN, "tokenizer.model": "pieces", "added_tokens.json": {"<x>": 7}})
+    assert kinds(a, b) == [BOTH] * 7 + [OF_B] + [BOTH] * 2
+    assert not [warning for warning in check_tokenizers(a, b) if "formats" in warning]
 
 
 def test_files_in_other_formats_are_compared_byte_by_byte(with_tokenizer: Callable[..., Checkpoint]) -> None:
     a, b, c = (with_tokenizer(name, {"tokenizer.model": content}) for name, content in (("a", "x"), ("b", "x"), ("c", "y")))
     assert check_tokenizers(a, b) == []
-    with pytest.raises(MismatchError, match=r"tokenizer\.model: other bytes in A than in B"):
-        check_tokenizers(a, c)
+    assert agreement_of(a, c, ROWS, ROWS).problems == [["tokenizer.model: other bytes in A than in B"]]
 
 
 def test_what_cannot_be_compared_is_said(with_tokenizer: Callable[..., Checkpoint]) -> None:
