@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 SHOWN = 8  # of faults of one kind, the rest is counted
 
@@ -128,6 +129,21 @@ class Faults:
             combined = common("\n".join([f"{count} faults; nothing has been done:", *lines]))
             combined.faults, combined.more = tuple(self.found), self.more
             raise combined
+
+
+def refuse_idle(options: Mapping[str, Any], because: str) -> None:
+    """Refuses options that could have no effect: each is a misunderstanding, better said than ignored.
+
+    Args:
+        options: by name; None: not given.
+
+    Raises:
+        InputError: one is given, or more.
+    """
+    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if named:
+        them = "them" if len(named) > 1 else "it"
+        raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave {them} out")
 
 
 def listing(lines: list[str], limit: int = SHOWN) -> str:

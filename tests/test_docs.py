@@ -17,7 +17,7 @@ import torch
 import hf_moe_lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
-from hf_moe_lmc.matching import assignment, certificate, order, units
+from hf_moe_lmc.matching import assignment, certificate, expert_costs, units
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.perplexity import bootstrap
@@ -67,10 +67,10 @@ QUOTED = [
     ("docs/memory.md", f"three [{certificate.WIDER}, {certificate.WIDER}] matrices"),
     ("docs/memory.md", f"float64 up to {assignment.SPARSE:,} units"),
     ("docs/memory.md", f"{4 * units.BLOCK >> 20} MiB"),
-    ("docs/memory.md", f"at most {order.WORKSPACE >> 20} MiB"),
+    ("docs/memory.md", f"at most {expert_costs.WORKSPACE >> 20} MiB"),
     ("docs/memory.md", f"{2 * spans.SPAN >> 20} MiB in each of at most four threads"),
     ("docs/outputs.md", f"cut to {spans.SPAN >> 20} MiB"),
-    ("docs/barrier.md", f"fewer than {bootstrap.FEW} documents"),
+    ("docs/barrier.md", f"fewer than {bootstrap.FEW_CLUSTERS} documents"),
     ("docs/barrier.md", f"with {bootstrap.Bootstrap.replicates:,} resamples"),
 ]
 
@@ -204,10 +204,11 @@ def test_publishing_in_the_examples_publishes(reader: list[MoEFamily], capsys: p
     assert commit["repo_id"] == "me/merged" and {"README.md", "config.json"} < set(commit["files"])
 
 
+OF_ROOMS = ("matching", "moe", "symmetry", "perplexity")  # their tests run the examples of their modules
 WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted((ROOT / "hf_moe_lmc").rglob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
+    if ">>> " in path.read_text(encoding="utf-8") and path.parent.name not in OF_ROOMS
 ]
 
 

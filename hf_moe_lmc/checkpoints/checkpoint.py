@@ -28,7 +28,7 @@ from hf_moe_lmc.checkpoints.header import (
     read_shard,
     remote_shard,
 )
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, read_quantisation
+from hf_moe_lmc.checkpoints.quantization import Quantization, read_quantization
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
 from hf_moe_lmc.checkpoints.untrusted import kind_of, open_regular, read_json_object
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
@@ -66,14 +66,14 @@ class Checkpoint:
         config: config.json as written.
         shards: by file name, in the order of the weight map.
         tensors: by name, in shard and file order.
-        quantisation: what config.json declares of the weights.
+        quantization: what config.json declares of the weights.
     """
 
     source: Folder | Repository
     config: dict[str, Any]
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
@@ -95,12 +95,12 @@ class Checkpoint:
         faults = Faults()
         _refuse_other_kinds(source, files, faults)
         config: dict[str, Any] = {}
-        quantisation = None
+        quantization = None
         with faults.gather():
             if "config.json" in files:
                 config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
                 check_counts(f"{source.name}/config.json", config)
-                quantisation = read_quantisation(source.name, config)
+                quantization = read_quantization(source.name, config)
         weight_map = _read_weight_map(source, files, faults)
         listed = list(dict.fromkeys(file for file in weight_map.values() if file))
         names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
@@ -122,7 +122,7 @@ class Checkpoint:
             with faults.gather():
                 _check_weight_map(source.name, weight_map, shards, tensors)
         faults.check()
-        return cls(source=source, config=config, shards=shards, tensors=tensors, quantisation=quantisation)
+        return cls(source=source, config=config, shards=shards, tensors=tensors, quantization=quantization)
 
     @property
     def name(self) -> str:

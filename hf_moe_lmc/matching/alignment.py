@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
+from hf_moe_lmc.checkpoints.pair import same_place
 from hf_moe_lmc.matching.blocks import match_layer
 from hf_moe_lmc.matching.distance import OutsideDistance, outside_distance
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
@@ -23,9 +24,10 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workplace import Kept, Workplace
 
 ALIGNMENT_VERSION = 1
+SAME = "A and B hold the same weights; the alignment is the identity"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Alignment:
         >>> found = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
         >>> sorted(found.layers), found.totals()["experts"]
         ([0, 1, 2], 18)
-        >>> found.layers[0].distance_after_units < found.layers[0].distance_before
+        >>> found.layers[0].first.distance_after_units < found.layers[0].first.distance_before
         True
     """
 
@@ -103,101 +105,140 @@ def align_models(
     method: WeightMatching,
     *,
     allow_nonfinite: bool = False,
-    progress: Workplace | None = None,
-    tell: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
+    workplace: Workplace | None = None,
+    deliver: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
-    Several processes take layers in turn, and each ends up with all of them. With `progress` (in process 0), layers that an
+    Several processes take layers in turn, and each ends up with all of them. With a `workplace` (in process 0), layers that an
     earlier call has matched are taken from there.
 
     Args:
-        tell: called with each layer of `b` and its element as soon as that is known.
+        allow_nonfinite: tensors outside the MoE blocks may hold weights that are NaN or infinite.
+        deliver: called with each layer of `b` and its element as soon as that is known.
 
     Memory: see `match_layer`; nothing is kept of a layer but its symmetry, 12 bytes a hidden unit.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite.
+
+    Example:
+        `a` is a model (`read_model(Checkpoint.open(folder))`), and `b` is `a` in the coordinates of a random symmetry `g`.
+        The alignment leads back:
+
+        >>> alignment = align_models(a, b, WeightMatching())
+        >>> alignment.symmetry.isclose(g.inverse())
+        True
+        >>> alignment.totals()["relative_distance_after_units"] < 1e-5 < alignment.totals()["relative_distance_before"]
+        True
     """
-    mates = team()
+    processes = team()
     started = time.perf_counter()
-    device = _device()
-    origin_a, origin_b = a.checkpoint.origin(), b.checkpoint.origin()
-    found = []
-    layers: dict[int, Matching] = {}
-    wanted = sorted(a.layers.keys() & b.layers.keys())
-    kept = progress.kept("matching", matching_facts(a, b, method)) if progress else None
-    before = dict(matchings(kept)) if kept else {}
-    for index in mates.from_main(sorted(before)):
-        earlier = mates.from_main(before.get(index))
-        assert earlier is not None
-        layers[index] = earlier
-        tell(index, earlier.symmetry)
-    alone = sorted(b.layers.keys() - a.layers.keys())
-    for index in alone:
-        tell(index, b.layers[index].identity())
-    if before:
-        warn(f"continuing: {len(before)} of {len(wanted)} layers were matched by an earlier call")
-    left = [index for index in wanted if index not in layers]
-    with tqdm(total=len(wanted), initial=len(layers), desc="matching layers", unit="layer") as bar:
-        for first in range(0, len(left), mates.count):  # a round: one layer for each process
-            members = left[first : first + mates.count]
-            mine = [
+    origins = {"a": a.checkpoint.origin(), "b": b.checkpoint.origin()}
+    layers = _match_layers(a, b, method, workplace, deliver)
+    outside = processes.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if processes.is_main else None)
+    assert outside is not None
+    warnings = tuple(_warnings(a, b, method, layers, outside))
+    for warning in warnings:
+        if warning != SAME or not same_place(a.checkpoint, b.checkpoint):  # which was said when they were opened
+            warn(warning)
+    elements = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
+    metadata: dict[str, str] = {"method": "weight matching", "order": method.order, "units": method.units}
+    metadata |= {f"{side}_{key}": value for side, origin in origins.items() for key, value in origin.items()}
+    return Alignment(
+        symmetry=ModelSymmetry(b.family.name, b.groups, elements, metadata),
+        order=method.order,
+        units=method.units,
+        **origins,
+        layers=layers,
+        outside=outside,
+        warnings=warnings,
+        seconds=processes.from_main(time.perf_counter() - started),
+    )
+
+
+def _match_layers(
+    a: MoEModel,
+    b: MoEModel,
+    method: WeightMatching,
+    workplace: Workplace | None,
+    deliver: Callable[[int, LayerSymmetry], None],
+) -> dict[int, Matching]:
+    """Matches the layers that both models have, one of each process at a time; those of an earlier call are read back."""
+    processes, device = team(), _device()
+    common = sorted(a.layers.keys() & b.layers.keys())
+    records = workplace.kept("matching", matching_facts(a, b, method)) if workplace else None
+    layers = _matched_before(records)
+    for index, matching in layers.items():
+        deliver(index, matching.symmetry)
+    for index in _only_in_b(a, b):
+        deliver(index, b.layers[index].identity())
+    if layers and processes.is_main:
+        warn(f"continuing: {len(layers)} of {len(common)} layers were matched by an earlier call")
+    remaining = [index for index in common if index not in layers]
+    with tqdm(total=len(common), initial=len(layers), desc="matching layers", unit="layer") as bar:
+        for first in range(0, len(remaining), processes.count):  # a round: one layer for each process
+            indices = remaining[first : first + processes.count]
+            own = [
                 match_layer(a.layers[index], b.layers[index], method, groups=a.groups, device=device)
-                for index in mates.share(members)
+                for index in processes.share(indices)
             ]
-            matched = [matching for of_one in mates.exchange(mine) for matching in of_one]
-            for index, matching in zip(members, matched, strict=True):
+            matched = [matching for of_one_process in processes.exchange(own) for matching in of_one_process]
+            for index, matching in zip(indices, matched, strict=True):
                 layers[index] = matching
-                if kept:
-                    write_matching(kept, index, matching)
-                tell(index, matching.symmetry)
-            bar.update(len(members))
-    layers = dict(sorted(layers.items()))
-    if alone:
-        found.append(f"A lacks the multi-token-prediction layers {alone} of B; they are left as they are")
-    worse = [
-        index
-        for index, matching in layers.items()
-        if matching.first.distance_after_units > 1.001 * matching.first.distance_before
-    ]
+                if records:
+                    write_matching(records, index, matching)
+                deliver(index, matching.symmetry)
+            bar.update(len(indices))
+    return dict(sorted(layers.items()))
+
+
+def _matched_before(records: Kept | None) -> dict[int, Matching]:
+    """Layers that an earlier call has matched, as process 0 finds them."""
+    processes = team()
+    in_main = dict(matchings(records)) if records else {}
+    layers = {}
+    for index in processes.from_main(sorted(in_main)):
+        matching = processes.from_main(in_main.get(index))
+        assert matching is not None
+        layers[index] = matching
+    return layers
+
+
+def _only_in_b(a: MoEModel, b: MoEModel) -> list[int]:
+    """Multi-token-prediction layers that A lacks; they keep their coordinates."""
+    return sorted(b.layers.keys() - a.layers.keys())
+
+
+def _warnings(
+    a: MoEModel, b: MoEModel, method: WeightMatching, layers: Mapping[int, Matching], outside: OutsideDistance
+) -> Iterator[str]:
+    if only_in_b := _only_in_b(a, b):
+        yield f"A lacks the multi-token-prediction layers {only_in_b} of B; they are left as they are"
+    firsts = {index: matching.first for index, matching in layers.items()}
+    worse = [index for index, first in firsts.items() if first.distance_after_units > 1.001 * first.distance_before]
     if worse:
-        found.append(
+        yield (
             f"in layers {worse} the experts are further apart in the order that `{method.order}` found than they were; "
             "`best` compares orders"
         )
     if b.experts_outside:
-        found.append(
+        yield (
             f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "
             "a merge averages them unaligned"
         )
-    if b.quantisation:
-        found.append(
-            f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
+    if b.quantization:
+        yield (
+            f"the weights are quantised ({b.quantization.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
-    outside = mates.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if mates.is_main else None)
-    assert outside is not None
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
-        found.append("A and B hold the same weights; the alignment is the identity")
+        yield SAME
     if outside.unrelated:
-        found.append(
+        yield (
             f"outside the MoE blocks the two models are unrelated (median cosine {outside.median_cosine:.2f}, "
             f"relative distance {outside.relative_distance:.2f}): no alignment of experts can repair that, expect a barrier"
         )
-    for warning in found:
-        warn(warning)
-    symmetries = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
-    metadata: dict[str, str] = {"method": "weight matching", "order": method.order, "units": method.units}
-    metadata |= {f"{side}_{key}": value for side, origin in (("a", origin_a), ("b", origin_b)) for key, value in origin.items()}
-    return Alignment(
-        symmetry=ModelSymmetry(b.family.name, b.groups, symmetries, metadata),
-        order=method.order,
-        units=method.units,
-        a=origin_a,
-        b=origin_b,
-        layers=layers,
-        outside=outside,
-        warnings=tuple(found),
-        seconds=mates.from_main(time.perf_counter() - started),
-    )
 
 
 def matching_facts(a: MoEModel, b: MoEModel, method: WeightMatching) -> dict[str, Any]:

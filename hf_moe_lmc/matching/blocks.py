@@ -54,6 +54,20 @@ def match_layer(
     Memory: two experts as they are stored and, from sketches, 3 * WIDER float32 numbers for each of their units; otherwise
     one of them in float32 and one [unit, unit] matrix (float64 up to assignment.SPARSE units, then float32), and the workspace
     of `expert_cost`. A survey keeps three [WIDER, WIDER] float64 matrices of each expert besides.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite; the message names the expert, the tensor and the place.
+
+    Example:
+        `a` and `b` are models, `b` is `a` in the coordinates of a random symmetry `g`. Layer 1 is matched without a rest:
+
+        >>> matching = match_layer(a.layers[1], b.layers[1], WeightMatching())
+        >>> matching.symmetry.isclose(g.layers[1].inverse())
+        True
+        >>> matching.first.distance_after_units < 1e-5 < matching.first.distance_before
+        True
+        >>> matching.first.order_method, set(matching.first.certificates)
+        ('gate', {'small'})
     """
     device = device or torch.device("cpu")
     banks, seconds = {}, {}
@@ -83,7 +97,7 @@ def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: t
     best = min(distances, key=lambda name: distances[name])
     permutation = found.permutations[best]
     matches = [pairs.match(i, int(j)) for i, j in enumerate(permutation)] if has_units else []
-    router_a, router_b = a.read("router").double(), b.read("router").double()
+    router_a, router_b = a.values("router").double(), b.values("router").double()
     return BankMatching(
         symmetry=_bank_symmetry(permutation, matches),
         order_method=best,

@@ -89,7 +89,7 @@ def _table_cost(a: Bank, b: Bank) -> Tensor | None:
     """
     if "expert_table" not in a.roles:
         return None
-    named_by_a, named_by_b = (bank.read("expert_table").flatten().long() for bank in (a, b))
+    named_by_a, named_by_b = (bank.values("expert_table").flatten().long() for bank in (a, b))
     permutation = torch.full((a.experts,), -1)
     permutation[named_by_a] = named_by_b
     named = permutation >= 0

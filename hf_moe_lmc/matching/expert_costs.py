@@ -25,9 +25,9 @@ def gate_cost(a: Bank, b: Bank) -> Tensor:
     """
 
     def rows(bank: Bank) -> Tensor:
-        parts = [bank.read("router").double()]
+        parts = [bank.values("router").double()]
         if "router_bias" in bank.roles:
-            parts.append(bank.read("router_bias").double()[:, None])
+            parts.append(bank.values("router_bias").double()[:, None])
         joined = torch.cat(parts, dim=1)
         return joined - joined.mean(dim=0) if bank.router == "softmax" else joined
 
@@ -119,9 +119,9 @@ def _rows_of(bank: Bank, role: str, units: UnitMethod, device: torch.device) -> 
 
     def rows(expert: int) -> Tensor:
         if role == "gate" or (role == "up" and not balanced):
-            values = bank.read(role, expert).to(device, torch.float32)
+            values = bank.values(role, expert).to(device, torch.float32)
             if f"{role}_bias" in bank.roles:
-                bias = bank.read(f"{role}_bias", expert).to(device, torch.float32)
+                bias = bank.values(f"{role}_bias", expert).to(device, torch.float32)
                 values = torch.cat([values, bias[:, None] + (bank.kind.offset if role == "up" else 0)], dim=1)
             return values
         whole = UnitRows.of(bank, expert, device)

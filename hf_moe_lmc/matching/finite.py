@@ -33,11 +33,11 @@ def check_rows(rows: UnitRows, experts: Bank | SharedExpert, expert: int | None)
 
 def check_router(bank: Bank) -> None:
     """Raises CheckpointError, naming the first router row, or vector beside the router, that is not finite."""
-    bad = (~bank.read("router").isfinite()).any(dim=1).nonzero()
+    bad = (~bank.values("router").isfinite()).any(dim=1).nonzero()
     if len(bad):
         raise not_finite(bank, f"router row {int(bad[0])}")
     for role in bank.roles:
-        if role in EXPERT_VECTORS and not bool(bank.read(role).isfinite().all()):
+        if role in EXPERT_VECTORS and not bool(bank.values(role).isfinite().all()):
             raise not_finite(bank, role.replace("_", " "))
 
 

@@ -50,21 +50,21 @@ class UnitRows:
         """Reads one expert of a bank, or with `expert` None the shared one."""
         kind, roles = experts.kind, experts.roles
 
-        def read(role: str) -> Tensor:
-            values = experts.read(role, expert)
+        def matrix(role: str) -> Tensor:
+            values = experts.values(role, expert)
             return values.to(device, values.dtype if values.dtype in STORED else torch.float32)
 
         def with_bias(role: str, offset: int = 0) -> Tensor:
             bias = f"{role}_bias"
             if bias not in roles:
-                return read(role)
-            return torch.cat([read(role).float(), read(bias).float()[:, None] + offset], dim=1)
+                return matrix(role)
+            return torch.cat([matrix(role).float(), matrix(bias).float()[:, None] + offset], dim=1)
 
         gated = "gate" in roles
-        jobs = [lambda: with_bias("up", kind.offset), lambda: read("down"), *([lambda: with_bias("gate")] if gated else [])]
+        jobs = [lambda: with_bias("up", kind.offset), lambda: matrix("down"), *([lambda: with_bias("gate")] if gated else [])]
         up, down, *rest = rows.all_of(*jobs) if experts.expert_numel > rows.BLOCK else [job() for job in jobs]
         gate = rest[0] if gated else up[:, :0]
-        down_bias = read("down_bias").float() if "down_bias" in roles else None
+        down_bias = matrix("down_bias").float() if "down_bias" in roles else None
         return cls(gate, up, down, down_bias, kind)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from hf_moe_lmc.symmetry.group import LayerSymmetry
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numpy calls any dtype of a size
 
+Elements = Mapping[int, LayerSymmetry | Future[LayerSymmetry]]  # by layer; one may still be on its way
+
 
 @dataclass(frozen=True)
 class ActedLayer:
@@ -38,23 +41,42 @@ class ActedLayer:
     symmetry: LayerSymmetry
     units: Mapping[str, UnitKind]
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
         bank, base = split_role(role)
         if base.startswith("shared_"):
             return self._shared(role, base.removeprefix("shared_"))
         g = self.symmetry.banks[bank]
         if is_expert_role(role):
             assert expert is not None
-            values = self.layer.read(role, int(g.expert_order[expert]))
+            values = self.layer.stored(role, int(g.expert_order[expert]))
             return _act_on_units(base, values, g.unit_order[expert], g.unit_scale[expert], self.units[bank])
-        values = self.layer.read(role)
+        values = self.layer.stored(role)
         if base == "expert_table":
             return g.expert_order.argsort().to(values.dtype)[values]
         return values.index_select(0, g.expert_order) if base in EXPERT_VECTORS else values
 
     def _shared(self, role: str, base: str) -> Tensor:
         g = self.symmetry.shared
-        return _act_on_units(base, self.layer.read(role), g.order, g.scale, self.units[SHARED])
+        return _act_on_units(base, self.layer.stored(role), g.order, g.scale, self.units[SHARED])
+
+
+@dataclass(frozen=True)
+class AwaitedLayer:
+    """A block in coordinates that are still being computed: a read waits for them.
+
+    Attributes:
+        units: as in ActedLayer.
+
+    Raises, when read:
+        CancelledError: they will not come.
+    """
+
+    layer: LayerSource
+    symmetry: Future[LayerSymmetry]
+    units: Mapping[str, UnitKind]
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return ActedLayer(self.layer, self.symmetry.result(), self.units).stored(role, expert)
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:

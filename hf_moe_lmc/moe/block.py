@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, TensorInfo
-from hf_moe_lmc.checkpoints.quantisation import (
-    Quantisation,
+from hf_moe_lmc.checkpoints.quantization import (
+    Quantization,
 )
 from hf_moe_lmc.moe.family import LayerFacts, MoEFamily, Template
 from hf_moe_lmc.moe.notation import (
@@ -85,7 +85,7 @@ class Block:
     prefix: str
     names: Mapping[str, str]
     facts: LayerFacts
-    quantisation: Quantisation | None
+    quantization: Quantization | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:

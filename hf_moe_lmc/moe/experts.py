@@ -68,8 +68,8 @@ class Bank:
         matrices = [role for role in MATRICES if role in self.roles]
         return len(matrices) * self.unit_count * self.width if self.unit_count else 0
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        """As LayerSource.read; quantised weights as the values that they stand for, in float32."""
+    def values(self, role: str, expert: int | None = None) -> Tensor:
+        """The tensor of a role as BlockView.values gives it: in the stored dtype, quantised weights in float32."""
         return self.layer.values(qualified(self.name, role), expert)
 
     def problems(self, element: BankSymmetry) -> list[str]:
@@ -108,7 +108,7 @@ class SharedExpert:
         """Elements of its matrices."""
         return sum(self.unit_count * self.layer.width(f"shared_{role}") for role in MATRICES if role in self.roles)
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
+    def values(self, role: str, expert: int | None = None) -> Tensor:
         """The values of one of its roles; quantised weights in float32. `expert` is None: there is one."""
         return self.layer.values(f"shared_{role}", expert)
 

@@ -126,6 +126,32 @@ class MoEFamily:
         blocks: prefixes below a layer under which every tensor must be claimed; by default the first parts of the templates.
         stacks: where a model has several stacks of layers: layers are numbered through, in this order.
         towers: model type of a composite model -> what the keys of its text tower begin with, where several towers fit.
+
+    Raises:
+        FamilyError: templates that contradict each other or the notation.
+
+    Example:
+        A block of experts without biases, each in tensors of its own, as Mixtral has it on the Hub:
+
+        >>> family = MoEFamily(
+        ...     name="example",
+        ...     model_types=("example_moe",),
+        ...     router="softmax",
+        ...     units="swiglu",
+        ...     weights={
+        ...         "block_sparse_moe.gate.weight": "router: expert model",
+        ...         "block_sparse_moe.experts.{expert}.w1.weight": "gate: unit model",
+        ...         "block_sparse_moe.experts.{expert}.w3.weight": "up: unit model",
+        ...         "block_sparse_moe.experts.{expert}.w2.weight": "down: model unit",
+        ...     },
+        ...     sizes={"expert": "num_local_experts", "unit": "intermediate_size", "model": "hidden_size"},
+        ... )
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(num_local_experts=8, intermediate_size=14336, hidden_size=4096)
+        >>> family.at(config, layer=0).sizes
+        {'expert': 8, 'unit': 14336, 'model': 4096}
+        >>> family.templates[3].spec.shape(family.at(config, layer=0).sizes)
+        (4096, 14336)
     """
 
     name: str

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import WAY_OUT, Quantisation
+from hf_moe_lmc.checkpoints.quantization import WAY_OUT, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
-from hf_moe_lmc.moe.action import ActedLayer
+from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.view import LayerSource
@@ -60,8 +60,8 @@ class MoEModel:
         return self.config.get_text_config()
 
     @property
-    def quantisation(self) -> Quantisation | None:
-        return self.checkpoint.quantisation
+    def quantization(self) -> Quantization | None:
+        return self.checkpoint.quantization
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -114,23 +114,20 @@ class MoEModel:
             raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
         ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
         problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
-        if problems and self.quantisation:
+        if problems and self.quantization:
             raise SymmetryError(
-                f"{where} is quantised ({self.quantisation.method}): only whole experts can change places, anything else would "
+                f"{where} is quantised ({self.quantization.method}): only whole experts can change places, anything else would "
                 f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
             )
         if problems:
             raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
 
-    def acted(self, elements: Mapping[int, LayerSymmetry]) -> dict[int, LayerSource]:
-        """The MoE layers in the coordinates that group elements give them, each looked up when its layer is read."""
-        return {index: _Acted(layer, elements) for index, layer in self.layers.items()}
+    def acted(self, elements: Elements) -> dict[int, LayerSource]:
+        """The MoE layers in the coordinates that group elements give them; a read waits for an element to come."""
+        return {index: _acted(layer, elements[index]) for index, layer in self.layers.items()}
 
 
-@dataclass(frozen=True)
-class _Acted:
-    layer: MoELayer
-    elements: Mapping[int, LayerSymmetry]
-
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        return ActedLayer(self.layer, self.elements[self.layer.index], self.layer.units).read(role, expert)
+def _acted(layer: MoELayer, element: LayerSymmetry | Future[LayerSymmetry]) -> LayerSource:
+    if isinstance(element, Future):
+        return AwaitedLayer(layer, element, layer.units)
+    return ActedLayer(layer, element, layer.units)

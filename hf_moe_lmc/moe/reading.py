@@ -14,7 +14,7 @@ from hf_moe_lmc.moe.family import MoEFamily, Stack
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import SHARED_ROLES, is_expert_role, split_role
-from hf_moe_lmc.moe.quantised import check_declared, check_scales
+from hf_moe_lmc.moe.quantized import check_declared, check_scales
 from hf_moe_lmc.moe.registry import families, get_family, refusals
 
 
@@ -31,7 +31,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     """
     config = read_config(checkpoint)
     family = family or get_family(model_type(config), checkpoint.name)
-    check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
+    check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
     layers: dict[int, MoELayer] = {}
     faults = Faults()
@@ -49,10 +49,10 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
                     prefix=tower + stack.stem.format(layer=index),
                     names=names,
                     facts=family.at(text, min(index, count - 1)),
-                    quantisation=checkpoint.quantisation,
+                    quantization=checkpoint.quantization,
                 )
                 layers[block.index] = MoELayer(
-                    checkpoint, block.index, block.facts, claim_block(block), checkpoint.quantisation
+                    checkpoint, block.index, block.facts, claim_block(block), checkpoint.quantization
                 )
         start += count
     faults.check()
@@ -72,7 +72,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         layers=layers,
         towers=tuple(towers),
     )
-    check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    check_scales(checkpoint, checkpoint.quantization, model.outside)
     return model
 
 
@@ -129,7 +129,7 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     """
     pattern = stack.pattern(None)
     experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
-    endings = tuple(checkpoint.quantisation.suffixes) if checkpoint.quantisation else ()
+    endings = tuple(checkpoint.quantization.suffixes) if checkpoint.quantization else ()
     found = set()
     for name in checkpoint.tensors:
         match = pattern.fullmatch(name)

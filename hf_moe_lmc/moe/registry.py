@@ -13,7 +13,27 @@ _REFUSALS: dict[str, str] = {}
 
 
 def register(family: MoEFamily) -> MoEFamily:
-    """Makes `family` known under its model types; a later registration of a type is an error."""
+    """Makes `family` known under its model types, and returns it.
+
+    Raises:
+        FamilyError: one of them is described already; nothing is registered then.
+
+    Example:
+        >>> mine = register(MoEFamily(
+        ...     name="mine",
+        ...     model_types=("mine_moe",),
+        ...     router="softmax",
+        ...     units="swiglu",
+        ...     weights={
+        ...         "mlp.gate.weight": "router: expert model",
+        ...         "mlp.experts.gate_up_proj": "gate up: expert (half unit) model",
+        ...         "mlp.experts.down_proj": "down: expert model unit",
+        ...     },
+        ...     sizes={"expert": "num_experts", "unit": "moe_intermediate_size", "model": "hidden_size"},
+        ... ))
+        >>> get_family("mine_moe", "my checkpoint") is mine
+        True
+    """
     for model_type in family.model_types:
         if model_type in _FAMILIES:
             raise FamilyError(f"model type {model_type} is already described by family {_FAMILIES[model_type].name}")

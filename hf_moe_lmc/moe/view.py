@@ -1,9 +1,13 @@
 """The named-axis view of one MoE block: the only code that interprets key names and axes on disk.
 
 Whatever the layout, an expert's matrices come out in one canonical form, [unit, model] (down transposed, so that the row
-of a hidden unit is a row everywhere), a router is [expert, model]. Anything that answers `read(role, expert)` in that
-form is a source: a block on disk, the same block in other coordinates, a point between two blocks. `BlockView.assemble`
-turns any source back into the bytes of the layout on disk.
+of a hidden unit is a row everywhere), a router is [expert, model]. There are two ways to ask for a tensor:
+
+- `stored(role, expert)`: as it is on disk, or is to be; in its own dtype, and of quantized weights the opaque parts;
+- `values(role, expert)`: the numbers to compute with; the same, but quantized weights are dequantized to float32.
+
+Anything that answers `stored` is a LayerSource: a block on disk, the same block in other coordinates, a point between two
+blocks. `BlockView.assemble` turns any source back into the bytes of the layout on disk.
 """
 
 from __future__ import annotations
@@ -18,23 +22,23 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, dequantise, scale_grid
+from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerFacts
 from hf_moe_lmc.moe.notation import AXIS_WORDS, UNIT_KINDS, UnitKind, bank_size, is_expert_role, split_role
-from hf_moe_lmc.moe.quantised import matrix_axes, matrix_shape, stacked
+from hf_moe_lmc.moe.quantized import matrix_axes, matrix_shape, stacked
 
 CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
 
 
 class LayerSource(Protocol):
-    """The tensors of one MoE block in canonical form."""
+    """The tensors of one MoE block in canonical form, as they are stored or are to be."""
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
         """The tensor of `role`: [unit, model] (or [unit], [model]) of one expert, or the block's, experts first.
 
-        The dtype is the stored one, or the wider one that a computation needed.
+        The dtype is that on disk, or the wider one that a computation needed: whoever writes casts once.
         """
 
 
@@ -61,14 +65,14 @@ class BlockView:
         index: number of its layer.
         facts: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
-        quantisation: of its experts; whole experts can then change places, nothing else.
+        quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     index: int
     facts: LayerFacts
     claims: Mapping[str, Claim]
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -77,7 +81,7 @@ class BlockView:
     @cached_property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank, and of the `shared` expert."""
-        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantisation else self.facts.units
+        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantization else self.facts.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -119,7 +123,7 @@ class BlockView:
         specs += [claim.part.spec for (held, _), (_, claim) in self._quantised.items() if held == role and claim.part]
         return next(bank_size(self.sizes, split_role(role)[0], word) for word in ("model", "latent") if word in specs[0].axes)
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
         claim, segment = self.holders.get((role, expert)) or self.holders[role, None]
         if split_role(role)[1] == "expert_table":
             return self._read_table(claim)
@@ -141,26 +145,23 @@ class BlockView:
         return values
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
-        """As `read`, with quantised weights in float32."""
+        """The same as numbers to compute with: quantized weights are dequantized to float32."""
         held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
-        if held is None or self.quantisation is None:
-            return self.read(role, expert)
-        weight, scales = held
-        shape = matrix_shape(scales, self.sizes, self.quantisation)
-        halves = stacked(scales, self.quantisation)
-        block = self.quantisation.block_of(self.checkpoint.tensors[weight.name].dtype)
-        fused = scales.expert is None and expert is not None
+        if held is None or self.quantization is None:
+            return self.stored(role, expert)
+        return self._dequantized(role, expert, *held, self.quantization)
 
-        def part(claim: Claim) -> tuple[Tensor, tuple[int, ...]]:
-            own = self.checkpoint.tensors[claim.name].shape
-            own = own[1:] if fused else own
-            return self.checkpoint.read(claim.name, (expert or 0) * math.prod(own) if fused else 0, math.prod(own)), own
-
-        factors, own = part(scales)
-        grid = scale_grid(own, shape, block, halves)
+    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantization) -> Tensor:
+        """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
+        shape = matrix_shape(scales, self.sizes, quantization)
+        halves = stacked(scales, quantization)
+        block = quantization.block_of(self.checkpoint.tensors[weight.name].dtype)
+        factors, factors_shape = self._part(scales, expert)
+        grid = scale_grid(factors_shape, shape, block, halves)
         assert grid is not None
-        values = dequantise(part(weight)[0].view(shape[0], -1), factors.view(grid), block, halves)
-        rows, columns = matrix_axes(scales, self.quantisation)
+        codes, _ = self._part(weight, expert)
+        values = dequantize(codes.view(shape[0], -1), factors.view(grid), block, halves)
+        rows, columns = matrix_axes(scales, quantization)
         axes = [*rows, *columns]
         known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}
         values = values.view([bank_size(known, split_role(role)[0], word) for word in axes])
@@ -168,6 +169,14 @@ class BlockView:
             values = values.select(axes.index("half"), scales.weight_roles.index(role))
             axes.remove("half")
         return values.permute([axes.index(axis) for axis in CANONICAL if axis in axes])
+
+    def _part(self, claim: Claim, expert: int | None) -> tuple[Tensor, tuple[int, ...]]:
+        """One expert's share of the codes or the scales of a quantized weight, as a row, and its shape."""
+        shape = self.checkpoint.tensors[claim.name].shape
+        if claim.expert is not None or expert is None:
+            return self.checkpoint.read(claim.name), shape
+        count = math.prod(shape[1:])
+        return self.checkpoint.read(claim.name, expert * count, count), shape[1:]
 
     @cached_property
     def _quantised(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
@@ -223,7 +232,7 @@ class BlockView:
         if is_expert_role(spec.roles[0]) and "expert" in axes:
             axes.remove("expert")
         canonical = [axis for axis in CANONICAL if axis in axes]
-        parts = [source.read(role, expert).permute([canonical.index(axis) for axis in axes]) for role, expert in piece.parts]
+        parts = [source.stored(role, expert).permute([canonical.index(axis) for axis in axes]) for role, expert in piece.parts]
         if len(parts) == 1:
             return parts[0].reshape(-1)
         half = [axis for axis in spec.axes if axis in (*axes, "half")].index("half")

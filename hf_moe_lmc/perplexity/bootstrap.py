@@ -1,9 +1,12 @@
-"""How sure the numbers of a path are: a paired bootstrap over the documents of the text.
+"""Intervals of means: a paired percentile bootstrap over the documents of a text.
 
-Tokens of one document are not independent, so whole documents are resampled. All points of all paths see the same resample
-(the errors of neighbouring points are nearly equal, and what they share drops out of differences), and each mean is weighted
-by token. Intervals are percentile intervals. With one document only, its windows are resampled in its place, which takes
-them to be independent and may claim too much.
+Tokens of one document are not independent, so whole documents are resampled: they are the clusters. All points of all paths
+get the same resamples. Errors of neighbouring points are nearly equal, and what they share cancels in differences. Means are
+weighted by token.
+
+A text of one document has its windows resampled. That takes windows to be independent, and intervals may be too narrow.
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 """
 
 from __future__ import annotations
@@ -17,20 +20,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Interval = tuple[float, float]
+Interval = tuple[float, float]  # low, high
 
-FEW = 10  # clusters; with fewer, percentile intervals are too narrow
-AT_ONCE = 1 << 22  # entries of the table of draws that are in memory at a time
+FEW_CLUSTERS = 10  # percentile intervals over fewer are too narrow
+BLOCK_ENTRIES = 1 << 22  # of the table [replicate, cluster] that is in memory at a time
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resamples of the clusters (documents, or windows of the only one).
+    """Resamples of the clusters, with replacement.
 
     Attributes:
         documents: document of each window.
         tokens: scored tokens of each window.
-        replicates, level, seed: of the resampling; the same seed gives the same resamples for every path.
+        replicates: number of resamples.
+        level: confidence level of the intervals.
+        seed: the same seed gives the same resamples.
+
+    Example:
+        >>> bootstrap = Bootstrap(documents=(0, 0, 1), tokens=(10, 10, 20))
+        >>> bootstrap.unit, bootstrap.count
+        ('document', 2)
+        >>> means = bootstrap.means(np.array([[10.0, 10.0, 60.0]]))  # documents of 1 and of 3 nats per token
+        >>> means.shape, bootstrap.interval(means[:, 0])
+        ((2000, 1), (1.0, 3.0))
     """
 
     documents: tuple[int, ...]
@@ -41,6 +54,7 @@ class Bootstrap:
 
     @property
     def unit(self) -> str:
+        """Kind of the clusters: `document`, or `window` of the only document."""
         return "document" if len(set(self.documents)) > 1 else "window"
 
     @cached_property
@@ -52,45 +66,45 @@ class Bootstrap:
 
     @property
     def count(self) -> int:
-        """Clusters to draw from."""
+        """Number of clusters."""
         return int(self.clusters.max()) + 1
 
-    def sums(self, losses: Floats) -> Floats:
-        """Adds up the windows of each cluster: [point, window] -> [point, cluster]."""
-        found = np.zeros((len(losses), self.count))
-        np.add.at(found.T, self.clusters, losses.T)
-        return found
+    def cluster_sums(self, values: Floats) -> Floats:
+        """Sums over the windows of each cluster: [point, window] -> [point, cluster]."""
+        sums = np.zeros((len(values), self.count))
+        np.add.at(sums.T, self.clusters, values.T)
+        return sums
 
     def means(self, losses: Floats) -> Floats:
-        """Token-weighted mean loss of each resample at each point: [replicate, point], nats per token.
+        """Mean loss of each resample at each point, weighted by token: float64 [replicate, point], nats per token.
+
+        A point with a loss that is not finite has nan in all resamples.
 
         Args:
-            losses: summed over each window, [point, window], nats.
+            losses: float64 [point, window], nats, summed over each window.
         """
-        of_clusters = self.sums(losses)
-        tokens = self.sums(np.array(self.tokens, dtype=np.float64)[None])[0]
-        finite = np.asarray(np.isfinite(of_clusters).all(axis=1))
-        parts = [
-            np.where(finite, draws @ np.where(finite[:, None], of_clusters, 0).T, np.nan) / (draws @ tokens)[:, None]
-            for draws in self._draws()
-        ]
-        return np.concatenate(parts)
+        sums = self.cluster_sums(losses)
+        tokens = self.cluster_sums(np.array(self.tokens, dtype=np.float64)[None])[0]
+        finite = np.asarray(np.isfinite(sums).all(axis=1))
+        usable = np.where(finite[:, None], sums, 0).T
+        blocks = [np.where(finite, counts @ usable, np.nan) / (counts @ tokens)[:, None] for counts in self._counts()]
+        return np.concatenate(blocks)
 
-    def _draws(self) -> Iterator[Floats]:
-        """How often each cluster was drawn, [some replicates, cluster], with replacement."""
+    def _counts(self) -> Iterator[Floats]:
+        """How often each resample holds each cluster, in blocks: float64 [some replicates, cluster]."""
         generator = np.random.default_rng(self.seed)
-        size = max(1, AT_ONCE // self.count)
-        for first in range(0, self.replicates, size):
-            rows = min(size, self.replicates - first)
-            drawn = generator.integers(0, self.count, (rows, self.count))
-            flat = (drawn + self.count * np.arange(rows)[:, None]).ravel()
+        block = max(1, BLOCK_ENTRIES // self.count)
+        for first in range(0, self.replicates, block):
+            rows = min(block, self.replicates - first)
+            members = generator.integers(0, self.count, (rows, self.count))
+            flat = (members + self.count * np.arange(rows)[:, None]).ravel()
             yield np.bincount(flat, minlength=rows * self.count).reshape(rows, self.count).astype(np.float64)
 
     def interval(self, values: Floats) -> Interval | None:
-        """Percentile interval of a statistic over the resamples; None where there was but one cluster to draw.
+        """Percentile interval of a statistic; None with a single cluster, where there is nothing to resample.
 
         Args:
-            values: of each resample, [replicate].
+            values: the statistic in each resample, [replicate].
         """
         if self.count < 2:
             return None
@@ -104,16 +118,17 @@ class Bootstrap:
 
     @property
     def caveat(self) -> str | None:
-        """What weakens the intervals here, in words."""
+        """What weakens the intervals, in words; None: nothing known."""
         if self.count < 2:
             return "one document of one window: there is nothing to resample, so no intervals"
         if self.unit == "window":
             return "one document: its windows were resampled as if they were independent; intervals may be too narrow"
-        if self.count < FEW:
+        if self.count < FEW_CLUSTERS:
             return f"{self.count} documents only: intervals may be too narrow"
         return None
 
     def describe(self) -> dict[str, Any]:
+        """The `statistics` of report.json."""
         return {
             "method": "paired percentile bootstrap of token-weighted means",
             "unit": self.unit,
@@ -126,5 +141,10 @@ class Bootstrap:
 
 
 def half_width(interval: Interval | None) -> float:
-    """Of an interval, 0 without one."""
+    """Half the width of an interval; 0 without one.
+
+    Example:
+        >>> half_width((1.0, 1.5)), half_width(None)
+        (0.25, 0.0)
+    """
     return 0.0 if interval is None else (interval[1] - interval[0]) / 2

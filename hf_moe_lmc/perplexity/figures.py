@@ -1,7 +1,7 @@
-"""Plots: the loss along a path, what each layer adds to the barrier, where the router sends tokens on the way.
+"""Plots: the loss along a path, the barriers of single layers, and the routing along the path.
 
-All take arrays, know nothing of models, and return a figure for `save`. Colours are those of Okabe and Ito; what colour says
-is said once more by marker, line style or hatching, so that a black-and-white print can be read, too.
+All functions take plain values and return a figure for `save`. Colours are those of Okabe and Ito. Each colour comes with a
+marker, line style or hatching of its own, so that a black-and-white print can be read as well.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ STYLES = {  # colour, marker, line, hatching of the band
     "aligned": (BLUE, "s", "-", "//////"),
 }
 OTHER = (GREEN, "^", "-.", "....")
-HEAT = "cividis"  # even in lightness, and the same to the colour-blind
+HEAT = "cividis"  # perceptually uniform, and the same to the colour-blind
 
-Bounds = tuple[float, float] | None  # of an interval
+Bounds = tuple[float, float] | None  # low and high of an interval; None: not known
 
 
 @dataclass(frozen=True)
 class Line:
-    """One path: losses in nats per token at t, a pointwise interval where it is known, the barrier and its interval."""
+    """One path to plot; all in nats per token.
+
+    Attributes:
+        t: its points, ascending from 0 to 1.
+        nll: losses at these.
+        band: pointwise intervals of the losses.
+        barrier, interval: the barrier and its interval.
+    """
 
     t: Sequence[float]
     nll: Sequence[float]
@@ -43,7 +50,12 @@ class Line:
 
 
 def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
-    """The loss along each path with its pointwise interval, both ends, and the straight line between them."""
+    """The loss along each path with its pointwise interval, both ends, and the straight line between them.
+
+    Args:
+        lines: by path name.
+        level: confidence level of the intervals.
+    """
     figure, axes = _figure(6.8, 4.8)
     for name, line in lines.items():
         color, marker, style, hatch = STYLES.get(name, OTHER)
@@ -74,7 +86,7 @@ def curve(lines: Mapping[str, Line], title: str, level: float = 0.95) -> Figure:
 
 
 def layerwise(values: Mapping[tuple[int, int], tuple[float, float, float]], title: str, whole: float | None = None) -> Figure:
-    """The barrier when one layer alone goes from A to B, as bars, or those of a range together, as lines over the range.
+    """The barriers of paths on which some layers alone are interpolated: bars for one layer, lines for a range.
 
     Args:
         values: (first, last) layer -> barrier and the ends of its interval (nan where unknown), nats per token.
@@ -121,7 +133,12 @@ def layerwise(values: Mapping[tuple[int, int], tuple[float, float, float]], titl
 
 
 def span(first: int, last: int) -> str:
-    """Layers in words: 8, or 0-3."""
+    """Layers in words.
+
+    Example:
+        >>> span(8, 8), span(0, 3)
+        ('8', '0-3')
+    """
     return str(first) if first == last else f"{first}-{last}"
 
 
@@ -129,7 +146,8 @@ def agreement(t: Sequence[float], layers: Sequence[int], to_a: NDArray[Any], to_
     """Two heat maps of layer over t: the share of a token's chosen experts that A, and that B, would choose as well.
 
     Args:
-        to_a, to_b: [point, layer], from 0 to 1; nan where it was not recorded.
+        layers: numbers of the layers.
+        to_a, to_b: [point, layer], from 0 to 1; nan: not recorded.
     """
     from matplotlib.figure import Figure
 
@@ -156,7 +174,7 @@ def agreement(t: Sequence[float], layers: Sequence[int], to_a: NDArray[Any], to_
 
 
 def load(loads: Mapping[float, NDArray[Any]], layers: Sequence[int], title: str) -> Figure:
-    """Heat maps of expert over layer, one for each t: how much of the tokens an expert gets, relative to an even share.
+    """Heat maps of expert over layer, a map for each t: the tokens of an expert, relative to an even share.
 
     Args:
         loads: t -> [layer, expert], shares that add up to 1 in each layer; nan where there is no such expert.
@@ -208,7 +226,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _ticks(axis: Axis, labels: Sequence[int], most: int, first: int = 0) -> None:
-    """Labels neighbouring places of an axis, the first of which is `first`, in round steps; `most` at most."""
+    """Labels the places `first`, `first` + 1, ... of an axis in round steps, at most `most` of them."""
     step = next(size * power for power in (1, 10, 100, 1000) for size in (1, 2, 4, 5) if len(labels) <= most * size * power)
     axis.set_ticks([first + i for i in range(0, len(labels), step)], labels=[str(label) for label in labels[::step]])
 

@@ -194,6 +194,12 @@ def routing_arrays(routing: Routing, path: str) -> tuple[list[float], list[int],
 
     Returns:
         t; numbers of the layers; agreement with A and with B, float64 [point, layer]; load, float64 [point, layer, expert].
+
+    Example:
+        >>> record = {"path": "naive", "t": 0.5, "layer": 1, "load": [0.25, 0.75], "agreement_a": 1.0, "agreement_b": 0.5}
+        >>> t, layers, to_a, to_b, load = routing_arrays([record], "naive")
+        >>> t, layers, to_b.tolist(), load.tolist()
+        ([0.5], [1], [[0.5]], [[[0.25, 0.75]]])
     """
     records = [record for record in routing if record["path"] == path]
     t = sorted({record["t"] for record in records})

@@ -1,12 +1,15 @@
-"""Token-weighted negative log-likelihood of a causal language model on windows of text. Knows nothing of MoE."""
+"""Windows of text, and the losses of a causal language model on them. Knows nothing of MoE.
+
+Losses are negative log-likelihoods in nats; means over them are weighted by token.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +21,60 @@ POSITIONS_AT_ONCE = 512  # rows of logits that are widened to float32 at a time
 TOKENS_PER_BATCH = 4096  # default budget of one forward pass
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """How text is cut into windows. None stands for an option that was not given.
+
+    Attributes:
+        context: tokens that a model sees at once, a BOS included; by default the model decides.
+        stride: tokens of text between the starts of windows, which then overlap; by default they do not.
+        max_tokens: tokens of text to read, by default all.
+
+    Raises:
+        InputError: a number out of range.
+
+    Example:
+        >>> WindowOptions(context=1024, stride=512)
+        WindowOptions(context=1024, stride=512, max_tokens=None)
+        >>> WindowOptions(context=1)
+        Traceback (most recent call last):
+        hf_moe_lmc.errors.InputError: context 1: expected at least 2
+    """
+
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 2), ("stride", 1), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name.replace('_', '-')} {value}: expected at least {least}")
+
+
 @dataclass(frozen=True)
 class Windows:
     """What every point of a path is evaluated on.
 
     Attributes:
-        rows: token ids of each window, int64 [length <= context].
+        rows: token ids of each window, int64 [length], at most `context` of them.
         documents: number of the document that each window comes from.
         context: tokens that a model sees at once, a BOS included.
         bos: whether each window starts with a BOS token.
-        tokens_read: tokens of text in all windows; neither a BOS nor what overlapping windows read again counts.
+        tokens_read: tokens of text in all windows. Neither a BOS nor what overlapping windows repeat counts.
         stride: tokens of text from the start of one window to that of the next; None: no overlap.
-        context_only: predicted tokens at the start of each window that are not scored, since the window before has scored
+        context_only: predicted tokens at the start of each window that are not scored, because the window before has scored
             them; empty: none.
-        bytes_scored: UTF-8 bytes of the scored text of each window, None where they cannot be known. They reach from the
-            end of the last token before the scored ones to the end of the last scored one, so that nothing is counted twice
-            and spaces that a tokenizer drops are counted with the token behind them.
-        text_hash: SHA-256 of the documents that were read (each in UTF-8 behind its length, 8 bytes little-endian).
+        bytes_scored: UTF-8 bytes of the scored text of each window; None where they cannot be known. They reach from the
+            end of the last token before the scored ones to the end of the last scored one. So nothing counts twice, and
+            spaces that a tokenizer drops count with the token behind them.
+        text_hash: SHA-256 of the documents that were read: each as its length (8 bytes, little-endian) and its UTF-8 bytes.
         tokenizer_hash: SHA-256 of the tokenizer, see `tokenizer_hash`.
+
+    Example:
+        >>> windows = Windows((torch.arange(5), torch.arange(3)), (0, 0), context=5, bos=False, tokens_read=8)
+        >>> windows.scored.tolist()  # all tokens but the first of each window are predicted
+        [4.0, 2.0]
     """
 
     rows: tuple[Tensor, ...]
@@ -51,12 +90,12 @@ class Windows:
 
     @property
     def scored(self) -> Tensor:
-        """Scored tokens of each window, float64 [window]: the predicted ones (all but its first) that no other scores."""
+        """Scored tokens of each window, float64 [window]: the predicted ones that no other window scores."""
         predicted = torch.tensor([len(row) - 1 for row in self.rows], dtype=torch.float64)
         return predicted - torch.tensor(self.context_only, dtype=torch.float64) if self.context_only else predicted
 
     def sums(self, numbers: Sequence[int], losses: Tensor) -> Tensor:
-        """Adds up what is scored in some windows of one length.
+        """Sums over the scored tokens of some windows of one length.
 
         Args:
             numbers: of the windows.
@@ -72,7 +111,7 @@ class Windows:
 
     @property
     def convention_hash(self) -> str:
-        """SHA-256 of all that a loss depends on besides the model: equal hashes, comparable losses."""
+        """SHA-256 of everything but the model that a loss depends on. Losses with equal hashes can be compared."""
         convention = {
             "context": self.context,
             "stride": self.stride or self.context - self.bos,
@@ -84,6 +123,7 @@ class Windows:
         return hashlib.sha256(json.dumps(convention, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
+        """The part of `evaluation` in report.json that concerns windows."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(row.numpy().tobytes() + b"|")
@@ -103,6 +143,21 @@ class Windows:
         }
 
 
+class _Window(NamedTuple):
+    """One window as it is cut.
+
+    Attributes:
+        row: token ids, int64 [length].
+        context_only: predicted tokens that are not scored.
+        bytes_scored: 0 where they are not known.
+    """
+
+    row: Tensor
+    document: int
+    context_only: int
+    bytes_scored: int
+
+
 def cut_windows(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -113,17 +168,30 @@ def cut_windows(
 ) -> Windows:
     """Cuts each document into consecutive windows from its start: no padding, no window across documents.
 
-    A BOS opens each window only if the tokenizer adds one by itself. A document's last window may be shorter; one that
-    leaves nothing to predict is dropped. Windows do not overlap unless `stride` says so: then each starts `stride` tokens of
-    text behind the one before and is scored only where that one ended, as in the perplexity recipe of transformers' docs
-    (which weights all windows but the first as if they scored one token less; here weights are the tokens scored).
+    A BOS opens each window only if the tokenizer adds one by itself. The last window of a document may be shorter; it is
+    dropped where it leaves nothing to predict.
+
+    Windows do not overlap without `stride`. With it, each starts `stride` tokens of text behind the one before, and is scored
+    only where that one ended: the perplexity recipe of transformers' documentation. That recipe takes the weight of all
+    windows but the first one token too small; here weights are the scored tokens.
 
     Args:
-        max_tokens: stop after so many tokens of text; None reads everything.
-        stride: at most the tokens of text in a window; None: just those, no overlap.
+        context: tokens in a window, a BOS included.
+        max_tokens: tokens of text to read; None: all.
+        stride: at most the tokens of text in a window; None: just these, so that nothing overlaps.
 
     Raises:
         InputError: nothing to predict, or a stride that leaves gaps.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate("abcdefg")}, merges=[]))
+        >>> windows = cut_windows(["abcdefg"], PreTrainedTokenizerFast(tokenizer_object=letters), context=4, stride=2)
+        >>> [row.tolist() for row in windows.rows]
+        [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6]]
+        >>> windows.scored.tolist()
+        [3.0, 2.0, 1.0]
     """
     bos = _own_bos(tokenizer)
     width = context - len(bos)
@@ -132,49 +200,66 @@ def cut_windows(
     step = width if stride is None else stride
     if not 1 <= step <= width:
         raise InputError(f"stride {step}: expected 1 to {width}, the tokens of text in a window")
-    rows, owners, unscored, sizes, read = [], [], [], [], 0
-    digest, sized = hashlib.sha256(), True
+    windows: list[_Window] = []
+    digest, read, bytes_known = hashlib.sha256(), 0, True
     for number, document in enumerate(documents):
         if max_tokens is not None and read >= max_tokens:
             break
         encoded = document.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        found = tokenizer(document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-        ids = found["input_ids"] if max_tokens is None else found["input_ids"][: max_tokens - read]
-        ends = _byte_ends(document, found["offset_mapping"]) if tokenizer.is_fast else None
-        sized = sized and ends is not None
+        ids, ends = _tokens(document, tokenizer, None if max_tokens is None else max_tokens - read)
+        bytes_known = bytes_known and ends is not None
         read += len(ids)
-        done = 0  # tokens that windows have held
-        for first in range(0, len(ids), step):
-            last = min(first + width, len(ids))
-            window = torch.tensor([*bos, *ids[first:last]])
-            scores = min(last - done, len(window) - 1)
-            if scores:
-                rows.append(window)
-                owners.append(number)
-                unscored.append(len(window) - 1 - scores)
-                sizes.append(ends[last - 1] - (ends[last - scores - 1] if last > scores else 0) if ends else 0)
-            done = last
-            if last == len(ids):
-                break
-    if not rows:
+        windows += _windows_of(number, ids, ends, bos, width, step)
+    if not windows:
         raise InputError(f"the text holds {read} tokens: nothing to predict; give more text or a larger --max-tokens")
+    rows, owners, context_only, bytes_scored = zip(*windows, strict=True)
     return Windows(
-        tuple(rows),
-        tuple(owners),
+        rows,
+        owners,
         context,
         bool(bos),
         read,
         stride=step,
-        context_only=tuple(unscored) if any(unscored) else (),
-        bytes_scored=tuple(sizes) if sized else None,
+        context_only=context_only if any(context_only) else (),
+        bytes_scored=bytes_scored if bytes_known else None,
         text_hash=digest.hexdigest(),
         tokenizer_hash=tokenizer_hash(tokenizer),
     )
 
 
+def _tokens(document: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[list[int], list[int] | None]:
+    """The first `limit` token ids of a document, and where all of its tokens end in its UTF-8 bytes; None: not known."""
+    encoding = tokenizer(document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    return encoding["input_ids"][:limit], _byte_ends(document, encoding["offset_mapping"]) if tokenizer.is_fast else None
+
+
+def _windows_of(
+    document: int, ids: Sequence[int], ends: Sequence[int] | None, bos: list[int], width: int, step: int
+) -> Iterator[_Window]:
+    """The windows of one document.
+
+    Args:
+        ids: its tokens.
+        ends: where they end in its UTF-8 bytes.
+        width: tokens of text in a window.
+        step: tokens of text from the start of one window to that of the next.
+    """
+    end_before = 0  # of the window before, in tokens
+    for first in range(0, len(ids), step):
+        last = min(first + width, len(ids))
+        row = torch.tensor([*bos, *ids[first:last]])
+        scored = min(last - end_before, len(row) - 1)
+        if scored:
+            size = ends[last - 1] - (ends[last - scored - 1] if last > scored else 0) if ends else 0
+            yield _Window(row, document, len(row) - 1 - scored, size)
+        end_before = last
+        if last == len(ids):
+            return
+
+
 def _byte_ends(document: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Where each token ends in the UTF-8 bytes of its document; None where the tokenizer does not say it plausibly.
+    """Where each token ends in the UTF-8 bytes of its document; None where the tokenizer's offsets are not plausible.
 
     Tokens that share a character (bytes as tokens) all end behind it: its bytes count with the first of them.
     """
@@ -189,17 +274,18 @@ def _byte_ends(document: str, offsets: Sequence[tuple[int, int]]) -> list[int] |
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a tokenizer does: of a fast one its whole definition, else class and vocabulary; its special tokens.
+    """SHA-256 of what a tokenizer does, and of its special tokens.
 
-    Truncation and padding are left out: they are settings of the last call.
+    Of a fast tokenizer the whole definition counts, without truncation and padding, which are settings of the last call. Of
+    another one class and vocabulary count.
     """
     if tokenizer.is_fast:
-        facts: Any = json.loads(tokenizer.backend_tokenizer.to_str())
-        facts.update(truncation=None, padding=None)
+        definition: Any = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition.update(truncation=None, padding=None)
     else:
-        facts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        definition = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     special = sorted(tokenizer.special_tokens_map.items(), key=str)
-    return hashlib.sha256(json.dumps([facts, special], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([definition, special], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -213,13 +299,14 @@ def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def window_losses(
     model: PreTrainedModel, windows: Windows, *, batch_size: int, progress: Callable[[int], None] = lambda count: None
 ) -> Tensor:
-    """Summed negative log-likelihood of the scored tokens of each window: float64 [window], nats.
+    """Negative log-likelihood of each window, summed over its scored tokens: float64 [window], nats.
 
-    Windows of equal length go through the model together, so nothing is padded; logits are taken to float32, sums are
-    kept in float64.
+    Windows of equal length go through the model together, so nothing is padded. Logits are widened to float32, sums are
+    float64.
 
     Args:
-        progress: called with the number of windows of each batch once it is done.
+        batch_size: windows in one forward pass.
+        progress: called after each forward pass with the number of its windows.
     """
     losses = torch.empty(len(windows.rows), dtype=torch.float64)
     device = next(parameter.device for parameter in model.get_input_embeddings().parameters())
@@ -234,7 +321,12 @@ def window_losses(
 
 
 def batches_of(rows: Sequence[Tensor], batch_size: int) -> list[list[int]]:
-    """Numbers of windows of equal length, so many that one forward takes them together."""
+    """Numbers of the windows in each forward pass: at most `batch_size`, all of one length.
+
+    Example:
+        >>> batches_of([torch.arange(n) for n in (4, 4, 2, 4)], batch_size=2)
+        [[0, 1], [3], [2]]
+    """
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)
@@ -242,7 +334,16 @@ def batches_of(rows: Sequence[Tensor], batch_size: int) -> list[list[int]]:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token: logits [batch, token, vocabulary], targets [batch, token] -> float64 [batch, token]."""
+    """Cross entropy of each token, in float32: float64 [batch, token], nats.
+
+    Args:
+        logits: [batch, token, vocabulary].
+        targets: int64 [batch, token].
+
+    Example:
+        >>> token_losses(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))  # four tokens, all alike
+        tensor([[1.3863, 1.3863]], dtype=torch.float64)
+    """
     targets = targets.to(logits.device)
     parts = [
         torch.nn.functional.cross_entropy(
@@ -253,10 +354,3 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         for first in range(0, logits.shape[1], POSITIONS_AT_ONCE)
     ]
     return torch.cat(parts, dim=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowOptions:
-    context: int | None = None
-    stride: int | None = None
-    max_tokens: int | None = None

@@ -186,8 +186,8 @@ class PartlyActed:
     original: LayerSource
     unmoved: tuple[str, ...]
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        return (self.original if split_role(role)[1] in self.unmoved else self.acted).read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return (self.original if split_role(role)[1] in self.unmoved else self.acted).stored(role, expert)
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class Translated:
 
     original: LayerSource
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        values = self.original.read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        values = self.original.stored(role, expert)
         if split_role(role)[1] != "router":
             return values
         return values + torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import FolderWriter, writing
-from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
+from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 from hf_moe_lmc.writing.streams import rewritten
 from hf_moe_lmc.writing.workplace import Workplace
 
@@ -108,11 +108,11 @@ class _Alignment(Job[Alignment]):
         download(self.a, self.b)
         inputs = [self.b.checkpoint]
         with writing(workplace, self.facts(), inputs=inputs, allow_nonfinite=self.allow_nonfinite) as writer:
-            elements = Awaited(self.b.layers)
+            elements = pending(self.b.layers)
             stream = rewritten(self.b, elements)
-            with written_meanwhile(None if self.symmetry_only else writer, stream, elements) as tell:
+            with written_meanwhile(None if self.symmetry_only else writer, stream, elements) as deliver:
                 alignment = align_models(
-                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, progress=workplace, tell=tell
+                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workplace=workplace, deliver=deliver
                 )
             if self.symmetry_only:
                 if writer:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
@@ -23,7 +24,7 @@ from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.options import OutputOptions, filled, refuse_idle
+from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import writing
 from hf_moe_lmc.writing.streams import refuse_quantised
@@ -206,7 +207,7 @@ class _Barrier(Job[BarrierReport]):
         """What B is aligned with, and what a report says of it."""
         if self.symmetry is not None:
             return self.symmetry, {"symmetry": self.file, **self.symmetry.metadata}
-        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, progress=workplace)
+        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workplace=workplace)
         return alignment.symmetry, alignment.to_dict()
 
 

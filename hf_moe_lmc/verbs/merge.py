@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.publishing.card import model_card
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.options import OutputOptions, filled, refuse_idle
+from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.output import FolderWriter, writing
@@ -179,15 +179,15 @@ class _Merge(Job["Alignment | None"]):
 
     def _write_tensors(self, writer: FolderWriter | None, workplace: Workplace | None) -> Alignment | None:
         from hf_moe_lmc.matching.alignment import align_models
-        from hf_moe_lmc.writing.pipeline import Awaited, written_meanwhile
+        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
         from hf_moe_lmc.writing.streams import interpolated
 
         if self.method:
-            elements = Awaited(self.b.layers)
+            elements = pending(self.b.layers)
             stream = interpolated(self.a, self.b, elements, self.t, rounded=True)
-            with written_meanwhile(writer, stream, elements) as tell:
+            with written_meanwhile(writer, stream, elements) as deliver:
                 return align_models(
-                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, progress=workplace, tell=tell
+                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workplace=workplace, deliver=deliver
                 )
         if writer:
             used = self.symmetry or self.b.identity()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.publishing.push import check_publishable
 
 Options = TypeVar("Options")
@@ -43,17 +43,3 @@ def filled(kind: type[Options], given: Mapping[str, Any]) -> Options:
     """A value of `kind` from those of the given keywords that are its fields; None stands for its own default."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: given[name] for name in names if given.get(name) is not None})
-
-
-def refuse_idle(options: Mapping[str, Any], because: str) -> None:
-    """Refuses options that could have no effect: each is a misunderstanding, better said than ignored.
-
-    Args:
-        options: by name; None: not given.
-
-    Raises:
-        InputError: one is given, or more.
-    """
-    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
-    if named:
-        raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave it out")

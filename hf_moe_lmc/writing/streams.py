@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
-from hf_moe_lmc.checkpoints.quantisation import WAY_OUT
+from hf_moe_lmc.checkpoints.quantization import WAY_OUT
 from hf_moe_lmc.errors import CheckpointError, MismatchError
+from hf_moe_lmc.moe.action import Elements
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.runtime.memory import reused
-from hf_moe_lmc.symmetry.group import LayerSymmetry
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 from hf_moe_lmc.writing.spans import (
     Copied,
@@ -79,7 +79,7 @@ def whole(stream: ModelStream, name: str) -> Tensor:
     return values.view(info.shape)
 
 
-def rewritten(model: MoEModel, elements: Mapping[int, LayerSymmetry]) -> ModelStream:
+def rewritten(model: MoEModel, elements: Elements) -> ModelStream:
     """`model` in the coordinates that group elements give it; tensors outside the MoE blocks byte for byte."""
     return ModelStream(model, model.acted(elements), Copied(model.checkpoint))
 
@@ -98,8 +98,8 @@ class InterpolatedLayer:
     t: float
     rounded: bool = False
 
-    def read(self, role: str, expert: int | None = None) -> Tensor:
-        a, b = self.a.read(role, expert), self.b.read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        a, b = self.a.stored(role, expert), self.b.stored(role, expert)
         try:
             if not (self.rounded and a.dtype == b.dtype):
                 return interpolate(a, b, self.t)
@@ -117,9 +117,7 @@ def _like(values: Tensor) -> Tensor:
     return reused(values.numel(), values.dtype).view(values.shape)
 
 
-def interpolated(
-    a: MoEModel, b: MoEModel, elements: Mapping[int, LayerSymmetry], t: float, *, rounded: bool = False
-) -> ModelStream:
+def interpolated(a: MoEModel, b: MoEModel, elements: Elements, t: float, *, rounded: bool = False) -> ModelStream:
     """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
 
     Args:
@@ -135,8 +133,8 @@ def interpolated(
 def refuse_quantised(*models: MoEModel) -> None:
     """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
     for model in models:
-        if model.quantisation:
+        if model.quantization:
             raise CheckpointError(
-                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantisation.method}), which cannot "
+                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantization.method}), which cannot "
                 f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
             )

@@ -13,7 +13,7 @@ and the files move into OUT one by one, the index last. Nothing here runs code w
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from torch import Tensor
@@ -37,6 +38,7 @@ PACKAGES = ("hf_moe_lmc", "torch", "transformers", "scipy")  # what can change a
 ENDING = ".safetensors"
 UNFINISHED = ".unfinished"
 INSIDE = ".progress"
+LOCK = "lock"
 REPLACED = "replaced"
 PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
 TELLTALES = ("config.json", "report.json", "symmetry.safetensors")  # one of them is in whatever this package writes
@@ -246,14 +248,8 @@ def at_work(
         OutputError: the output is in use, holds something, or cannot be written.
     """
     shown = Path(output)
-    if shown.is_symlink() and not shown.exists():
-        raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
-    root = shown.resolve()
     held = [path for path in (Path(one).expanduser() for one in inputs) if path.is_dir()]
-    check_place(root, held, shown, overwrite=overwrite)
-    folder = _choose(root)
-    if folder.is_symlink():
-        raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
+    root, folder = _places(shown, held, overwrite=overwrite)
     fresh = not folder.is_dir()
     if fresh:
         check_empty(root, shown, overwrite=overwrite)
@@ -263,6 +259,8 @@ def at_work(
         lock = _locked(folder, root)
     except OSError as error:
         _remove_empty(made)
+        if isinstance(error, FileExistsError) and not folder.is_file():
+            raise _in_use(root, folder) from error  # its last holder removed it at that moment
         raise OutputError(f"{shown}: cannot be written ({error.strerror}); choose another output") from error
     workplace = Workplace(root, folder, overwrite)
     try:
@@ -283,12 +281,14 @@ def at_work(
     else:
         _remove(folder)
     finally:
-        os.close(lock)
+        lock.release()
         _remove_empty(made)
 
 
 def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
-    """Refuses an output that is no new or empty folder, or that lies where it must not.
+    """Refuses an output that is no new or empty folder, that lies where it must not, is in use or cannot be written.
+
+    Nothing is changed: a dry run is refused what the run would be.
 
     Args:
         inputs: folders that are read.
@@ -297,10 +297,36 @@ def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *,
     Raises:
         OutputError: naming the folder and what was found.
     """
-    root = Path(output).resolve()
-    check_place(root, inputs, Path(output), overwrite=overwrite)
-    if not (_choose(root) / PLAN).exists():  # else a call was stopped while it published: `at_work` looks at what stands
-        check_empty(root, Path(output), overwrite=overwrite)
+    shown = Path(output)
+    root, folder = _places(shown, inputs, overwrite=overwrite)
+    if not (folder / PLAN).exists():  # else a call was stopped while it published: `at_work` looks at what stands
+        check_empty(root, shown, overwrite=overwrite)
+    if (folder / LOCK).exists():
+        _locked(folder, root).release()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if problem := _why_not_writable(nearest):
+        raise OutputError(f"{shown}: cannot be written ({problem}); choose another output")
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """What the system would say to a new file in a folder; None: nothing."""
+    if not folder.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return os.strerror(errno.EROFS)
+    return None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
+
+
+def _places(shown: Path, inputs: Sequence[Path], *, overwrite: bool) -> tuple[Path, Path]:
+    """The output and its workplace, as far as both can be where they are."""
+    if shown.is_symlink() and not shown.exists():
+        raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
+    root = shown.resolve()
+    check_place(root, inputs, shown, overwrite=overwrite)
+    folder = _choose(root)
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
+    return root, folder
 
 
 def check_place(root: Path, inputs: Sequence[Path], shown: Path, *, overwrite: bool) -> None:
@@ -339,9 +365,9 @@ def _held_in(root: Path) -> list[str]:
 def _remove(folder: Path) -> None:
     """Removes a workplace: the lock last, and before it the word that its output is whole."""
     _empty(folder)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == "lock", path.name == PLAN)):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == PLAN)):
         path.unlink()
-    folder.rmdir()
+    _remove_empty([folder])
 
 
 def _sweep(folder: Path) -> None:
@@ -374,21 +400,21 @@ def _choose(root: Path) -> Path:
     return beside
 
 
-def _locked(folder: Path, root: Path) -> int:
-    """The lock of a folder; the system takes it back from a process that ends."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+def _locked(folder: Path, root: Path) -> FileLock:
+    """The lock of a folder; the system takes it back from a process that ends.
+
+    A file system without locks is an error: a file that only stands for a lock would outlive a process that is killed.
+    """
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = (folder / "lock").stat().st_ino == os.fstat(lock).st_ino  # or its last holder has just removed it
-    except (BlockingIOError, FileNotFoundError):
-        held = False
-    except OSError:
-        os.close(lock)
-        raise
-    if not held:
-        os.close(lock)
-        raise OutputError(f"{root}: another process writes there ({folder} is locked); wait for it, or name another output")
+        lock.acquire(blocking=False)
+    except (Timeout, FileNotFoundError) as error:  # it is held, or its last holder has just removed the folder
+        raise _in_use(root, folder) from error
     return lock
+
+
+def _in_use(root: Path, folder: Path) -> OutputError:
+    return OutputError(f"{root}: another process writes there ({folder} is locked); wait for it, or name another output")
 
 
 def _empty(folder: Path) -> None:

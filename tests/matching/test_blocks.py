@@ -100,7 +100,7 @@ def test_scales_that_do_not_pay_stay_exactly_one() -> None:
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_gate_cost_is_equation_10(saved: Callable[..., Path], family: str) -> None:
     a, b = (model(saved(family, "per-expert", seed)).layers[1] for seed in (0, 1))
-    w, v = a.read("router").double(), b.read("router").double()
+    w, v = a.stored("router").double(), b.stored("router").double()
     if family != "deepseek_v3":  # softmax: centred
         w, v = w - w.mean(0), v - v.mean(0)
     expected = torch.stack([(w[i] - v).norm(dim=1) for i in range(a.experts)])
@@ -116,15 +116,15 @@ class _Shifted:
     def __init__(self, bank: Bank) -> None:
         self.bank, self.roles, self.router = bank, bank.roles, bank.router
 
-    def read(self, role: str, expert: int | None = None) -> torch.Tensor:
-        return self.bank.read(role, expert) + (5 if role == "router" else 0)
+    def values(self, role: str, expert: int | None = None) -> torch.Tensor:
+        return self.bank.values(role, expert) + (5 if role == "router" else 0)
 
 
 def literal_expert_cost(a: MoEModel, b: MoEModel, balanced: bool) -> torch.Tensor:
     """Eq. 11 over gate, up and down, from explicit Gram matrices."""
 
     def grams(source: MoEModel, expert: int) -> list[torch.Tensor]:
-        gate, up, down = (source.layers[1].read(role, expert).double() for role in ("gate", "up", "down"))
+        gate, up, down = (source.layers[1].stored(role, expert).double() for role in ("gate", "up", "down"))
         if balanced:
             ratio = (up.norm(dim=1, keepdim=True) / down.norm(dim=1, keepdim=True)).sqrt()
             up, down = up / ratio, down * ratio
@@ -192,7 +192,7 @@ class _Planted:
     """A block on disk seen in other coordinates."""
 
     def __init__(self, layer: MoELayer, symmetry: LayerSymmetry) -> None:
-        self.layer, self.values = layer, ActedLayer(layer, symmetry, layer.units).read
+        self.layer, self.values = layer, ActedLayer(layer, symmetry, layer.units).stored
         self.banks = {name: Bank(self, name) for name in layer.banks}
         self.shared = SharedExpert(self)
 
@@ -220,8 +220,8 @@ def test_best_keeps_the_order_that_leaves_less_and_reports_all_distances(saved: 
     for matching in found.values():
         acted = ActedLayer(layer_b, matching.symmetry, layer_b.units)
         pairs = [(r, e) for r in layer_a.expert_roles for e in range(layer_a.experts)]
-        after = sum(float((layer_a.read(r, e) - acted.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
-        before = sum(float((layer_a.read(r, e) - layer_b.read(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
+        after = sum(float((layer_a.stored(r, e) - acted.stored(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
+        before = sum(float((layer_a.stored(r, e) - layer_b.stored(r, e)).double().square().sum()) for r, e in pairs) ** 0.5
         assert after == pytest.approx(matching.first.distance_after_units, rel=1e-5)
         assert before == pytest.approx(matching.first.distance_before, rel=1e-5)
 

@@ -43,8 +43,8 @@ def test_both_layouts_are_one_view(saved: Callable[..., Path], family: str) -> N
     of_one, of_other = (layers(saved(family, layout)) for layout in tiny.LAYOUTS)
     for index, layer in of_one.items():
         for role, expert in expected_roles(layer):
-            assert torch.equal(layer.read(role, expert), of_other[index].read(role, expert)), (role, expert)
-        gate, down = layer.read("gate", 0), layer.read("down", 0)
+            assert torch.equal(layer.stored(role, expert), of_other[index].stored(role, expert)), (role, expert)
+        gate, down = layer.stored("gate", 0), layer.stored("down", 0)
         assert gate.shape == down.shape == (layer.sizes["unit"], layer.sizes["model"])
 
 
@@ -59,8 +59,8 @@ def test_an_inverse_restores_the_bytes(saved: Callable[..., Path], family: str, 
         back = ActedLayer(there, symmetry.inverse(), layer.units)
         moved = 0
         for role, expert in expected_roles(layer):
-            assert torch.equal(back.read(role, expert), layer.read(role, expert))
-            moved += not torch.equal(there.read(role, expert), layer.read(role, expert))
+            assert torch.equal(back.stored(role, expert), layer.stored(role, expert))
+            moved += not torch.equal(there.stored(role, expert), layer.stored(role, expert))
         assert moved > len(layer.expert_roles)  # the control: it did go somewhere
 
 

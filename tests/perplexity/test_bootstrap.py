@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from hf_moe_lmc.perplexity import curve
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, half_width
@@ -29,32 +31,99 @@ def simulated(
 
 def test_the_bootstrap_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     owners, tokens, losses, _ = simulated(np.random.default_rng(3), 12)
-    drawn = Bootstrap(owners, tokens, replicates=50, seed=7)
+    bootstrap = Bootstrap(owners, tokens, replicates=50, seed=7)
     generator = np.random.default_rng(7)
     expected = []
     for _ in range(50):  # literally: draw documents, put their windows together, divide by their tokens
         documents = generator.integers(0, 12, 12)
         windows = [i for document in documents for i in range(len(owners)) if owners[i] == document]
         expected.append([sum(point[i] for i in windows) / sum(tokens[i] for i in windows) for point in losses])
-    found = drawn.means(losses)
+    found = bootstrap.means(losses)
     assert np.allclose(found, expected, rtol=1e-12)
-    monkeypatch.setattr("hf_moe_lmc.perplexity.bootstrap.AT_ONCE", 40)  # in blocks of three
-    assert np.array_equal(drawn.means(losses), found)
+    monkeypatch.setattr("hf_moe_lmc.perplexity.bootstrap.BLOCK_ENTRIES", 40)  # in blocks of three
+    assert np.array_equal(bootstrap.means(losses), found)
     barriers = curve.barrier((0.0, 0.5, 1.0), found)
     literal = [max(0.0, m - (a + b) / 2) for a, m, b in expected]
-    assert drawn.interval(barriers) == pytest.approx(tuple(np.percentile(literal, [2.5, 97.5])))
-    assert drawn.describe()["unit"] == "document" and drawn.caveat is None
+    assert bootstrap.interval(barriers) == pytest.approx(tuple(np.percentile(literal, [2.5, 97.5])))
+    assert bootstrap.describe()["unit"] == "document" and bootstrap.caveat is None
 
 
 def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:
     generator, held, runs = np.random.default_rng(0), 0, 200
     for _ in range(runs):
         owners, tokens, naive, aligned = simulated(generator, 40)
-        drawn = Bootstrap(owners, tokens, replicates=400)
-        barriers = [curve.barrier((0.0, 0.5, 1.0), drawn.means(losses)) for losses in (naive, aligned)]
-        low, high = drawn.interval(barriers[0] - barriers[1]) or (0, 0)
+        bootstrap = Bootstrap(owners, tokens, replicates=400)
+        barriers = [curve.barrier((0.0, 0.5, 1.0), bootstrap.means(losses)) for losses in (naive, aligned)]
+        low, high = bootstrap.interval(barriers[0] - barriers[1]) or (0, 0)
         held += low <= 0.3 <= high
     assert 0.89 <= held / runs <= 0.985
+
+
+T = (0.0, 0.5, 1.0)
+STATISTICS: dict[
+    str, Callable[[np.ndarray, np.ndarray], np.ndarray]
+] = {  # losses [replicate, point] on two paths -> [replicate]
+    "mean loss": lambda naive, aligned: naive[:, 1],
+    "barrier": lambda naive, aligned: curve.barrier(T, naive),
+    "area": lambda naive, aligned: curve.area(T, aligned),
+    "difference of barriers": lambda naive, aligned: curve.barrier(T, naive) - curve.barrier(T, aligned),
+}
+
+
+def scipy_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    bootstrap: Bootstrap,
+    paths: Sequence[np.ndarray],
+    *,
+    by_token: bool = True,
+    paired: bool = True,
+) -> tuple[float, float]:
+    """What scipy.stats.bootstrap finds for a statistic of two paths.
+
+    Args:
+        by_token: weight means by token; otherwise each document counts alike, which is another statistic.
+        paired: all sums of a document stay together; otherwise losses and tokens of different documents are put together.
+    """
+    tokens = bootstrap.cluster_sums(np.array(bootstrap.tokens, dtype=float)[None])[0]
+    sums = np.concatenate([bootstrap.cluster_sums(losses) for losses in paths])  # [path and point, document]
+
+    def of_resamples(*samples: np.ndarray, axis: int) -> np.ndarray:
+        losses, sizes = np.stack(samples[:-1]), samples[-1]  # [path and point, ..., document], [..., document]
+        means = losses.sum(axis) / sizes.sum(axis) if by_token else (losses / sizes).mean(axis)
+        per_path = means.reshape(2, 3, -1).transpose(0, 2, 1)  # [path, replicate, point]
+        return statistic(*per_path).reshape(means.shape[1:])
+
+    found = scipy.stats.bootstrap(
+        (*sums, tokens), of_resamples, method="percentile", paired=paired, vectorized=True, axis=-1,
+        n_resamples=bootstrap.replicates, confidence_level=bootstrap.level, rng=np.random.default_rng(5),
+    )  # fmt: skip
+    return tuple(found.confidence_interval)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_intervals_are_those_of_scipy(name: str, level: float) -> None:
+    owners, tokens, naive, aligned = simulated(np.random.default_rng(4), 30)
+    # documents of unlike length, the long ones with higher losses: weights matter
+    longer = np.array(owners) % 5 == 0
+    sizes = np.array(tokens) * np.where(longer, 20, 1)
+    naive, aligned = (losses / np.array(tokens) * sizes * np.where(longer, 1.5, 1) for losses in (naive, aligned))
+    bootstrap = Bootstrap(owners, tuple(sizes.tolist()), replicates=20_000, level=level)
+    statistic = STATISTICS[name]
+    values = statistic(bootstrap.means(naive), bootstrap.means(aligned))
+    ours = bootstrap.interval(values)
+    assert ours is not None
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    # four standard errors of a quantile's rank, as an error of the quantile; both intervals have it
+    rank_error = 4 * np.sqrt(tails * (1 - tails) / bootstrap.replicates)
+    error = np.sqrt(2) * (np.quantile(values, tails + rank_error) - np.quantile(values, tails - rank_error)) / 2
+
+    def agree(other: tuple[float, float]) -> bool:
+        return bool((np.abs(np.array(ours) - np.array(other)) < error).all())
+
+    assert agree(scipy_interval(statistic, bootstrap, (naive, aligned)))
+    assert not agree(scipy_interval(statistic, bootstrap, (naive, aligned), by_token=False))  # the controls
+    assert not agree(scipy_interval(statistic, bootstrap, (naive, aligned), paired=False))
 
 
 def test_pairing_makes_differences_surer_and_clusters_keep_them_honest() -> None:
@@ -87,8 +156,8 @@ def test_one_document_falls_back_to_its_windows_and_says_so() -> None:
 def test_a_loss_that_is_not_finite_spoils_its_own_point_only() -> None:
     owners, tokens, losses, _ = simulated(np.random.default_rng(2), 8)
     losses[1, 3] = np.inf
-    drawn = Bootstrap(owners, tokens, replicates=20)
-    means = drawn.means(losses)
+    bootstrap = Bootstrap(owners, tokens, replicates=20)
+    means = bootstrap.means(losses)
     assert np.isfinite(means[:, [0, 2]]).all() and np.isnan(means[:, 1]).all()
     barriers = curve.barrier((0.0, 0.5, 1.0), means)
-    assert np.isnan(barriers).all() and all(map(math.isnan, drawn.interval(barriers) or ()))
+    assert np.isnan(barriers).all() and all(map(math.isnan, bootstrap.interval(barriers) or ()))

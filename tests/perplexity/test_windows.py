@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe_lmc.errors import InputError
-from hf_moe_lmc.perplexity.text import DatasetText, TextFiles
-from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
+from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_windows, window_losses
 from tests import tiny
+
+
+@pytest.mark.parametrize(("name", "least"), [("context", 2), ("stride", 1), ("max_tokens", 1)])
+def test_options_of_windows_check_themselves(name: str, least: int) -> None:
+    for value in (least, 1000, None):
+        assert getattr(WindowOptions(**{name: value}), name) == value
+    for value in (least - 1, -5):
+        with pytest.raises(InputError, match=f"^{name.replace('_', '-')} {value}: expected at least {least}$"):
+            WindowOptions(**{name: value})
+    assert WindowOptions(**{name: 7}) == WindowOptions(**{name: 7}) != WindowOptions()
 
 
 def test_windows_are_consecutive_from_each_documents_start() -> None:
@@ -59,58 +67,6 @@ def test_losses_are_those_of_the_model_itself(saved: Callable[..., Path], text_f
         for found in losses.values():
             assert found[i].item() == pytest.approx(mean.item() * (len(row) - 1), rel=1e-5)
     assert losses[1].dtype == torch.float64
-
-
-def test_text_files_are_checked(tmp_path: Path) -> None:
-    good, empty, binary = (tmp_path / name for name in ("good", "empty", "binary"))
-    good.write_text("grüße", encoding="utf-8")
-    empty.write_text(" \n")
-    binary.write_bytes(b"\xff\xfe\x00")
-    assert list(TextFiles.of([good, good]).documents()) == ["grüße", "grüße"]
-    assert TextFiles.of([good]).describe()["files"][0]["name"] == "good"
-    for path, message in ((tmp_path / "none", "no such text file"), (empty, "empty"), (binary, "not UTF-8")):
-        with pytest.raises(InputError, match=message):
-            TextFiles.of([good, path])
-
-
-def test_each_row_of_a_dataset_is_a_document(tmp_path: Path) -> None:
-    rows = [{"text": "first", "n": 1}, {"text": " ", "n": 2}, {"text": "third", "n": 3}]
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    name = str(tmp_path)
-    assert list(DatasetText(name).documents()) == ["first", "third"]
-    with pytest.raises(InputError, match="found columns text, n"):
-        list(DatasetText(name, column="body").documents())
-    with pytest.raises(InputError, match="split nowhere"):
-        list(DatasetText(name, split="nowhere").documents())
-    assert list(DatasetText(name, split="test[2:]").documents()) == ["third"]
-    with pytest.raises(InputError, match="dataset"):
-        list(DatasetText(str(tmp_path / "none")).documents())
-    (tmp_path / "test.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
-    with pytest.raises(InputError, match="dataset"):
-        list(DatasetText(name).documents())
-
-
-def test_rows_of_tables_are_documents(tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    rows = [{"text": "eins", "n": 1}, {"text": "  ", "n": 2}, {"text": "zwei\nZeilen", "n": 3}]
-    lines, parquet, plain = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.txt"
-    lines.write_text("\n\n".join(json.dumps(row) for row in rows))
-    Dataset.from_list(rows).to_parquet(parquet)
-    plain.write_text("drei")
-    files = TextFiles.of([lines, parquet, plain])
-    assert list(files.documents()) == ["eins", "zwei\nZeilen", "eins", "zwei\nZeilen", "drei"]
-    assert files.describe()["column"] == "text" and "column" not in TextFiles.of([plain]).describe()
-    for path in (lines, parquet):
-        with pytest.raises(InputError, match="expected text in column 'n', found columns text, n"):
-            TextFiles.of([path], "n")
-    for content, message in (("[1]", "line 1: expected a JSON object, found list"), ("{", "line 1: not JSON"), ("\n", "empty")):
-        lines.write_text(content)
-        with pytest.raises(InputError, match=message):
-            TextFiles.of([lines])
-    parquet.write_bytes(b"no parquet")
-    with pytest.raises(InputError, match="not a parquet file"):
-        TextFiles.of([parquet])
 
 
 def recipe(model: PreTrainedModel, ids: torch.Tensor, max_length: int, stride: int) -> list[tuple[float, int, int]]:

@@ -127,7 +127,7 @@ def same_view(written: MoELayer, derived: MoELayer, cautious: bool) -> None:
         assert kinds[0] == kinds[1] or (cautious and derived.units[bank].allows(sign=True, scale=False)), bank
     for role in derived.roles:
         for expert in range(0, written.experts, 5) if role in written.expert_roles else [None]:
-            assert torch.equal(derived.read(role, expert), written.read(role, expert)), role
+            assert torch.equal(derived.stored(role, expert), written.stored(role, expert)), role
 
 
 def test_every_known_model_type_is_in_the_table() -> None:

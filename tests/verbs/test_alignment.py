@@ -49,8 +49,8 @@ class Forgetful:
     original: LayerSource
     forgotten: tuple[str, ...]
 
-    def read(self, role: str, expert: int | None = None) -> torch.Tensor:
-        return (self.original if role in self.forgotten else self.acted).read(role, expert)
+    def stored(self, role: str, expert: int | None = None) -> torch.Tensor:
+        return (self.original if role in self.forgotten else self.acted).stored(role, expert)
 
 
 @pytest.mark.parametrize(("family", "layout"), tiny.TABLE)
@@ -402,7 +402,7 @@ def test_experts_with_their_inputs_first_are_told_by_shape_or_refused(tmp_path: 
     for index, layer in one.layers.items():
         for role in layer.roles:
             for expert in range(layer.experts) if role in layer.expert_roles else [None]:
-                assert torch.equal(layer.read(role, expert), other.layers[index].read(role, expert))
+                assert torch.equal(layer.stored(role, expert), other.layers[index].stored(role, expert))
     before = reloaded(build(shrink(zoo.original("qwen3_vl_moe"))), tmp_path / "hub")
     apply(random_symmetry(other), tmp_path / "hub", tmp_path / "moved")
     assert tiny.relative_difference(reloaded(build(shrink(zoo.original("qwen3_vl_moe"))), tmp_path / "moved"), before) < 1e-5

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,41 +13,42 @@ import torch
 from safetensors.torch import save_file
 
 from hf_moe_lmc import align, apply, merge
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.matching import alignment
-from hf_moe_lmc.symmetry.group import LayerSymmetry
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.writing import output, shard_file
-from hf_moe_lmc.writing.pipeline import Awaited, Stopped
+from hf_moe_lmc.writing.pipeline import pending
 from tests import tiny
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 PATIENCE = 30  # seconds until what should happen has not
 
 
-def test_who_asks_early_waits_and_who_asks_in_vain_is_told() -> None:
-    elements, element = Awaited([3, 1]), LayerSymmetry.identity(2, 4)
-    assert list(elements) == [1, 3] and 2 not in elements and 3 in elements
+@pytest.fixture
+def model(saved: Callable[..., Path]) -> MoEModel:
+    return read_model(Checkpoint.open(saved("mixtral")))
+
+
+def test_a_layer_is_read_when_its_element_has_come_and_fails_when_it_will_not(model: MoEModel) -> None:
+    elements = pending(model.layers)
+    symmetry = model.random(torch.Generator().manual_seed(0))
+    layers, expected = model.acted(elements), model.acted(symmetry.layers)
+    with ThreadPoolExecutor(2) as pool:
+        reads = {index: pool.submit(layers[index].stored, "up", 0) for index in (0, 1)}
+        time.sleep(0.05)
+        assert not any(read.done() for read in reads.values())
+        elements[0].set_result(symmetry.layers[0])
+        assert torch.equal(reads[0].result(PATIENCE), expected[0].stored("up", 0))
+        time.sleep(0.05)
+        assert not reads[1].done()  # the control: it waits for its own element
+        elements[1].cancel()
+        with pytest.raises(CancelledError):
+            reads[1].result(PATIENCE)
+    assert torch.equal(layers[0].stored("down", 3), expected[0].stored("down", 3))
     with pytest.raises(KeyError):
-        elements[2]
-    found: list[object] = []
-
-    def ask(layer: int) -> None:
-        try:
-            found.append(elements[layer])
-        except Stopped:
-            found.append(layer)
-
-    asking = [threading.Thread(target=ask, args=(layer,)) for layer in (1, 3)]
-    for thread in asking:
-        thread.start()
-    time.sleep(0.05)
-    assert found == []
-    elements.tell(1, element)
-    asking[0].join(PATIENCE)
-    assert found == [element]
-    elements.stop()
-    asking[1].join(PATIENCE)
-    assert found == [element, 3] and elements[1] is element
+        model.acted({0: symmetry.layers[0]})
 
 
 def in_two_shards(folder: Path) -> Path:

@@ -21,10 +21,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import dequantise
+from hf_moe_lmc.checkpoints.quantization import dequantize
 from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.quantised import check_scales
+from hf_moe_lmc.moe.quantized import check_scales
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.miniature import build, outputs, shrink
 from hf_moe_lmc.symmetry.banks import FIRST
@@ -100,7 +100,7 @@ def halves(name: str, weight: Tensor) -> Parts:
 
 def per_tensor(name: str, weight: Tensor) -> Parts:
     values, scales = float8(weight, None)
-    activation = torch.rand(())  # not used when transformers dequantises
+    activation = torch.rand(())  # not used when transformers dequantizes
     stem = name.removesuffix(".weight")
     return {name: values, f"{name}_scale_inv": scales.view(()), f"{stem}.activation_scale": activation}
 
@@ -155,7 +155,7 @@ class Layout:
         sizes: changes of the miniature's configuration.
         outside: ending of the names outside the MoE blocks that are quantised as well.
         hub: layout on the Hub, or as in memory.
-        loads: transformers dequantises it rightly without a GPU.
+        loads: transformers dequantizes it rightly without a GPU.
     """
 
     family: str
@@ -215,7 +215,7 @@ def save(layout: Layout, folder: Path, seed: int = 0) -> Path:
 
 
 def plain(layout: Layout, folder: Path, output: Path) -> Path:
-    """The checkpoint dequantised by hand, for what transformers cannot read without a GPU."""
+    """The checkpoint dequantized by hand, for what transformers cannot read without a GPU."""
     content, result = tiny.tensors(folder), {}
 
     def value(name: str, weight: Tensor, scales: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def computed(layout: Layout, folder: Path) -> Tensor:
-    """What transformers computes with a checkpoint that it dequantises by itself, or that was dequantised by hand."""
+    """What transformers computes with a checkpoint that it dequantizes by itself, or that was dequantized by hand."""
     if layout.loads:
         return outputs(load(folder))
     return outputs(load(plain(layout, folder, folder.with_name(f"{folder.name}-plain"))))
@@ -352,10 +352,10 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
         load(folder).save_pretrained(tmp_path / "plain", save_original_format=False)
     else:
         plain(layout, folder, tmp_path / "plain")
-    dequantised = read(tmp_path / "plain")
-    assert dequantised.quantisation is None and model.quantisation is not None
+    dequantized = read(tmp_path / "plain")
+    assert dequantized.quantization is None and model.quantization is not None
     count = 0
-    for index, layer in dequantised.layers.items():
+    for index, layer in dequantized.layers.items():
         quantised_layer = model.layers[index]
         pairs = [(bank, quantised_layer.banks[name], range(bank.experts)) for name, bank in layer.banks.items()]
         for bank, other, _ in pairs:
@@ -365,7 +365,7 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
             assert set(experts.roles) <= set(other.roles)
             for role in [role for role in ("gate", "up", "down") if role in experts.roles]:
                 for expert in numbers:
-                    assert torch.equal(experts.read(role, expert).float(), other.read(role, expert)), (index, role, expert)
+                    assert torch.equal(experts.values(role, expert).float(), other.values(role, expert)), (index, role, expert)
                     count += 1
     assert count >= 12 * 3 * 2
     # orders found on one are good for the other
@@ -447,7 +447,7 @@ def test_the_way_out_leads_out(quantised: Callable[[str], Path], tmp_path: Path,
     model = load(folder, dtype="bfloat16", quantization_config=quantization(dequantize=True))
     model.save_pretrained(tmp_path / "way", save_original_format=False)
     way = read(tmp_path / "way")
-    assert way.quantisation is None
+    assert way.quantization is None
     exact = load(folder)
     state = exact.state_dict()
     for key, tensor in tiny.tensors(tmp_path / "way").items():
@@ -475,14 +475,14 @@ def test_what_transformers_gets_wrong(quantised: Callable[[str], Path], tmp_path
 def test_the_way_out_needs_the_layout_of_memory_before_transformers_5_24(
     quantised: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Whose later releases save a dequantised model in the layout of the Hub as well."""
+    """Whose later releases save a dequantized model in the layout of the Hub as well."""
     model = load(quantised("mixtral"))
     if Version(transformers.__version__) < Version("5.24"):
         with pytest.raises(ValueError, match="Undefined Operation"):
             model.save_pretrained(tmp_path / "again")
     else:
         model.save_pretrained(tmp_path / "again")
-        assert read(tmp_path / "again").quantisation is None
+        assert read(tmp_path / "again").quantization is None
         assert torch.equal(outputs(load(tmp_path / "again")), outputs(model))
 
 
@@ -496,19 +496,19 @@ def test_the_values_agree_with_transformers_own_functions() -> None:
             forms = [scales, *([scales.to(torch.float8_e8m0fnu), (scales.log2() + 127).to(torch.uint8)] if powers else [])]
             for form in forms:
                 expected = own._dequantize_one(values, form, torch.float32)
-                assert torch.equal(dequantise(values, form, block), expected)
+                assert torch.equal(dequantize(values, form, block), expected)
     packed, exponents = float4(weight)
     expected = own._dequantize_one(packed.view(torch.int8), exponents, torch.float32)
-    assert torch.equal(dequantise(packed.view(torch.int8), exponents.view(torch.float8_e8m0fnu), (1, 32)), expected)
+    assert torch.equal(dequantize(packed.view(torch.int8), exponents.view(torch.float8_e8m0fnu), (1, 32)), expected)
     blocks = packed.unflatten(-1, (-1, 16))
     stacked = convert_moe_packed_tensors(blocks[None], exponents[None], dtype=torch.float32)
-    assert torch.equal(dequantise(blocks, exponents, (1, 32)), stacked[0].T)
+    assert torch.equal(dequantize(blocks, exponents, (1, 32)), stacked[0].T)
     assert torch.equal(stacked[0].T, expected) and (expected - weight).abs().max() < 1
     # every code, and scales at both ends
     codes = torch.arange(256, dtype=torch.uint8).view(8, 2, 16)
     ends = torch.tensor([[0, 254]] * 8, dtype=torch.uint8)
     expected = convert_moe_packed_tensors(codes[None], ends[None], dtype=torch.float32)[0].T
-    assert torch.equal(dequantise(codes, ends, (1, 32)), expected)
+    assert torch.equal(dequantize(codes, ends, (1, 32)), expected)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -536,7 +536,7 @@ def test_whatever_would_need_new_scales_is_refused_with_a_way_out(
     (tmp_path / "text").write_text("text")
     with pytest.raises(CheckpointError, match=r"cannot be interpolated; align and apply can.*dequantize=True"):
         barrier(folder, folder, tmp_path / "out", text=tmp_path / "text")
-    with pytest.raises(MismatchError, match=r"quantisation: A has .*B has None"):
+    with pytest.raises(MismatchError, match=r"quantization: A has .*B has None"):
         align(folder, tmp_path / "plain", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -691,7 +691,7 @@ def test_quantised_weights_that_are_not_declared_are_refused(
 ) -> None:
     folder = shutil.copytree(quantised(name), tmp_path / "undeclared")
     tiny.edit_config(folder, quantization_config=None)
-    with pytest.raises(FamilyError, match=r"declares no quantisation, but these are quantised:\n.*\n(.*\n)*Restore"):
+    with pytest.raises(FamilyError, match=r"declares no quantization, but these are quantised:\n.*\n(.*\n)*Restore"):
         read(folder)
 
 
@@ -708,12 +708,12 @@ def test_a_declaration_without_quantised_weights_is_refused(
 def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: Callable[[str], Path]) -> None:
     with Checkpoint.open(quantised("qwen3_moe")) as checkpoint:
         name = "model.layers.0.self_attn.o_proj.weight"
-        check_scales(checkpoint, checkpoint.quantisation, list(checkpoint.tensors))
-        with pytest.raises(FamilyError, match=rf"declares no quantisation.*\n  {name}\n"):
+        check_scales(checkpoint, checkpoint.quantization, list(checkpoint.tensors))
+        with pytest.raises(FamilyError, match=rf"declares no quantization.*\n  {name}\n"):
             check_scales(checkpoint, None, [name])
         del checkpoint.tensors[f"{name}_scale_inv"]
         with pytest.raises(FamilyError, match=f"missing: {name}_scale_inv"):
-            check_scales(checkpoint, checkpoint.quantisation, [name])
+            check_scales(checkpoint, checkpoint.quantization, [name])
 
 
 @pytest.mark.parametrize(
