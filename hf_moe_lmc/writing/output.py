@@ -20,15 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    INDEX,
-    Checkpoint,
-    Shard,
-    first_not_finite,
-    is_finite,
-    place,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, first_not_finite, is_finite, place
 from hf_moe_lmc.checkpoints.configuration import without_foreign_switches
+from hf_moe_lmc.checkpoints.contents import INDEX
+from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team

@@ -10,11 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    Checkpoint,
-    Shard,
-    TensorInfo,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
 from hf_moe_lmc.writing.spans import Span
 from hf_moe_lmc.writing.workplace import (
     UNFINISHED,

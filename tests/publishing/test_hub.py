@@ -20,7 +20,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from hf_moe_lmc.checkpoints.checkpoint import INDEX
+from hf_moe_lmc.checkpoints.contents import INDEX
 from tests import tiny
 from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
 
