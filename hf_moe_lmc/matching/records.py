@@ -10,7 +10,7 @@ from typing import Any
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.matching.blocks import Matching
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.workplace import ENDING, Kept
+from hf_moe_lmc.writing.results import ENDING, Kept
 
 
 def write_matching(kept: Kept, index: int, matching: Matching) -> None:
