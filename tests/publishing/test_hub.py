@@ -333,14 +333,14 @@ def test_push_is_refused_without_a_good_token(
 
 @pytest.mark.parametrize(
     ("missing", "complaint"),
-    [("README.md", "the card"), ("config.json", "the configuration"), ("model.safetensors", "no weights")],
+    [("README.md", "the card"), ("config.json", "is missing"), ("model.safetensors", "expected model.safetensors")],
 )
-def test_push_refuses_an_unfinished_folder_before_any_request(
+def test_push_refuses_an_incomplete_folder_before_any_request(
     hub: HubServer, run: Callable[..., Outcome], finished: Path, tmp_path: Path, missing: str, complaint: str
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "folder"))
     (folder / missing).unlink()
-    run("push", folder, "tester/new").expect(2, str(folder), complaint)
+    run("push", folder, "tester/new").expect(2, str(folder), missing, complaint)
     run("push", folder / "nowhere", "tester/new").expect(2, "no such folder")
     assert not hub.log
 
