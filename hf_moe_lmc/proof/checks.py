@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -34,7 +33,7 @@ from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.output import writing
 from hf_moe_lmc.writing.spans import Copied
-from hf_moe_lmc.writing.streams import ModelStream, rewritten
+from hf_moe_lmc.writing.streams import ModelStream, rewritten, whole
 from hf_moe_lmc.writing.workplace import at_work
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
@@ -139,26 +138,28 @@ def _checks(family: MoEFamily, built: PreTrainedModel, folder: Path, seed: int) 
             written = write(rewritten(model, g.layers), folder / f"moved-{original}")
             check_accounting(model, written)
             yield Check(f"everything at once, {layout}", difference(reloaded(built, written), expected), control=False)
-    run = Rerun(model, built, expected, folder)
+    run = Rerun(model, built, expected)
     for name, part in parts(model, g).items():
         yield Check(name, run(model.acted(part.layers)), control=False)
     yield from _controls(model, g, run, generator)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rerun:
-    """Writes a model with other layers, in the layout of memory, and compares its outputs."""
+    """Gives a model other layers, read in the layout of memory, and compares its outputs.
+
+    Attributes:
+        model: what `built` was saved as.
+        expected: outputs of `built` as it was.
+    """
 
     model: MoEModel
     built: PreTrainedModel
     expected: Tensor
-    folder: Path
-    count: int = 0
 
     def __call__(self, layers: Mapping[int, LayerSource]) -> float:
-        self.count += 1
-        written = write(ModelStream(self.model, layers, Copied(self.model.checkpoint)), self.folder / f"run-{self.count}")
-        tensors = load_file(written / "model.safetensors")
+        stream = ModelStream(self.model, layers, Copied(self.model.checkpoint))
+        tensors = {name: whole(stream, name) for name in self.model.layer_of}
         unknown = self.built.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
             raise FamilyError(f"{self.model.family.name}: transformers does not know {unknown[0]}")

@@ -162,7 +162,7 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
     model.save_pretrained(source, save_original_format=False)
     with ExitStack() as stack:
         opened = read_model(stack.enter_context(Checkpoint.open(source)), family)
-        run = Rerun(opened, model, outputs(model), folder)
+        run = Rerun(opened, model, outputs(model))
         generator = torch.Generator().manual_seed(0)
 
         def holds(part: str, kind: UnitKind) -> bool:
