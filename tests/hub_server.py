@@ -186,8 +186,8 @@ class HubServer:
             raise Refused(401, NOT_LOGGED_IN)
 
     def readable(self, call: _Call, id: str) -> Repository:
-        repository = self.repositories.get(id)
-        if repository is None or not (self._knows(call) or not repository.private):
+        known, repository = self._knows(call), self.repositories.get(id)
+        if repository is None or (repository.private and not known):
             raise Refused(404, "Repository not found", "RepoNotFound")
         return repository
 

@@ -12,7 +12,7 @@ from hf_moe_lmc.checkpoints.source import _hub_errors, _one_line
 from hf_moe_lmc.errors import HubError, InputError
 from hf_moe_lmc.publishing.card import card_without_weights
 from hf_moe_lmc.publishing.finished import CARD, REPORT_TEXT, Finished, finished
-from hf_moe_lmc.publishing.target import Target, check_remains, refuse_weights, replaces_card
+from hf_moe_lmc.publishing.target import Target, check_paths, check_remains, refuse_weights, replaces_card
 
 CHANGED_MEANWHILE = (409, 412)
 
@@ -148,6 +148,7 @@ def _deletions(target: Target, folder: Finished, *, overwrite: bool) -> list[Com
     A branch that is made now takes nothing from anybody: what it begins with stays where it comes from.
     """
     if folder.kind != "checkpoint":
+        check_paths(folder)
         return []
     held = target.weights()
     if held and not overwrite and not target.is_new and not target.holds(folder, held):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.repocard import metadata_load
 
 from hf_moe_lmc.checkpoints.side_files import speaks
-from hf_moe_lmc.checkpoints.untrusted import parse_json
+from hf_moe_lmc.checkpoints.untrusted import parse_json, read_json_object
 from hf_moe_lmc.errors import HubError, InputError, shown
 from hf_moe_lmc.publishing.card import PROJECT
-from hf_moe_lmc.publishing.finished import CARD, Finished
+from hf_moe_lmc.publishing.finished import CARD, REPORT, Finished
 from hf_moe_lmc.publishing.weights import other_layouts, weight_files
 from hf_moe_lmc.runtime.notices import warn
 
@@ -107,6 +108,17 @@ def check_remains(target: Target, folder: Finished) -> None:
         warn(f"{target.name}: keeps {named(layouts)}, which may hold other weights than those that were pushed")
     if speaking := sorted(file for file in kept if speaks(file)):
         warn(f"{target.name}: keeps {named(speaking)}, which transformers reads and this checkpoint does not have")
+
+
+def check_paths(folder: Finished) -> None:
+    """Warns of paths of this machine in a report, which names local models as they were given."""
+    if REPORT not in folder.files:
+        return
+    report = read_json_object(folder.path(REPORT), str(folder.path(REPORT)), constants=True)
+    models = [model for model in (report.get("a"), report.get("b")) if isinstance(model, dict) and "commit" not in model]
+    paths = [str(model.get("source")) for model in models if os.sep in str(model.get("source"))]
+    if paths:
+        warn(f"{folder.path(REPORT)}: names folders of this machine ({named(paths)}), which are published with it")
 
 
 def replaces_card(target: Target, folder: Finished, *, overwrite: bool) -> bool:
