@@ -128,7 +128,7 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
     _dry_run(verb)
-    _publishing(verb)
+    _publishing(verb, "publish the folder; what is there stays")
 
 
 def _merge(verb: argparse.ArgumentParser) -> None:
@@ -249,8 +249,8 @@ def _dry_run(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _publishing(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--push-to-hub", metavar="REPO_ID", help="publish the result; a repository that holds weights is refused, see push"
-    )
+def _publishing(
+    verb: argparse.ArgumentParser, what: str = "publish the result; a repository that holds weights is refused, see push"
+) -> None:
+    verb.add_argument("--push-to-hub", metavar="REPO_ID", help=what)
     verb.add_argument("--private", action="store_true", help="publish it privately")

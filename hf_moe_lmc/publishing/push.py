@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -36,7 +36,6 @@ def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool)
         InputError: they are.
         HubError: the Hub cannot be asked, or nobody is logged in.
     """
-    _check_online(repo_id)
     if get_token() is None:
         raise HubError(f"{repo_id}: nothing can be published without a token of the Hub; log in first (hf auth login)")
     api = HfApi()
@@ -108,7 +107,6 @@ def push(
     """
     check_publishable(repo_id)
     whole = finished(folder)
-    _check_online(repo_id)
     api = HfApi(token=token)
     with _hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -135,11 +133,6 @@ def push(
                 ) from error
             raise
     return commit.pr_url or commit.commit_url
-
-
-def _check_online(repo_id: str) -> None:
-    if is_offline_mode():
-        raise HubError(f"{repo_id}: cannot be published in offline mode; unset HF_HUB_OFFLINE")
 
 
 def _deletions(target: Target, folder: Finished, *, overwrite: bool) -> list[CommitOperationDelete]:
