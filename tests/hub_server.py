@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import RLock, Thread
@@ -58,10 +58,11 @@ class Repository:
     private: bool = False
     gated: bool = False
 
-    def commit(self, ref: str, files: Mapping[str, bytes], message: str) -> Commit:
-        """Adds a commit that puts `files` over those of the one before."""
+    def commit(self, ref: str, files: Mapping[str, bytes], message: str, deleted: Collection[str] = ()) -> Commit:
+        """Adds a commit that puts `files` over those of the one before, without the deleted ones."""
         history = self.refs.setdefault(ref, [])
-        tree = {**(history[-1].files if history else {}), **files}
+        before = history[-1].files if history else {}
+        tree = {**{path: content for path, content in before.items() if path not in deleted}, **files}
         digest = hashlib.sha1(f"{ref} {len(history)} {message}".encode())
         for path in sorted(tree):
             digest.update(f"\n{_oid(path, tree[path])} {path}".encode())
@@ -117,6 +118,7 @@ class HubServer:
         self.token: str | None = None
         self.log: list[Request] = []
         self._failures: list[Failure] = []
+        self._interventions: list[tuple[str, Callable[[], object]]] = []
         self.lock = RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -146,6 +148,11 @@ class HubServer:
         with self.lock:
             self._failures.append(Failure(status, times, method, path))
 
+    def meanwhile(self, path: str, action: Callable[[], object]) -> None:
+        """Does something once, just before the next request whose path matches is answered: somebody else was faster."""
+        with self.lock:
+            self._interventions.append((path, action))
+
     def forget(self) -> None:
         """Back to the state after the start."""
         with self.lock:
@@ -153,6 +160,7 @@ class HubServer:
             self.objects.clear()
             self.log.clear()
             self._failures.clear()
+            self._interventions.clear()
             self.token = None
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -163,6 +171,9 @@ class HubServer:
         ):
             failure.times -= 1
             raise Refused(failure.status, "injected failure")
+        for due in [one for one in self._interventions if re.search(one[0], path)]:
+            self._interventions.remove(due)
+            due[1]()
         for verb, pattern, action in ROUTES:
             if (match := pattern.fullmatch(path)) and verb == method:
                 parts = {name: unquote(part) for name, part in match.groupdict().items() if part is not None}
@@ -175,8 +186,8 @@ class HubServer:
             raise Refused(401, NOT_LOGGED_IN)
 
     def readable(self, call: _Call, id: str) -> Repository:
-        repository = self.repositories.get(id)
-        if repository is None or not (self._knows(call) or not repository.private):
+        known, repository = self._knows(call), self.repositories.get(id)
+        if repository is None or (repository.private and not known):
             raise Refused(404, "Repository not found", "RepoNotFound")
         return repository
 
@@ -248,6 +259,11 @@ def _create_repository(hub: HubServer, call: _Call) -> Answer:
         return _json({"error": "You already created this model repo", **url}, 409)
     hub.repositories[repo_id] = _new_repository(private=wanted.get("visibility") == "private")
     return _json(url)
+
+
+def _whoami(hub: HubServer, call: _Call) -> Answer:
+    hub.identified(call)
+    return _json({"type": "user", "name": USER, "orgs": []})
 
 
 def _validate_yaml(hub: HubServer, call: _Call) -> Answer:
@@ -333,11 +349,20 @@ def _lfs_verify(hub: HubServer, call: _Call, oid: str) -> Answer:
 def _commit(hub: HubServer, call: _Call, id: str, revision: str) -> Answer:
     repository = hub.writable(call, id)
     base = hub.revision(call, id, revision)
-    files, message = {}, ""
+    files, message, deleted = {}, "", set()
     for line in call.body.splitlines():
         key, value = (item := json.loads(line))["key"], item["value"]
         if key == "header":
             message = value["summary"]
+            if parent := value.get("parentCommit"):
+                if call.opens_pull_request:  # it starts there, wherever the branch is by now
+                    base = hub.revision(call, id, parent)
+                elif base.oid != parent:
+                    raise Refused(412, "A commit has happened since. Please refresh and try again.")
+        elif key == "deletedFile":
+            if value["path"] not in base.files:
+                raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+            deleted.add(value["path"])
         elif key == "file":
             files[value["path"]] = base64.b64decode(value["content"])
         elif key == "lfsFile" and value["oid"] in hub.objects:
@@ -350,7 +375,7 @@ def _commit(hub: HubServer, call: _Call, id: str, revision: str) -> Answer:
         revision = f"refs/pr/{number}"
         repository.refs[revision] = [base]
         answer["pullRequestUrl"] = f"{hub.endpoint}/{id}/discussions/{number}"
-    commit = repository.commit(revision, files, message)
+    commit = repository.commit(revision, files, message, deleted)
     return _json({**answer, "commitOid": commit.oid, "commitUrl": f"{hub.endpoint}/{id}/commit/{commit.oid}"})
 
 
@@ -368,6 +393,7 @@ _REVISION = "(?P<revision>[^/]+)"  # slashes in it come quoted
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = [
     (method, re.compile(pattern), action)
     for method, pattern, action in (
+        ("GET", "/api/whoami-v2", _whoami),
         ("POST", "/api/repos/create", _create_repository),
         ("POST", "/api/validate-yaml", _validate_yaml),
         ("GET", f"/api/models/{_ID}/revision/{_REVISION}", _model_info),

@@ -89,6 +89,9 @@ class StandIn:
     def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(repo_id=repo_id)
 
+    def model_info(self, repo_id: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(sha="0" * 40, siblings=[])
+
     def create_branch(self, repo_id: str, **_: object) -> None: ...
 
     def create_commit(self, repo_id: str, operations: list[Any], **options: object) -> SimpleNamespace:
@@ -127,6 +130,7 @@ def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     registered: list[MoEFamily] = []
     monkeypatch.setattr("hf_moe_lmc.moe.registry.register", registered.append)
     monkeypatch.setattr("hf_moe_lmc.publishing.push.HfApi", StandIn)
+    monkeypatch.setenv("HF_TOKEN", "of a reader")
     monkeypatch.setattr(StandIn, "commits", [], raising=False)
 
     def save(_: object, path: Path) -> None:  # drawing takes as long as all the rest

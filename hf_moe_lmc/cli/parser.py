@@ -128,6 +128,7 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
     _dry_run(verb)
+    _publishing(verb, "publish the folder; what is there stays")
 
 
 def _merge(verb: argparse.ArgumentParser) -> None:
@@ -155,6 +156,12 @@ def _push(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--revision", metavar="BRANCH")
     verb.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     verb.add_argument("--commit-message", metavar="TEXT")
+    verb.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the weights that the repository holds; those which transformers could take instead go in the same commit",
+    )
+    verb.add_argument("--overwrite-card", action="store_true", help="replace its README.md, whoever wrote it")
 
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
@@ -225,7 +232,9 @@ def _resuming(verb: argparse.ArgumentParser) -> None:
         help="continue from what a stopped call with the same inputs and options had done (the default), or start afresh",
     )
     verb.add_argument(
-        "--overwrite", action="store_true", help="replace what this package wrote there before, once the new output is whole"
+        "--overwrite",
+        action="store_true",
+        help="replace what this package wrote in that folder before, once the new output is whole",
     )
 
 
@@ -240,6 +249,8 @@ def _dry_run(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _publishing(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--push-to-hub", metavar="REPO_ID", help="publish the result")
+def _publishing(
+    verb: argparse.ArgumentParser, what: str = "publish the result; a repository that holds weights is refused, see push"
+) -> None:
+    verb.add_argument("--push-to-hub", metavar="REPO_ID", help=what)
     verb.add_argument("--private", action="store_true", help="publish it privately")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import yaml
 from huggingface_hub import ModelCardData, RepoCard
@@ -12,6 +13,11 @@ from hf_moe_lmc.checkpoints.source import Repository
 
 PROJECT = "hf_moe_lmc"
 PAPER = "https://arxiv.org/abs/2509.11348"
+_ALONE = {
+    "report": "# A perplexity barrier\n\nMeasured with hf_moe_lmc; `report.json` holds the results.\n",
+    "symmetry": "# A symmetry\n\n`symmetry.safetensors` holds an order of experts and hidden units, with signs and scales. It "
+    "keeps the function of a model. Apply it with `hf-moe-lmc apply SYMMETRY B -o OUT`.\n",
+}
 
 
 def model_card(
@@ -64,6 +70,16 @@ def model_card(
             "add the licence before publishing.\n"
         )
     return "\n".join(parts)
+
+
+def card_without_weights(kind: Literal["report", "symmetry"], text: str | None) -> str:
+    """The card of a repository that holds a report or a symmetry, and no model.
+
+    Args:
+        text: what it says; None: what such a repository holds.
+    """
+    data = ModelCardData(tags=["moe", "mixture-of-experts", PROJECT, kind])
+    return f"---\n{data.to_yaml()}\n---\n\n{_ALONE[kind] if text is None else text}"
 
 
 def _statistics(totals: Mapping[str, float]) -> str:

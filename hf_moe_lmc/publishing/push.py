@@ -1,18 +1,20 @@
-"""Publishing: a finished folder goes to the Hub in one commit."""
+"""The way to the Hub: a finished folder in one commit, onto a repository that was looked at before."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_moe_lmc.checkpoints.contents import read_contents
-from hf_moe_lmc.checkpoints.source import Folder, hub_errors, one_line
-from hf_moe_lmc.errors import Faults, HubError, InputError
-from hf_moe_lmc.writing.location import unfinished_output
+from hf_moe_lmc.checkpoints.source import hub_errors, one_line
+from hf_moe_lmc.errors import HubError, InputError
+from hf_moe_lmc.publishing.card import card_without_weights
+from hf_moe_lmc.publishing.finished import CARD, REPORT_TEXT, Finished, finished
+from hf_moe_lmc.publishing.target import Target, check_paths, check_remains, refuse_weights, replaces_card
+
+CHANGED_MEANWHILE = (409, 412)
 
 
 def check_publishable(repo_id: str | None) -> None:
@@ -24,32 +26,44 @@ def check_publishable(repo_id: str | None) -> None:
             raise InputError(f"{repo_id}: not a Hub id to publish under ({one_line(error)})") from error
 
 
+def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool) -> None:
+    """Looks, before other work, at the repository that its output is to be published in.
+
+    Args:
+        weights: the output is a checkpoint, so that weights there are in its way.
+
+    Raises:
+        InputError: they are.
+        HubError: the Hub cannot be asked, or nobody is logged in.
+    """
+    if get_token() is None:
+        raise HubError(f"{repo_id}: nothing can be published without a token of the Hub; log in first (hf auth login)")
+    api = HfApi()
+    with hub_errors(repo_id, writing=True):
+        whole = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        try:
+            target = Target.look(api, whole, None, make_branch=False)
+        except RepositoryNotFoundError:  # it is going to be made
+            return
+        held = target.weights() if weights else []
+    if held:
+        refuse_weights(
+            target,
+            held,
+            "name another repository, or leave out --push-to-hub and publish the output afterwards with: "
+            f"hf-moe-lmc push {output} {repo_id} --overwrite",
+        )
+
+
 def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
-    """`push` at the end of other work. The message of a failure says that the work itself is done."""
+    """`push` at the end of other work: a failure says that the work itself is done."""
+    again = f"hf-moe-lmc push {output} {repo_id}{' --private' if private else ''}"
     try:
         push(output, repo_id, private=private)
     except HubError as error:
-        raise HubError(f"{error}\n{output} is finished; publish it with: hf-moe-lmc push {output} {repo_id}") from error
-
-
-def _finished_files(root: Path) -> list[str]:
-    """The files of a finished checkpoint folder; raises InputError where something is missing or damaged."""
-    if folder := unfinished_output(root):
-        raise InputError(
-            f"{root}: unfinished: the call that writes it still runs or was stopped ({folder} holds what is done of it); "
-            f"let it finish, or repeat it, before publishing. To publish {root} as it is, remove {folder} first"
-        )
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder to publish")
-    source = Folder(root)
-    files = [file for file in source.files() if not file.startswith(".")]
-    faults = Faults()
-    if "README.md" not in files:
-        faults.add(InputError(f"{root}: README.md (the card) is missing; publish a folder that align or merge finished"))
-    with faults.gather():
-        read_contents(source)
-    faults.check()
-    return files
+        raise HubError(f"{error}\n{output} is finished; publish it with: {again}") from error
+    except InputError as error:  # somebody put something there meanwhile
+        raise InputError(f"{error}\n{output} is finished; publish it with: {again}") from error
 
 
 def push(
@@ -60,22 +74,30 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    overwrite: bool = False,
+    overwrite_card: bool = False,
     token: str | None = None,
 ) -> str:
     """Publishes a finished folder, with its card, in one commit, so that no half of it is ever visible.
 
+    The repository is looked at first. Weights there are replaced only with `overwrite`, and a card of somebody else only with
+    `overwrite_card`. Adapters, GGUF files and whatever else is no part of a transformers checkpoint stay.
+
     Args:
-        folder: what `align` or `merge` wrote.
+        folder: what `align`, `apply`, `merge` or `barrier` wrote. A report or a symmetry gets a card where there is none.
         repo_id: OWNER/NAME; created where it does not exist.
-        revision: branch to commit to; created where it does not exist.
+        revision: branch to commit to; created from the main branch where it does not exist.
         create_pr: open a pull request instead of committing to the branch.
+        overwrite: weights that are there go in the same commit: those which this checkpoint replaces, and those which
+            `from_pretrained` could take instead of them.
+        overwrite_card: README.md is replaced, whoever wrote it.
 
     Returns:
         The address of the commit or pull request.
 
     Raises:
-        InputError: the folder is unfinished (a call still writes it, or was stopped), damaged, or has no card.
-        HubError: the Hub cannot be reached, or refused.
+        InputError: the folder is unfinished or has no card, or the repository holds weights.
+        HubError: the Hub cannot be reached, or refused; or the branch changed meanwhile.
 
     Example:
         >>> import hf_moe_lmc as lmc
@@ -84,18 +106,61 @@ def push(
         'https://huggingface.co/me/merged/commit/...'
     """
     check_publishable(repo_id)
-    root = Path(folder)
-    files = _finished_files(root)
+    whole = finished(folder)
     api = HfApi(token=token)
     with hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
-            api.create_branch(created.repo_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            created.repo_id,
-            [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(root / file)) for file in files],
-            commit_message=commit_message or "Upload a checkpoint aligned by hf_moe_lmc",
-            revision=revision,
-            create_pr=create_pr,
-        )
+        target = Target.look(api, created.repo_id, revision, make_branch=not create_pr)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        operations += _deletions(target, whole, overwrite=overwrite)
+        operations += _additions(target, whole, overwrite_card=overwrite_card)
+        if target.is_new:
+            api.create_branch(target.repo_id, branch=target.branch, revision=target.commit, exist_ok=True)
+        try:
+            commit = api.create_commit(
+                target.repo_id,
+                operations,
+                commit_message=commit_message or f"Upload a {whole.kind} made by hf_moe_lmc",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=target.commit,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code in CHANGED_MEANWHILE:
+                raise HubError(
+                    f"{target.name}: somebody changed it since it was looked at (commit {target.commit[:12]}), so that nothing "
+                    f"was published ({one_line(error)}); look at it, and push again"
+                ) from error
+            raise
     return commit.pr_url or commit.commit_url
+
+
+def _deletions(target: Target, folder: Finished, *, overwrite: bool) -> list[CommitOperationDelete]:
+    """What goes when a folder comes; InputError where that was not asked for.
+
+    A branch that is made now takes nothing from anybody: what it begins with stays where it comes from.
+    """
+    if folder.kind != "checkpoint":
+        check_paths(folder)
+        return []
+    held = target.weights()
+    if held and not overwrite and not target.is_new and not target.holds(folder, held):
+        refuse_weights(target, held, "replace them with --overwrite, or name another repository or --revision")
+    check_remains(target, folder)
+    return [CommitOperationDelete(path_in_repo=file, is_folder=False) for file in held if file not in folder.files]
+
+
+def _additions(target: Target, folder: Finished, *, overwrite_card: bool) -> list[CommitOperationAdd]:
+    files = [file for file in folder.files if file != CARD]
+    additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder.path(file))) for file in files]
+    if replaces_card(target, folder, overwrite=overwrite_card):
+        additions.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=_card(folder)))
+    return additions
+
+
+def _card(folder: Finished) -> str | bytes:
+    """The path or the content of README.md; a report is its own card."""
+    if CARD in folder.files or folder.kind == "checkpoint":
+        return str(folder.path(CARD))
+    text = folder.path(REPORT_TEXT).read_text(encoding="utf-8") if REPORT_TEXT in folder.files else None
+    return card_without_weights(folder.kind, text).encode()

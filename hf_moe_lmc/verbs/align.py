@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.matching.alignment import Alignment, align_models, matching_facts
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model import MoEModel
@@ -52,7 +51,8 @@ def align(
         units: hidden units `plain`, or `scaled` (the default), up to sign and scale.
         exact: match wide experts by all their costs in full too; without, sketches with a proof come first.
         symmetry_only: write no checkpoint.
-        push_to_hub: OWNER/NAME to publish the result under; private: as a private repository.
+        push_to_hub: OWNER/NAME to publish the result under, where it holds no weights yet; see `push`.
+        private: publish it as a private repository.
         resume: continue from the layers and shards of an earlier call with the same inputs and options that was stopped (the
             default). Until the output is whole they are kept in `.OUT.progress` beside it.
         overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
@@ -69,14 +69,19 @@ def align(
     """
     given = locals()
     method, options = filled(WeightMatching, given), filled(OutputOptions, given)
-    if symmetry_only and push_to_hub:
-        raise InputError("symmetry-only leaves no checkpoint to publish; leave out one of the two")
 
     def prepare(inputs: Inputs) -> Job[Alignment]:
         pair = inputs.pair(a, b, inside_only=True)
         return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite)
 
-    return Request(verb="align", output=output, inputs=(a, b), options=options, prepare=prepare)
+    return Request(
+        verb="align",
+        output=output,
+        inputs=(a, b),
+        options=options,
+        prepare=prepare,
+        writes_weights=not symmetry_only,
+    )
 
 
 plan_align = align.plan

@@ -63,6 +63,8 @@ def barrier(
     device: str | None = None,
     batch_size: int | None = None,
     activation_memory: int | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
     resume: bool | None = None,
     overwrite: bool | None = None,
 ) -> Request[BarrierReport]:
@@ -99,6 +101,9 @@ def barrier(
         batch_size: windows per forward pass, by default about 4096 tokens' worth.
         activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
             models are read. By default half of the memory that is free.
+        push_to_hub: OWNER/NAME to publish the folder under, with report.md as its card where there is none; weights that are
+            there do not matter.
+        private: publish it as a private repository.
         resume: continue from what an earlier call with the same inputs and options had done when it was stopped (the
             default): the layers that it had matched, and what had gone through the whole model.
         overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
@@ -142,7 +147,14 @@ def barrier(
         evaluator = Evaluator(pair.a, pair.b, windows, evaluation_options(model_class, asked.compute, context, masked))
         return _Barrier(evaluator, asked, spans, pair, file)
 
-    return Request(verb="barrier", output=output, inputs=(a, b), options=filled(OutputOptions, given), prepare=prepare)
+    return Request(
+        verb="barrier",
+        output=output,
+        inputs=(a, b),
+        options=filled(OutputOptions, given),
+        prepare=prepare,
+        writes_weights=False,
+    )
 
 
 plan_barrier = barrier.plan

@@ -58,6 +58,11 @@ class Inputs:
         self._overwrite = overwrite
         self._faults = Faults()
 
+    def check_first(self, check: Callable[[], object]) -> None:
+        """A check of something else; what is wrong there is reported with the rest."""
+        with self._faults.gather():
+            check()
+
     def pair(
         self,
         a: Model,

@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from hf_moe_lmc.publishing.push import publish
+from hf_moe_lmc.publishing.push import check_target, publish
 from hf_moe_lmc.runtime.processes import team, together
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.options import OutputOptions
@@ -50,6 +50,7 @@ class Request(Generic[R]):
         output: a new or empty folder.
         inputs: models as the user named them.
         prepare: opens and checks the inputs; what it raises is whatever is wrong, in one list.
+        writes_weights: the output is a checkpoint; it is published only where no other weights are.
     """
 
     verb: str
@@ -57,6 +58,7 @@ class Request(Generic[R]):
     inputs: tuple[str | os.PathLike[str], ...]
     options: OutputOptions
     prepare: Callable[[Inputs], Job[R]]
+    writes_weights: bool = True
 
     def run(self) -> R:
         """Checks, fetches, computes, writes, publishes."""
@@ -76,7 +78,11 @@ class Request(Generic[R]):
             return planned(self.verb, Path(self.output), self._checked(stack).work)
 
     def _checked(self, stack: ExitStack) -> Job[R]:
-        return self.prepare(Inputs(stack, self.output, overwrite=self.options.overwrite))
+        inputs = Inputs(stack, self.output, overwrite=self.options.overwrite)
+        repo_id = self.options.push_to_hub
+        if repo_id and team().is_main:
+            inputs.check_first(lambda: check_target(repo_id, self.output, weights=self.writes_weights))
+        return self.prepare(inputs)
 
 
 class Verb(Protocol[P, R_co]):

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,60 +20,10 @@ from safetensors import safe_open
 
 from hf_moe_lmc.checkpoints.contents import INDEX
 from tests import tiny
-from tests.conftest import TOKEN
-from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
-from tests.interpreter import COMMAND_LINE, Interpreter, Ran
+from tests.hub_server import Commit, HubServer, Request
+from tests.interpreter import Ran
+from tests.publishing.conftest import PROBE, contents, history
 from tests.schemas import check_alignment
-
-PROBE = 100_001  # bytes of a shard that the client asks for to read its header
-
-
-@pytest.fixture
-def hub(server: HubServer) -> HubServer:
-    """Empty, and open to those who have the token."""
-    server.forget()
-    server.token = TOKEN
-    return server
-
-
-@pytest.fixture
-def run(interpreter: Interpreter) -> Callable[..., Ran]:
-    """(arguments, more environment) -> what the command line did."""
-    return partial(interpreter.run, COMMAND_LINE)
-
-
-@pytest.fixture
-def program(environment: dict[str, str], tmp_path: Path) -> Callable[..., Ran]:
-    """(arguments, more environment) -> what `python -m hf_moe_lmc` did in an interpreter of its own."""
-
-    def call(*arguments: object, **more: str) -> Ran:
-        command = [sys.executable, "-m", "hf_moe_lmc", *map(str, arguments)]
-        ran = subprocess.run(command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True, check=False)
-        return Ran((ran.returncode,), ran.stdout, ran.stderr)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def model(saved: Callable[..., Path]) -> Path:
-    """A checkpoint whose only shard is longer than what the client reads to find its header."""
-    folder = saved("mixtral")
-    assert (folder / "model.safetensors").stat().st_size > PROBE
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that could be published. Read only: copy before changing it."""
-    folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("finished") / "folder"))
-    (folder / "README.md").write_text("---\ntags:\n- moe\n---\n# A model\n")
-    (folder / "alignment").mkdir()
-    shutil.copyfile(folder / "config.json", folder / "alignment" / "notes.json")
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def of_shards(hub: HubServer) -> list[Request]:
@@ -89,12 +36,6 @@ def only_header_was_read(hub: HubServer, commit: Commit) -> bool:
     asked = [request for request in of_shards(hub) if commit.oid in request.path]
     whole = len(commit.files["model.safetensors"])
     return all(request.range for request in asked) and 0 < sum(request.sent for request in asked) < whole
-
-
-def history(hub: HubServer, repo_id: str, ref: str = "main") -> list[dict[str, bytes]]:
-    """What each commit after the first, which the Hub makes itself, shows to readers."""
-    _, *commits = hub.repositories[repo_id].refs[ref]
-    return [{path: content for path, content in commit.files.items() if path not in ATTRIBUTES} for commit in commits]
 
 
 def test_inspect_reads_headers_alone(hub: HubServer, program: Callable[..., Ran], model: Path) -> None:

@@ -193,7 +193,6 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
         ("merge", {"private": True}, "--private would have no effect: nothing is published"),
         ("align", {"private": True}, "--private would have no effect: nothing is published"),
         ("align", {"order": "random"}, "order 'random': expected one of gate, expert, best"),
-        ("align", {"symmetry_only": True, "push_to_hub": "me/x"}, "leaves no checkpoint to publish"),
         ("barrier", {"points": 1}, "points 1: expected at least 2"),
         ("barrier", {"split": "train"}, "--split would have no effect: the text is a file"),
         ("barrier", {"column": "body"}, "--column would have no effect: the text is a plain file"),
