@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.configuration import check_counts
+from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE, check_contents, check_named
 from hf_moe_lmc.checkpoints.header import (
     Shard,
     TensorInfo,
@@ -31,19 +31,16 @@ from hf_moe_lmc.checkpoints.header import (
 from hf_moe_lmc.checkpoints.quantization import Quantization, read_quantization
 from hf_moe_lmc.checkpoints.side_files import is_side_file
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
-from hf_moe_lmc.checkpoints.untrusted import kind_of, open_regular, read_json_object
-from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
+from hf_moe_lmc.checkpoints.untrusted import open_regular, read_json_object
+from hf_moe_lmc.checkpoints.weight_map import check_weight_map, read_weight_map
+from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.runtime.processes import team
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
-
-# What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
 
 
 @dataclass
@@ -82,15 +79,16 @@ class Checkpoint:
         for file in files & {"config.json", INDEX}:
             source.path(file)  # whoever may not have these need not ask for the rest
         faults = Faults()
-        _refuse_other_kinds(source, files, faults)
+        check_contents(source, files, faults)
         config: dict[str, Any] = {}
         quantization = None
         with faults.gather():
             if "config.json" in files:
                 config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
                 check_counts(f"{source.name}/config.json", config)
+                check_named(source.name, config)
                 quantization = read_quantization(source.name, config)
-        weight_map = _read_weight_map(source, files, faults)
+        weight_map = read_weight_map(source, files, faults)
         listed = list(dict.fromkeys(file for file in weight_map.values() if file))
         names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
         shards: dict[str, Shard] = {}
@@ -109,7 +107,7 @@ class Checkpoint:
                 tensors[info.name] = info
         if weight_map:
             with faults.gather():
-                _check_weight_map(source.name, weight_map, shards, tensors)
+                check_weight_map(source.name, weight_map, shards, tensors)
         faults.check()
         return cls(source=source, config=config, shards=shards, tensors=tensors, quantization=quantization)
 
@@ -289,110 +287,6 @@ def bring(*checkpoints: Checkpoint) -> None:
             checkpoint.download()
     if mates.count > 1:
         mates.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
-
-
-def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
-    """Adds a fault for what is no folder with safetensors weights and a configuration."""
-    name, top = source.name, {file for file in files if "/" not in file}
-    weights = any(file.startswith("model") and file.endswith(".safetensors") for file in top)
-    if "adapter_config.json" in top and not weights:
-        adapter = "holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
-        faults.add(CheckpointError(f"{name}: {adapter}"))
-        return
-    if INDEX not in top and SINGLE not in top:
-        faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
-    if "config.json" not in top and weights:
-        found = _instead(source, "config.json")
-        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
-        faults.add(CheckpointError(f"{name}: config.json {state}"))
-
-
-def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
-    """What is there where neither an index nor a single file of weights is."""
-    for file in (INDEX, SINGLE):
-        if found := _instead(source, file):
-            return f"{file}: expected a file, found {found}"
-    pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickles:
-        return (
-            f"weights only as pickles ({shown(pickles[0])}), which can run code when opened; "
-            "load the model with transformers and save_pretrained it as safetensors first"
-        )
-    shards = sorted(file for file in top if file.endswith(".safetensors"))
-    if shards:
-        return f"{len(shards)} safetensors files ({shown(shards[0])}, ...) but no {INDEX} that lists them"
-    return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
-
-
-def _instead(source: Folder | Repository, file: str) -> str | None:
-    """What stands in the place of a file that is none, in words."""
-    return kind_of(source.path(file)) if isinstance(source, Folder) else None
-
-
-def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
-    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
-    if INDEX not in files:
-        return {}
-    where = f"{source.name}/{INDEX}"
-    weight_map: Any = None
-    with faults.gather():
-        weight_map = read_json_object(source.path(INDEX), where).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{where}: weight_map is missing or empty; fetch the index again")
-    if not isinstance(weight_map, dict):
-        return {}
-    usable: dict[str, str | None] = dict.fromkeys(weight_map)
-    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
-    for key, file in weight_map.items():
-        wrong = None
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
-        elif _leaves(file):
-            wrong = ("a path that leaves the folder", "paths that leave the folder")
-        if wrong and not faults.enough(wrong[1]):
-            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
-            faults.add(CheckpointError(message, kind=wrong[1]))
-        elif not wrong and file not in files:
-            listed.setdefault(file, []).append(key)
-        elif not wrong:
-            usable[key] = file
-    for file, keys in listed.items():
-        if faults.enough("missing shards"):
-            continue
-        found = _instead(source, file)
-        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
-        message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
-        message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
-        faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
-    return usable
-
-
-@lru_cache(4096)  # thousands of tensors name the same few files
-def _leaves(file: str) -> bool:
-    path = PurePosixPath(file)
-    return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
-
-
-def _check_weight_map(
-    name: str, weight_map: Mapping[str, str | None], shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Compares the index with the headers that could be read."""
-    problems = (
-        [
-            f"{shown(key)}: listed in {file}, not there"
-            for key, file in weight_map.items()
-            if file in shards and key not in tensors
-        ],
-        [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map],
-        [
-            f"{key}: listed in {file}, found in {tensors[key].shard}"
-            for key, file in weight_map.items()
-            if file is not None and key in tensors and file != tensors[key].shard
-        ],
-    )
-    if any(problems):
-        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")
 
 
 def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
