@@ -31,6 +31,7 @@ from hf_moe_lmc.checkpoints.header import (
 from hf_moe_lmc.checkpoints.quantization import Quantization, read_quantization
 from hf_moe_lmc.checkpoints.side_files import is_side_file
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
+from hf_moe_lmc.checkpoints.tensor_names import check_names
 from hf_moe_lmc.checkpoints.untrusted import open_regular, read_json_object
 from hf_moe_lmc.checkpoints.weight_map import check_weight_map, read_weight_map
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError
@@ -105,6 +106,8 @@ class Checkpoint:
                     message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
                     faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
+        with faults.gather():
+            check_names(source.name, tensors, files)
         if weight_map:
             with faults.gather():
                 check_weight_map(source.name, weight_map, shards, tensors)
