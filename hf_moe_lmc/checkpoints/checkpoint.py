@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -20,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.configuration import check_counts
+from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts
 from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE, check_contents, check_named
 from hf_moe_lmc.checkpoints.header import (
     Shard,
@@ -28,7 +29,8 @@ from hf_moe_lmc.checkpoints.header import (
     read_shard,
     remote_shard,
 )
-from hf_moe_lmc.checkpoints.quantization import Quantization, read_quantization
+from hf_moe_lmc.checkpoints.packed import MODELOPT, Packing, read_packing
+from hf_moe_lmc.checkpoints.quantization import Quantization
 from hf_moe_lmc.checkpoints.side_files import is_side_file
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
 from hf_moe_lmc.checkpoints.tensor_names import check_names
@@ -53,7 +55,8 @@ class Checkpoint:
         config: config.json as written.
         shards: by file name, in the order of the weight map.
         tensors: by name, in shard and file order.
-        quantization: what config.json declares of the weights.
+        quantization: of the weights; None: they are plain.
+        changes: values that its configuration gets where it is the template of an output, see `with_changes`.
     """
 
     source: Folder | Repository
@@ -61,6 +64,7 @@ class Checkpoint:
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
     quantization: Quantization | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
@@ -82,13 +86,11 @@ class Checkpoint:
         faults = Faults()
         check_contents(source, files, faults)
         config: dict[str, Any] = {}
-        quantization = None
         with faults.gather():
             if "config.json" in files:
                 config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
                 check_counts(f"{source.name}/config.json", config)
                 check_named(source.name, config)
-                quantization = read_quantization(source.name, config)
         weight_map = read_weight_map(source, files, faults)
         listed = list(dict.fromkeys(file for file in weight_map.values() if file))
         names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
@@ -107,12 +109,18 @@ class Checkpoint:
                     faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
                 tensors[info.name] = info
         with faults.gather():
-            check_names(source.name, tensors, files)
+            check_names(source.name, tensors)
         if weight_map:
             with faults.gather():
                 check_weight_map(source.name, weight_map, shards, tensors)
+        packing = Packing(None)
+        if len(shards) == len(names):  # of weights that cannot be read, nothing else is said
+            with faults.gather():
+                described = partial(source.path, MODELOPT) if MODELOPT in files else None
+                packing = read_packing(source.name, config, tensors, described)
         faults.check()
-        return cls(source=source, config=config, shards=shards, tensors=tensors, quantization=quantization)
+        changes = dict.fromkeys(packing.dropped, ABSENT)
+        return cls(source, config, shards, tensors, packing.quantization, changes)
 
     @property
     def name(self) -> str:
@@ -151,11 +159,6 @@ class Checkpoint:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
             self.shards[name] = shard
             self.tensors.update((info.name, info) for info in infos)
-
-    @property
-    def changes(self) -> Mapping[str, Any]:
-        """Values that its configuration gets where it is the template of an output."""
-        return {}
 
     def layout_digest(self) -> str:
         """Tells apart what is read of one checkpoint in several layouts; empty: it is as its files have it."""
@@ -196,6 +199,20 @@ class Checkpoint:
                     digest.update(of_shard)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def resume_key(self) -> str:
+        """What continued work depends on: the fingerprint and, as that samples, size, times and inode of each local shard.
+
+        On the Hub, the commit tells all. Never published, unlike `fingerprint`.
+        """
+        if self.source.commit:
+            return f"{self.source.commit} {self.fingerprint()}"
+        digest = hashlib.sha256(self.fingerprint().encode())
+        for name in sorted(self.shards):
+            found = self.source.path(name).stat()
+            state = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+            digest.update(f"{name} {state}".encode())
+        return digest.hexdigest()
 
     def _sample(self, name: str) -> bytes:
         """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places

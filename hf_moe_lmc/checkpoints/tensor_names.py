@@ -25,16 +25,13 @@ _ADAPTER = re.compile(
     r"|vera_lambda_[bd]|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\..*)?"
 )
 # The parts of a decoder where its base class is saved alone: `model.` would stand before them.
-_BASE = re.compile(r"(?:language_model\.)?(?:embed_tokens|embed_in|wte)\.weight")
+_BASE = re.compile(r"(?:language_model\.)?(?:embed_tokens|embed_in|wte|embeddings)\.weight")
 _BASE_LAYER = re.compile(r"(?:language_model\.)?(?:layers|blocks)\.\d+\..+")
 SENTENCES = "modules.json"  # of an embedding model, which has no head
 
 
-def check_names(name: str, tensors: Mapping[str, TensorInfo], files: Collection[str]) -> None:
-    """Refuses tensors that transformers would not find, or would fill with noise, in a model loaded from them.
-
-    Args:
-        files: of the checkpoint.
+def check_names(name: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuses tensors that transformers would not find in a model loaded from them, and those without elements.
 
     Raises:
         CheckpointError: one fault for each way in which the model was saved wrongly, with a tensor and the way out.
@@ -53,17 +50,6 @@ def check_names(name: str, tensors: Mapping[str, TensorInfo], files: Collection[
                 f"{name}: {_some(wrapped)} with '{part}.' in the name: the model was saved {how}; transformers finds none of "
             )
             faults.add(CheckpointError(f"{fault}them. Save {instead} with save_pretrained, {RENAME}"))
-    if not faults.found and SENTENCES not in files and is_base(tensors):
-        first = next(one for one in tensors if _BASE_LAYER.fullmatch(one))
-        headless = not any(one.startswith("lm_head.") for one in tensors)
-        why = "only the base class was saved, without the head, which transformers would fill with random numbers. "
-        faults.add(
-            CheckpointError(
-                f"{name}: the names lack 'model.' ({shown(first)}): {why if headless else 'they are those of the base class. '}"
-                "Save the whole model (AutoModelForCausalLM) with save_pretrained; if the head is tied or at hand, put 'model.' "
-                "before all names but those of the head (safetensors.torch: load_file, save_file)"
-            )
-        )
     hollow = [one for one, info in tensors.items() if info.dtype.is_floating_point and 0 in info.shape]
     if hollow:
         faults.add(
@@ -76,12 +62,35 @@ def check_names(name: str, tensors: Mapping[str, TensorInfo], files: Collection[
     faults.check()
 
 
+def check_whole(name: str, names: Collection[str], files: Collection[str]) -> None:
+    """Refuses the base class of a model that has a head; embedding models, which have none, pass.
+
+    Args:
+        files: of the checkpoint.
+
+    Raises:
+        CheckpointError: naming a tensor, and the way out.
+    """
+    if SENTENCES in files or not is_base(names):
+        return
+    first = next(one for one in names if _BASE_LAYER.fullmatch(one))
+    headless = not any(one.startswith("lm_head.") for one in names)
+    why = "only the base class was saved, without the head, which transformers would fill with random numbers"
+    why = why if headless else "they are those of the base class"
+    prefix = "backbone." if "embeddings.weight" in names else "model."
+    raise CheckpointError(
+        f"{name}: the names lack '{prefix}' ({shown(first)}): {why}. Save the whole model (AutoModelForCausalLM) with "
+        f"save_pretrained; if the head is tied or at hand, put '{prefix}' before all names but those of the head "
+        "(safetensors.torch: load_file, save_file)"
+    )
+
+
 def is_base(names: Collection[str]) -> bool:
     """Whether these are the tensors of a decoder's base class alone, as its `save_pretrained` names them."""
     return (
         any(_BASE.fullmatch(one) for one in names)
         and any(_BASE_LAYER.fullmatch(one) for one in names)
-        and not any(one.startswith(("model.", "transformer.", "head.")) for one in names)
+        and not any(one.startswith(("model.", "backbone.", "transformer.", "head.")) for one in names)
     )
 
 

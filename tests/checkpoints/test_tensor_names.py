@@ -13,8 +13,10 @@ from transformers import AutoModel
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import TensorInfo
-from hf_moe_lmc.checkpoints.tensor_names import check_names
+from hf_moe_lmc.checkpoints.sizes import check_headed
+from hf_moe_lmc.checkpoints.tensor_names import check_names, check_whole
 from hf_moe_lmc.errors import CheckpointError
+from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.verbs.inspect import inspect
 from hf_moe_lmc.verbs.merge import plan_merge
 from tests import tiny
@@ -87,12 +89,15 @@ def test_it_is_refused_by_its_name(
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_what_a_base_class_saves_is_told_from_the_whole(saved: Callable[..., Path], tmp_path: Path, family: str) -> None:
     AutoModel.from_config(tiny.CONFIGS[family]()).save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="only the base class was saved"):
-        Checkpoint.open(tmp_path / "base")
-    (tmp_path / "base" / "modules.json").write_text("[]")  # an embedding model, which is meant to have no head
-    Checkpoint.open(tmp_path / "base").close()
+    with Checkpoint.open(tmp_path / "base") as checkpoint:
+        for check in (read_model, check_headed):
+            with pytest.raises(CheckpointError, match="only the base class was saved"):
+                check(checkpoint)
+        (tmp_path / "base" / "modules.json").write_text("[]")  # an embedding model, which is meant to have no head
+        check_headed(checkpoint)
     for layout in tiny.LAYOUTS:
-        Checkpoint.open(saved(family, layout)).close()
+        with Checkpoint.open(saved(family, layout)) as checkpoint:
+            check_headed(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -107,5 +112,6 @@ def test_what_a_base_class_saves_is_told_from_the_whole(saved: Callable[..., Pat
     ],
 )
 def test_names_that_only_look_alike_pass(names: list[str]) -> None:
-    check_names("m", {name: TensorInfo(name, "s", torch.float32, (2,), 0, 8) for name in names}, [])
-    check_names("m", {"a._extra_state": TensorInfo("a._extra_state", "s", torch.uint8, (0,), 0, 0)}, [])
+    check_names("m", {name: TensorInfo(name, "s", torch.float32, (2,), 0, 8) for name in names})
+    check_whole("m", names, [])
+    check_names("m", {"a._extra_state": TensorInfo("a._extra_state", "s", torch.uint8, (0,), 0, 0)})
