@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -162,6 +163,20 @@ def shown(text: object, limit: int = 160) -> str:
     if plain.isprintable():
         return plain
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in plain)
+
+
+def worded(value: object) -> str:
+    """A value from a file in words: absent, on, off, or as JSON has it; text in single quotes.
+
+    Example:
+        >>> [worded(value) for value in (None, True, "fp8", [1, None])]
+        ['absent', 'on', "'fp8'", '[1, null]']
+    """
+    if value is None or isinstance(value, bool):
+        return "absent" if value is None else "on" if value else "off"
+    if isinstance(value, str):
+        return shown(f"'{value}'")
+    return shown(json.dumps(value, default=str, ensure_ascii=False))
 
 
 def escaped(text: str) -> str:

@@ -1,6 +1,7 @@
-"""A checkpoint on disk or on the Hub: sharded safetensors, known from their headers and read by ranges.
+"""A checkpoint on disk or on the Hub: sharded safetensors, checked from the headers and read by ranges.
 
-Any contiguous range of elements can be read. So neither a shard nor a large tensor is ever held in memory.
+The format is eight bytes of header length, a JSON header, and the tensors one after the other. Any contiguous range of
+elements can be read, so neither a shard nor a large tensor is ever held in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -19,31 +21,42 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.contents import HEADERS_AT_ONCE, read_contents, read_header
-from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
+from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts
+from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE, check_contents, check_named
+from hf_moe_lmc.checkpoints.header import (
+    Shard,
+    TensorInfo,
+    read_shard,
+    remote_shard,
+)
+from hf_moe_lmc.checkpoints.packed import MODELOPT, Packing, read_packing
 from hf_moe_lmc.checkpoints.quantization import Quantization
 from hf_moe_lmc.checkpoints.side_files import is_side_file
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
-from hf_moe_lmc.checkpoints.untrusted import open_regular
-from hf_moe_lmc.errors import CheckpointError
+from hf_moe_lmc.checkpoints.tensor_names import check_names
+from hf_moe_lmc.checkpoints.untrusted import open_regular, read_json_object
+from hf_moe_lmc.checkpoints.weight_map import check_weight_map, read_weight_map
+from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.runtime.processes import team
 
-CHUNK = 8 << 20  # bytes read at a time
+CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
+HEADERS_AT_ONCE = 8
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint. Until a tensor is read, only its headers are.
+    """A complete checkpoint, known from its headers alone until somebody reads a tensor.
 
     Attributes:
         source: the folder, or the Hub repository at one commit.
         config: config.json as written.
         shards: by file name, in the order of the weight map.
         tensors: by name, in shard and file order.
-        quantization: what config.json declares of the weights.
+        quantization: of the weights; None: they are plain.
+        changes: values that its configuration gets where it is the template of an output, see `with_changes`.
     """
 
     source: Folder | Repository
@@ -51,21 +64,63 @@ class Checkpoint:
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
     quantization: Quantization | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
-    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings need it
+    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
-        """Reads and checks configuration, index and every shard header. Of a Hub id, nothing else is downloaded.
+        """Reads configuration, index and every shard header; checks all of them before anything else is done.
+
+        For a Hub id, nothing but these is downloaded; `download` brings the weights.
 
         Raises:
-            CheckpointError: nothing there, not a safetensors checkpoint, or damaged. All problems are reported together,
-                with file and key.
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
+                key, unless it only follows from another.
         """
         source = resolve(model)
-        contents = read_contents(source)
-        return cls(source, contents.config, contents.shards, contents.tensors, contents.quantization)
+        files = set(source.files())
+        for file in files & {"config.json", INDEX}:
+            source.path(file)  # whoever may not have these need not ask for the rest
+        faults = Faults()
+        check_contents(source, files, faults)
+        config: dict[str, Any] = {}
+        with faults.gather():
+            if "config.json" in files:
+                config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
+                check_counts(f"{source.name}/config.json", config)
+                check_named(source.name, config)
+        weight_map = read_weight_map(source, files, faults)
+        listed = list(dict.fromkeys(file for file in weight_map.values() if file))
+        names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
+        shards: dict[str, Shard] = {}
+        tensors: dict[str, TensorInfo] = {}
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
+            read = list(pool.map(lambda name: _attempt(source, name), names))
+        for name, found in zip(names, read, strict=True):
+            if isinstance(found, InputError):
+                faults.add(found)
+                continue
+            shards[name], infos = found
+            for info in infos:
+                if info.name in tensors and not faults.enough("tensors in two shards"):
+                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
+                    faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
+                tensors[info.name] = info
+        with faults.gather():
+            check_names(source.name, tensors)
+        if weight_map:
+            with faults.gather():
+                check_weight_map(source.name, weight_map, shards, tensors)
+        packing = Packing(None)
+        if len(shards) == len(names):  # of weights that cannot be read, nothing else is said
+            with faults.gather():
+                described = partial(source.path, MODELOPT) if MODELOPT in files else None
+                packing = read_packing(source.name, config, tensors, described)
+        faults.check()
+        changes = dict.fromkeys(packing.dropped, ABSENT)
+        return cls(source, config, shards, tensors, packing.quantization, changes)
 
     @property
     def name(self) -> str:
@@ -73,7 +128,7 @@ class Checkpoint:
 
     @property
     def display_name(self) -> str:
-        """Hub id, or the name of the folder without its path, so that it can be published."""
+        """Hub id, or the folder's name without its path: fit to be published."""
         return self.source.root.resolve().name if isinstance(self.source, Folder) else self.source.repo_id
 
     @property
@@ -83,7 +138,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The local folder of its configuration, in the Hub's cache or elsewhere."""
+        """Where its configuration lies on this machine, in the Hub's cache or elsewhere."""
         return self.source.path("config.json").parent
 
     @property
@@ -92,23 +147,18 @@ class Checkpoint:
         return isinstance(self.source, Folder) or self.source.cached
 
     def download(self) -> None:
-        """Downloads the shards and side files of a Hub checkpoint. A local folder needs no download."""
+        """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
         if self.is_here:
             return
         self.source.fetch([*self.shards, *self.side_files()])
-        cache = Folder(self.source.path("config.json").parent)
-        for name in self.shards:  # what was downloaded must be whole, and equal what was checked
-            shard, infos = read_header(cache, name)
-            checked = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
-            if {info.name: (info.dtype, info.shape) for info in infos} != checked:
+        here = Folder(self.source.path("config.json").parent)
+        for name in self.shards:  # what came must be whole, and what was checked from afar
+            shard, infos = _read_shard(here, name)
+            seen = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
+            if {info.name: (info.dtype, info.shape) for info in infos} != seen:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
             self.shards[name] = shard
             self.tensors.update((info.name, info) for info in infos)
-
-    @property
-    def changes(self) -> Mapping[str, Any]:
-        """Values that its configuration gets where it is the template of an output."""
-        return {}
 
     def layout_digest(self) -> str:
         """Tells apart what is read of one checkpoint in several layouts; empty: it is as its files have it."""
@@ -130,14 +180,14 @@ class Checkpoint:
             yield first, self.read(name, first, min(step, info.numel - first))
 
     def first_not_finite(self, name: str) -> str | None:
-        """The index of the first NaN or infinite value of a tensor, as text; None if all are finite."""
+        """The indices of the first value of a tensor that is NaN or infinite, in words; None if all are finite."""
         for first, values in self.chunks(name):
             if not is_finite(values):
                 return format_index(self.tensors[name].shape, first + first_not_finite(values))
         return None
 
     def side_files(self) -> list[str]:
-        """Tokenizer, generation configuration, licence and the like: the files that a copy of the weights needs."""
+        """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
         return [file for file in self.source.files() if is_side_file(file)]
 
     def fingerprint(self) -> str:
@@ -145,16 +195,28 @@ class Checkpoint:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
             with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-                for sample in pool.map(self._sample, sorted(self.shards)):
-                    digest.update(sample)
+                for of_shard in pool.map(self._sample, sorted(self.shards)):
+                    digest.update(of_shard)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def _sample(self, name: str) -> bytes:
-        """Hash of a shard's header and size and of samples of its tensors.
+    def resume_key(self) -> str:
+        """What continued work depends on: the fingerprint and, as that samples, size, times and inode of each local shard.
 
-        Of a small tensor all bytes count. Of a large one, PROBE bytes count at places spread evenly from its first byte to
-        its last: two places, and one more for each PROBE_EVERY bytes, PROBES at most.
+        On the Hub, the commit tells all. Never published, unlike `fingerprint`.
+        """
+        if self.source.commit:
+            return f"{self.source.commit} {self.fingerprint()}"
+        digest = hashlib.sha256(self.fingerprint().encode())
+        for name in sorted(self.shards):
+            found = self.source.path(name).stat()
+            state = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+            digest.update(f"{name} {state}".encode())
+        return digest.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places
+        that are spread evenly from its first to its last byte, two and one more for each PROBE_EVERY bytes, at most PROBES.
         """
         shard = self.shards[name]
         digest = hashlib.sha256(f"{name} {shard.size} ".encode() + shard.header)
@@ -170,7 +232,10 @@ class Checkpoint:
         return digest.digest()
 
     def origin(self) -> dict[str, str]:
-        """Hub id and commit, or the name of the folder, and the fingerprint. It holds no local path."""
+        """What tells this checkpoint from another: its Hub id and commit or its folder's name, and its fingerprint.
+
+        Fit to be published: no local path is in it.
+        """
         commit = {"commit": self.source.commit} if self.source.commit else {}
         return {"source": self.display_name, **commit, "fingerprint": self.fingerprint()}
 
@@ -224,13 +289,13 @@ def is_finite(values: Tensor) -> bool:
 
 
 def first_not_finite(values: Tensor) -> int:
-    """The position of the first NaN or infinite value of a row."""
+    """Where in a row the first value stands that is NaN or infinite."""
     finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
     return int((~finite).nonzero()[0])
 
 
 def format_index(shape: tuple[int, ...], element: int) -> str:
-    """The index of an element, counted in memory order, as text: `[2, 7]`."""
+    """The indices of an element of a tensor, in words."""
     return str([int(i) for i in torch.unravel_index(torch.tensor(element), shape)]) if shape else "[]"
 
 
@@ -242,3 +307,17 @@ def bring(*checkpoints: Checkpoint) -> None:
             checkpoint.download()
     if mates.count > 1:
         mates.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
+
+
+def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
+    try:
+        return _read_shard(source, name)
+    except InputError as error:
+        return error
+
+
+def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
+    where = f"{source.name}/{name}"
+    if isinstance(source, Repository) and not source.cached:
+        return remote_shard(source.header(name), name, where)
+    return read_shard(source.path(name), name, where)

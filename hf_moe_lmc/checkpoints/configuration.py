@@ -1,12 +1,13 @@
-"""config.json as written: the settings that matter, the switches that a copy drops, the numbers that are refused."""
+"""config.json as it is written: what of it matters, what a copy must not pass on, what no model can mean."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
-from hf_moe_lmc.errors import CheckpointError, Faults, shown
+from hf_moe_lmc.errors import CheckpointError, Faults, shown, worded
 
 # Differences in these say nothing about the function that the weights compute.
 COSMETIC_CONFIG = {
@@ -15,6 +16,9 @@ COSMETIC_CONFIG = {
     "transformers_version", "use_cache", "_attn_implementation", "_experts_implementation", "attention_dropout",
     "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size",
 }  # fmt: skip
+
+# Absent, these are on in some classes.
+ON_BY_DEFAULT = {"tie_word_embeddings", "norm_topk_prob"}
 
 # What makes transformers fetch or run code from elsewhere: modules of a repository, kernels from the Hub, pipelines.
 FOREIGN_SWITCHES = {
@@ -37,8 +41,19 @@ def without_foreign_switches(value: Any) -> Any:
     return value
 
 
+class Absent(Enum):
+    """The value of a key that `with_changes` takes out."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
+
+
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values: where a key stands, in the whole or in the text model's; else in the text model's.
+
+    A key whose value is ABSENT is taken out wherever it stands.
 
     Example:
         >>> with_changes({"text_config": {"vocab_size": 5}}, {"vocab_size": 7})
@@ -48,6 +63,10 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     text = dict(whole["text_config"]) if isinstance(whole.get("text_config"), Mapping) else None
     for key, value in changes.items():
         places = [place for place in (whole, text) if place is not None and key in place]
+        if value is ABSENT:
+            for place in places:
+                del place[key]
+            continue
         for place in places or [whole if text is None else text]:
             place[key] = value
     return whole if text is None else {**whole, "text_config": text}
@@ -64,8 +83,8 @@ def check_counts(where: str, config: Mapping[str, Any]) -> None:
         match = _COUNTS.fullmatch(key.rpartition(".")[2])
         limit = LABEL_LIMIT if match and match[2] else COUNT_LIMIT
         if match and type(value) is int and abs(value) > limit:
-            number = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
-            faults.add(CheckpointError(f"{where}: {shown(key)} is {number}, expected at most {limit}; correct it"))
+            found = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+            faults.add(CheckpointError(f"{where}: {shown(key)} is {found}, expected at most {limit}; correct it"))
     faults.check()
 
 
@@ -78,42 +97,44 @@ def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that may change what the weights compute. Nested ones have dotted keys."""
-    result: dict[str, Any] = {}
+    """What may change what the weights compute, nested ones by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if key in COSMETIC_CONFIG:
             continue
         if isinstance(value, Mapping):
-            result |= settings(value, f"{prefix}{key}.")
+            found |= settings(value, f"{prefix}{key}.")
         else:
-            result[f"{prefix}{key}"] = value
-    return result
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], *, only_common: bool = False) -> list[str]:
-    """Settings that differ, as lines of text.
+    """Settings that differ and may matter, in words. Whether one is off, null or absent is no difference.
 
     Args:
-        only_common: for configurations as written, where one may leave out a default that the other states. Keys that only
-            one of them has are then named together, in one line.
+        only_common: both configurations are as written, where what one leaves out may be the default that the other states:
+            what stands in one of them only is named together, in one line.
     """
-    settings_a, settings_b = settings(a), settings(b)
-    common = settings_a.keys() & settings_b.keys()
-    lines = [
-        f"config.json: {shown(key)} is {_short(settings_a.get(key))} in A and {_short(settings_b.get(key))} in B; "
+    of_a, of_b = settings(a), settings(b)
+    common = of_a.keys() & of_b.keys()
+    found = [
+        f"config.json: {shown(key)} is {worded(of_a.get(key))} in A and {worded(of_b.get(key))} in B; "
         "the path and a merge take A's"
-        for key in sorted(common if only_common else settings_a.keys() | settings_b.keys())
-        if settings_a.get(key) != settings_b.get(key)
+        for key in sorted(common if only_common else of_a.keys() | of_b.keys())
+        if not _alike(key, of_a.get(key), of_b.get(key))
     ]
+    only_a, only_b = (sorted(key for key in one.keys() - common if not _alike(key, one[key], None)) for one in (of_a, of_b))
     alone = [
         f"only in {side}: {', '.join(map(shown, keys[:5]))}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for side, keys in (("A", sorted(settings_a.keys() - common)), ("B", sorted(settings_b.keys() - common)))
+        for side, keys in (("A", only_a), ("B", only_b))
         if keys
     ]
     if only_common and alone:
-        lines.append(f"config.json: {'; '.join(alone)}; the path and a merge take A's")
-    return lines
+        found.append(f"config.json: {'; '.join(alone)}; the path and a merge take A's")
+    return found
 
 
-def _short(value: Any) -> str:
-    return shown(repr(value))
+def _alike(key: str, one: Any, other: Any) -> bool:
+    off = (None,) if key.rpartition(".")[2] in ON_BY_DEFAULT else (None, False)
+    return bool(one == other) or all(any(value is each for each in off) for value in (one, other))

@@ -55,13 +55,11 @@ class ExtendedCheckpoint(Checkpoint):
         original: whose files, name and fingerprint these are.
         assembled: by name; those that the original lacks stand at the end of its last shard.
         without: names that are left out.
-        settings: see `changes`.
     """
 
     original: Checkpoint = field(kw_only=True)
     assembled: Mapping[str, Assembled] = field(kw_only=True)
     without: frozenset[str] = field(default_factory=frozenset, kw_only=True)
-    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     _starts: dict[str, tuple[list[int], list[TensorInfo]]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,14 +80,10 @@ class ExtendedCheckpoint(Checkpoint):
             original=original,
             assembled=assembled,
             without=frozenset(without),
-            settings=changes or {},
+            changes={**original.changes, **(changes or {})},
         )
         found._lay_out()
         return found
-
-    @property
-    def changes(self) -> Mapping[str, Any]:
-        return self.settings
 
     def _lay_out(self) -> None:
         """Gives every tensor its place: shards that nothing changes in keep their very headers."""
@@ -125,6 +119,9 @@ class ExtendedCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         return self.original.fingerprint()
 
+    def resume_key(self) -> str:
+        return self.original.resume_key()
+
     def layout_digest(self) -> str:
         """What its tensors are made of: together with the fingerprints of all that it reads, it tells what is in it."""
         made = {
@@ -135,7 +132,7 @@ class ExtendedCheckpoint(Checkpoint):
             ]
             for name, one in self.assembled.items()
         }
-        content = json.dumps([made, sorted(self.without), dict(self.settings)], sort_keys=True, default=str)
+        content = json.dumps([made, sorted(self.without), dict(self.changes)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def close(self) -> None:

@@ -1,25 +1,23 @@
-"""Whether the tensors and tokenizers of two checkpoints belong together, from headers and files alone."""
+"""Two checkpoints side by side, from headers and files alone: whether their tensors and tokenizers belong together."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.configuration import differing
+from hf_moe_lmc.checkpoints.configuration import differing, with_changes
 from hf_moe_lmc.checkpoints.joint import Joint, join, rows_of
+from hf_moe_lmc.checkpoints.sizes import LAYER, text_settings
 from hf_moe_lmc.checkpoints.source import Folder, Repository
 from hf_moe_lmc.checkpoints.token_ids import Agreement, agreement_of
-from hf_moe_lmc.errors import FamilyError, Faults, MismatchError, listing, shown
+from hf_moe_lmc.errors import MismatchError, listing, worded
 
-# Sizes of the weights. Two checkpoints with equal tensors that disagree about one have a wrong configuration.
-SIZE_SETTINGS = (
+# Sizes that the weights have: where two checkpoints with the same tensors disagree about one, a configuration is wrong.
+STRUCTURE = (
     "num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "hidden_size",
     "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
-_LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
-ADVICE = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
+WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
 
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -31,96 +29,53 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
     Raises:
         MismatchError: listing every difference with what A and B have.
     """
-    settings = [
-        f"{name}: A has {shown(repr(value_a))}, B has {shown(repr(value_b))}"
-        for name, value_a, value_b in (
-            ("model type", a.config.get("model_type"), b.config.get("model_type")),
-            ("quantization", a.quantization, b.quantization),
-        )
-        if value_a != value_b
-    ]
+    types = a.config.get("model_type"), b.config.get("model_type")
+    facts = [f"model type: A has {worded(types[0])}, B has {worded(types[1])}"] if types[0] != types[1] else []
     sizes = [
-        f"config.json: {key} is {shown(repr(size_a))} in A and {shown(repr(size_b))} in B, though they hold the same tensors"
-        for key in SIZE_SETTINGS
-        for size_a, size_b in [(_text_config(a).get(key), _text_config(b).get(key))]
-        if size_a is not None and size_b is not None and size_a != size_b
+        f"config.json: {key} is {worded(of_a)} in A and {worded(of_b)} in B, though they hold the same tensors"
+        for key in STRUCTURE
+        for of_a, of_b in [(text_settings(a).get(key), text_settings(b).get(key))]
+        if of_a is not None and of_b is not None and of_a != of_b
     ]
-    problems = [settings, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
-    faults, warnings = Faults(), []
-    for checkpoint in (a, b):
-        with faults.gather():
-            check_layers(checkpoint)
+    problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
     if any(problems):
-        faults.add(not_one_architecture(a, b, problems))
-    faults.check()
-    if same_weights(a, b):
-        warnings.append(f"A and B hold the same weights: {_sameness(a, b)}")
-    return warnings + differing(a.config, b.config, only_common=True)
+        raise not_one_architecture(a, b, problems)
+    warnings = []
+    if same_place(a, b):
+        warnings.append(f"A and B hold the same weights: both are {a.name}")
+    of_a, of_b = (with_changes(one.config, one.changes) for one in (a, b))
+    return warnings + differing(of_a, of_b, only_common=True)
 
 
 def join_plain(a: Checkpoint, b: Checkpoint) -> tuple[Joint, Agreement]:
     """Two checkpoints of which nothing is known but their files, brought to one set of tensors as far as could be helped."""
     agreement = agreement_of(a, b, rows_of(a, a.tensors), rows_of(b, b.tensors))
-    tied = bool(_text_config(a).get("tie_word_embeddings")), bool(_text_config(b).get("tie_word_embeddings"))
+    tied = bool(text_settings(a).get("tie_word_embeddings")), bool(text_settings(b).get("tie_word_embeddings"))
     joint = join(a, b, a.tensors, b.tensors, agreement.ids, tied=tied, is_extra=(_is_extra(a), _is_extra(b)))
     return joint, agreement
 
 
 def _is_extra(checkpoint: Checkpoint) -> Callable[[str], bool]:
     """Whether a tensor belongs to a layer behind the last one, or stands under a prefix for multi-token prediction."""
-    count = _text_config(checkpoint).get("num_hidden_layers")
+    count = text_settings(checkpoint).get("num_hidden_layers")
 
     def found(name: str) -> bool:
-        match = _LAYER.match(name)
+        match = LAYER.match(name)
         return name.startswith("mtp.") or bool(match and type(count) is int and int(match[2]) >= count)
 
     return found
 
 
-def check_layers(checkpoint: Checkpoint) -> None:
-    """Compares the number of layers in config.json with the layers that hold experts, or, without experts, with all.
-
-    Raises:
-        FamilyError: there are more in the shards, which transformers would leave out without a word, or fewer.
-    """
-    config = _text_config(checkpoint)
-    count, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
-    indices: dict[str, set[int]] = {}  # by prefix: numbers of the layers
-    expert_tensors: dict[str, int] = {}  # by prefix: how many tensors of experts
-    for name in checkpoint.tensors:
-        if match := _LAYER.match(name):
-            indices.setdefault(match[1], set()).add(int(match[2]))
-            expert_tensors[match[1]] = expert_tensors.get(match[1], 0) + ("expert" in name)
-    if not indices or type(count) is not int:
-        return
-    prefix = max(indices, key=lambda stem: (expert_tensors[stem], len(indices[stem])))
-    layers = indices[prefix]
-    allowed = count + (extra if type(extra) is int else 0)
-    problems = [f"layer {index} is missing" for index in range(count) if index not in layers]
-    problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= allowed]
-    if problems:
-        raise FamilyError(
-            f"{checkpoint.name}: config.json says {count} layers; in the shards ({prefix}N.):\n{listing(problems)}\n"
-            "Fetch the checkpoint again, whole, with the config.json that these weights came with"
-        )
-
-
-def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The settings of the language model, which a composite model keeps in a configuration of their own."""
-    inner = checkpoint.config.get("text_config")
-    return inner if isinstance(inner, Mapping) else checkpoint.config
-
-
-def tensor_problems(a: Checkpoint, b: Checkpoint, names_a: Collection[str], names_b: Collection[str]) -> list[list[str]]:
-    """How two sets of tensors differ in names, shapes and kinds of numbers: lines of text for each kind of difference."""
-    in_a, in_b = set(names_a), set(names_b)
+def tensor_problems(a: Checkpoint, b: Checkpoint, of_a: Collection[str], of_b: Collection[str]) -> list[list[str]]:
+    """How the tensors `of_a` and `of_b` differ in names, shapes and kinds of numbers: for each kind of difference, lines."""
+    in_a, in_b = set(of_a), set(of_b)
     shapes, dtypes = [], []
     for name in sorted(in_a & in_b):
-        info_a, info_b = a.tensors[name], b.tensors[name]
-        if info_a.shape != info_b.shape:
-            shapes.append(f"{name}: A has shape {list(info_a.shape)}, B has {list(info_b.shape)}")
-        elif info_a.dtype.is_floating_point != info_b.dtype.is_floating_point:
-            dtypes.append(f"{name}: A has dtype {info_a.dtype}, B has {info_b.dtype}")
+        one, other = a.tensors[name], b.tensors[name]
+        if one.shape != other.shape:
+            shapes.append(f"{name}: A has shape {list(one.shape)}, B has {list(other.shape)}")
+        elif one.dtype.is_floating_point != other.dtype.is_floating_point:
+            dtypes.append(f"{name}: A has dtype {one.dtype}, B has {other.dtype}")
     return [
         [f"{name}: in A, not in B" for name in sorted(in_a - in_b)],
         [f"{name}: in B, not in A" for name in sorted(in_b - in_a)],
@@ -134,31 +89,16 @@ def shapes_of(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[int,
 
 
 def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
-    """The error that lists problems, some of each kind."""
-    lines = "\n".join(listing(lines_of_kind) for lines_of_kind in problems if lines_of_kind)
-    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{ADVICE}")
+    """The error that lists problems, of each kind some."""
+    lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
+    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{WANTED}")
 
 
 def same_place(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both are one folder, or one commit of one repository."""
-    source_a, source_b = a.source, b.source
-    if isinstance(source_a, Folder) and isinstance(source_b, Folder):
-        return source_a.root.resolve() == source_b.root.resolve()
-    if isinstance(source_a, Repository) and isinstance(source_b, Repository):
-        return (source_a.repo_id, source_a.commit) == (source_b.repo_id, source_b.commit)
+    one, other = a.source, b.source
+    if isinstance(one, Folder) and isinstance(other, Folder):
+        return one.root.resolve() == other.root.resolve()
+    if isinstance(one, Repository) and isinstance(other, Repository):
+        return (one.repo_id, one.commit) == (other.repo_id, other.commit)
     return False
-
-
-def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether both have one fingerprint. Of a checkpoint that is not downloaded yet, only the place is compared."""
-    if same_place(a, b):
-        return True
-    downloaded = a.is_here and b.is_here
-    equal_headers = downloaded and [(shard.header, shard.size) for shard in a.shards.values()] == [
-        (shard.header, shard.size) for shard in b.shards.values()
-    ]
-    return equal_headers and a.fingerprint() == b.fingerprint()
-
-
-def _sameness(a: Checkpoint, b: Checkpoint) -> str:
-    return f"both are {a.name}" if same_place(a, b) else f"{a.name} and {b.name} are copies of one checkpoint"

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.errors import CheckpointError, shown
+from hf_moe_lmc.checkpoints.header import TensorInfo
+from hf_moe_lmc.errors import CheckpointError, worded
+from hf_moe_lmc.runtime.progress import size_of
 
 WAY_OUT = (
     "Take the model in bfloat16, or dequantize it with transformers: from_pretrained(..., dtype='bfloat16', "
@@ -83,6 +85,18 @@ class Quantization:
         return self.block if dtype in FLOAT8 else (1, FP4_BLOCK)
 
 
+def declared_in(config: Mapping[str, Any]) -> Any:
+    """What config.json says, or implies, of quantised weights; nothing that counts as true: nothing."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, Mapping) else {}
+    if compression := config.get("compression_config") or inner.get("compression_config"):
+        return compression
+    declared = config.get("quantization_config") or inner.get("quantization_config")
+    if "quantization_config" not in config and "transformers_version" not in config:
+        declared = declared or _IMPLIED.get(str(config.get("model_type")))
+    return declared
+
+
 def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | None:
     """What config.json declares: a supported quantization, or None for plain floats.
 
@@ -90,30 +104,66 @@ def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | No
         CheckpointError: a quantization that is not read here, with the way out.
     """
     if config.get("compression_config"):
-        raise _refused(name, "compression_config")
-    text = config.get("text_config")
-    declared = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, Mapping) else None)
-    if "quantization_config" not in config and "transformers_version" not in config:
-        declared = declared or _IMPLIED.get(str(config.get("model_type")))
+        raise refused(name, "compression_config")
+    declared = declared_in(config)
     if not declared:
         return None
     method = declared.get("quant_method") if isinstance(declared, dict) else declared
     if method == "mxfp4":
         return Quantization("mxfp4", (1, FP4_BLOCK))
     if method != "fp8" or not isinstance(declared, dict):
-        raise _refused(name, f"quantization_config: quant_method {shown(repr(method))}")
+        raise refused(name, f"quantization_config: quant_method {worded(method)}")
     block = declared.get("weight_block_size", [128, 128])  # as transformers has it
     if block is None:
         return Quantization("fp8", None)
     if isinstance(block, list) and len(block) == 2 and all(type(size) is int and 0 < size < 2**31 for size in block):
         return Quantization("fp8", (block[0], block[1]))
-    raise _refused(name, f"quantization_config: fp8 with weight_block_size {shown(repr(block))}")
+    raise refused(name, f"quantization_config: fp8 with weight_block_size {worded(block)}")
 
 
-def _refused(name: str, what: str) -> CheckpointError:
+def refused(name: str, what: str, where: str = "config.json") -> CheckpointError:
+    """The error for a quantization that is not read."""
+    verb = "hold" if where == "the shards" else "declares"
     return CheckpointError(
-        f"{name}: config.json declares quantised weights ({what}); only transformers' fp8 and mxfp4 are read, to move whole "
+        f"{name}: {where} {verb} quantised weights ({what}); only transformers' fp8 and mxfp4 are read, to move whole "
         "experts. Use the model that it was quantised from"
+    )
+
+
+def kind_of_weights(quantization: Quantization | None, tensors: Mapping[str, TensorInfo]) -> str:
+    """What most weights are in, in words: MXFP4, FP8 in blocks of 128 x 128, bfloat16."""
+    if quantization is None:
+        sizes: dict[torch.dtype, int] = {}
+        for info in tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return str(max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)).removeprefix("torch.")
+    if quantization.method == "mxfp4":
+        return "MXFP4"
+    rows, columns = quantization.block or (0, 0)
+    return f"FP8 in blocks of {rows} x {columns}" if quantization.block else "FP8 with one scale a tensor"
+
+
+def way_out(tensors: Mapping[str, TensorInfo]) -> str:
+    """How to get plain weights, and the memory that it takes."""
+    needed = 0
+    for name, info in tensors.items():
+        if info.dtype in FLOAT8:
+            needed += 2 * info.nbytes
+        elif info.dtype in (torch.int8, torch.uint8):
+            needed += 4 * info.nbytes if info.numel and not name.endswith("_scales") else 0  # two values a byte
+        else:
+            needed += info.nbytes
+    return (
+        f"{WAY_OUT}. Dequantized, the model takes about {size_of(needed)} of memory: where that is too much, take a release of "
+        "it in bfloat16, or a script that converts shard by shard"
+    )
+
+
+def not_interpolated(name: str, quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> CheckpointError:
+    """The error for quantised weights where points between two models are asked for."""
+    return CheckpointError(
+        f"{name}: config.json declares quantised weights ({quantization.method}), which cannot be interpolated; align and "
+        f"apply can move whole experts. {way_out(tensors)}"
     )
 
 

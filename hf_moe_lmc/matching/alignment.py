@@ -249,8 +249,8 @@ def matching_facts(a: MoEModel, b: MoEModel, method: WeightMatching) -> dict[str
     """What the symmetry that `align_models` finds depends on."""
     return {
         "version": ALIGNMENT_VERSION,
-        "a": a.checkpoint.fingerprint(),
-        "b": b.checkpoint.fingerprint(),
+        "a": a.checkpoint.resume_key(),
+        "b": b.checkpoint.resume_key(),
         "family": b.family.name,
         **method.facts(),
         "device": _device().type,

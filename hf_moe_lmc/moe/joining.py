@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.configuration import ABSENT
 from hf_moe_lmc.checkpoints.joint import HEAD, join
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.moe.model import MoEModel
@@ -44,6 +45,6 @@ def _configured(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrai
     found = copy.deepcopy(config)
     for part in (found, found.get_text_config()):
         for key, value in changes.items():
-            if hasattr(part, key):
+            if value is not ABSENT and hasattr(part, key):  # what is absent was never read
                 setattr(part, key, value)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_moe_lmc.checkpoints.configuration import differing, settings
 from hf_moe_lmc.checkpoints.joint import EMBEDDING, HEAD, IGNORED
 from hf_moe_lmc.checkpoints.pair import not_one_architecture, shapes_of, tensor_problems
+from hf_moe_lmc.checkpoints.quantization import kind_of_weights, way_out
 from hf_moe_lmc.moe.model import MoEModel
 
 
@@ -27,11 +28,11 @@ def check_pair(a: MoEModel, b: MoEModel, *, inside_only: bool = False) -> list[s
             ("layers", a.num_layers, b.num_layers),
             ("MoE layers", _regular(a), _regular(b)),
             ("binding expert groups", a.groups, b.groups),
-            ("quantization", a.quantization, b.quantization),
             *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
         )
         if of_a != of_b
     ]
+    facts += _kinds(a, b)
     problems = [facts]
     if a.family is b.family:
         problems += [_layer_problems(a, b), *_outside_problems(a, b, inside_only)]
@@ -44,6 +45,15 @@ def function_settings(a: MoEModel, b: MoEModel) -> list[str]:
     """Keys of the configurations that differ although they may change what the same weights compute."""
     of_a, of_b = settings(a.config.to_dict()), settings(b.config.to_dict())
     return [key for key in sorted(of_a.keys() | of_b.keys()) if (of_a.get(key) or None) != (of_b.get(key) or None)]
+
+
+def _kinds(a: MoEModel, b: MoEModel) -> list[str]:
+    """What the weights are in where that differs, and how to bring them to one kind."""
+    if a.quantization == b.quantization:
+        return []
+    of_a, of_b = (kind_of_weights(model.quantization, model.checkpoint.tensors) for model in (a, b))
+    quantised = a if a.quantization else b
+    return [f"weights: A has {of_a}, B has {of_b}. Bring both to one kind. {way_out(quantised.checkpoint.tensors)}"]
 
 
 def _regular(model: MoEModel) -> list[int]:

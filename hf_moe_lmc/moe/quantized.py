@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.packed import undeclared
 from hf_moe_lmc.checkpoints.quantization import (
     FLOAT8,
     FP4_BLOCK,
@@ -119,10 +120,7 @@ def check_declared(checkpoint: Checkpoint, quantization: Quantization | None, na
     """Raises FamilyError where weights are quantised and no quantization is declared."""
     found = [name for name in names if is_quantised(name, checkpoint.tensors[name].dtype)]
     if found and quantization is None:
-        raise FamilyError(
-            f"{checkpoint.name}: config.json declares no quantization, but these are quantised:\n{listing(found)}\n"
-            "Restore quantization_config from the config.json that these weights came with, or dequantize them"
-        )
+        raise undeclared(checkpoint.name, found)
 
 
 def check_scales(checkpoint: Checkpoint, quantization: Quantization | None, outside: Sequence[str]) -> None:
@@ -131,11 +129,6 @@ def check_scales(checkpoint: Checkpoint, quantization: Quantization | None, outs
         check_declared(checkpoint, quantization, outside)
         return
     quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
-    if not any(is_quantised(name, info.dtype) for name, info in checkpoint.tensors.items()):
-        raise FamilyError(
-            f"{checkpoint.name}: config.json declares quantised weights ({quantization.method}), but none is, and none has "
-            "scales; remove quantization_config from config.json"
-        )
     scales = {name: quantization.scales_of(name.removesuffix("_blocks")) for name in quantised}
     missing = [
         f"missing: {names[0]} (the scales of {name})" for name, names in scales.items() if not has_any(checkpoint, names)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown
+from hf_moe_lmc.checkpoints.configuration import with_changes, without_foreign_switches
+from hf_moe_lmc.checkpoints.tensor_names import check_whole
+from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown, worded
 from hf_moe_lmc.moe.block import Block
 from hf_moe_lmc.moe.claim import claim_block
 from hf_moe_lmc.moe.family import MoEFamily, Stack
@@ -16,6 +25,9 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import SHARED_ROLES, is_expert_role, split_role
 from hf_moe_lmc.moe.quantized import check_declared, check_scales
 from hf_moe_lmc.moe.registry import families, get_family, refusals
+
+# Model types that have a class with a head, which a checkpoint of the base class alone lacks.
+WITH_HEAD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 
 
 def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:
@@ -30,6 +42,8 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         FamilyError: an unknown family, missing or extra tensors or layers, shapes that contradict the configuration.
     """
     config = read_config(checkpoint)
+    if config.model_type in WITH_HEAD:
+        check_whole(checkpoint.name, checkpoint.tensors, checkpoint.source.files())
     family = family or get_family(model_type(config), checkpoint.name)
     check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
@@ -83,23 +97,29 @@ def model_type(config: PreTrainedConfig) -> str:
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """config.json as AutoConfig reads it.
+    """config.json as AutoConfig reads it, without switches to foreign code and without what no tensor bears out.
 
     Raises:
         CheckpointError: transformers cannot read it, or it asks for code of its own.
     """
-    folder = checkpoint.source.path("config.json").parent
+    written = with_changes(without_foreign_switches(checkpoint.config), checkpoint.changes)
+    folder = ""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config.get_text_config()
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(written), encoding="utf-8")
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for part in (config, config.get_text_config()):
+            if checkpoint.quantization is None and hasattr(part, "quantization_config"):
+                del part.quantization_config  # which transformers implies for some
     except Exception as error:  # the one place where any class may come: configuration classes compute with foreign values
         foreign = checkpoint.config.get("auto_map")
         if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
-            reason = f"it asks for code of its own (auto_map: {shown(foreign)}), which is never run; take a release of"
-            reason += f" transformers that knows model type {shown(repr(checkpoint.config.get('model_type')))}"
+            reason = f"it asks for code of its own (auto_map: {worded(foreign)}), which is never run; take a release of"
+            reason += f" transformers that knows model type {worded(checkpoint.config.get('model_type'))}"
         else:
-            reason = f"{type(error).__name__}: {shown(error, 400)}"
+            reason = f"{type(error).__name__}: {shown(str(error).replace(folder, checkpoint.name), 400)}"
         raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({reason})") from error
+    config._name_or_path = str(checkpoint.source.path("config.json").parent)
     return config
 
 

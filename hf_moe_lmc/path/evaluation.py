@@ -304,8 +304,8 @@ def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer])
     """All that losses depend on, and what observers see."""
     ends = job.ends
     return {
-        "a": ends.a.checkpoint.fingerprint(),
-        "b": ends.b.checkpoint.fingerprint(),
+        "a": ends.a.checkpoint.resume_key(),
+        "b": ends.b.checkpoint.resume_key(),
         "symmetries": {path: digest(symmetry) for path, symmetry in ends.symmetries.items()},
         "points": [[point.path, point.t, point.layers and sorted(point.layers)] for point in job.points],
         "windows": job.windows.describe(),

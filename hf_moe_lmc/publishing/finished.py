@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_moe_lmc.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE
 from hf_moe_lmc.checkpoints.source import Folder
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import InputError

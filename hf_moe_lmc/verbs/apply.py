@@ -83,7 +83,7 @@ class _Application(Job[Path]):
         return Work(inputs=[checkpoint], template=checkpoint, models=[self.model], facts=self.facts)
 
     def facts(self) -> Mapping[str, Any]:
-        of_inputs = {"b": self.model.checkpoint.fingerprint(), "symmetry": digest(self.symmetry)}
+        of_inputs = {"b": self.model.checkpoint.resume_key(), "symmetry": digest(self.symmetry)}
         return {"what": "apply", "allow_nonfinite": self.allow_nonfinite, **of_inputs}
 
     def run(self, workplace: Workplace | None) -> Path:

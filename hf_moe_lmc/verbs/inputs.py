@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
 from hf_moe_lmc.checkpoints.joint import rows_of
 from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_place
+from hf_moe_lmc.checkpoints.quantization import not_interpolated
+from hf_moe_lmc.checkpoints.sizes import check_headed, check_sizes
 from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, different
 from hf_moe_lmc.errors import Faults
 from hf_moe_lmc.runtime.notices import warn
@@ -119,11 +121,15 @@ class Inputs:
         return Pair(model_a, model_b, given, agreement.ids, (alone[0], alone[1]))
 
     def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint, TokenIds] | None:
-        """Two checkpoints with the same tensors, whatever they are; None if they hold other ones, or quantised ones."""
+        """Two checkpoints with the same tensors, whatever they are; None if they hold other ones."""
         checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
         whole = len(checkpoints) == 2
-        if whole and any(checkpoint.quantization for checkpoint in checkpoints):
-            return None
+        for checkpoint in checkpoints:
+            if checkpoint.quantization:
+                self._faults.add(not_interpolated(checkpoint.name, checkpoint.quantization, checkpoint.tensors))
+            with self._faults.gather():
+                check_headed(checkpoint)
+        whole = whole and not self._faults.found
         warnings: list[str] = []
         ids = None
         faults = Faults()
@@ -133,6 +139,9 @@ class Inputs:
                 ids, warnings = agreement.ids, [*agreement.warnings, *joined.notes]
                 if joined.a.tensors.keys() != joined.b.tensors.keys():
                     return None
+                for checkpoint in checkpoints:
+                    with faults.gather():
+                        check_sizes(checkpoint)
                 checkpoints = [joined.a, joined.b]
                 if agreement.problems:
                     faults.add(different(checkpoints[0], checkpoints[1], agreement.problems))

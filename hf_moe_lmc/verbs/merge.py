@@ -132,7 +132,7 @@ class _PlainMerge(Job["Alignment | None"]):
         return Work(inputs=[self.a, self.b], template=self.a, facts=self.facts)
 
     def facts(self) -> Mapping[str, Any]:
-        return self.point.facts(self.a, self.b) | {"a": self.a.fingerprint(), "b": self.b.fingerprint()}
+        return self.point.facts(self.a, self.b) | {"a": self.a.resume_key(), "b": self.b.resume_key()}
 
     def run(self, workplace: Workplace | None) -> None:
         bring(self.a, self.b)
@@ -182,7 +182,7 @@ class _Merge(Job["Alignment | None"]):
         a, b = self.inputs
         if self.method:
             return self.point.facts(a, b) | matching_facts(self.pair.a, self.pair.b, self.method)
-        return self.point.facts(a, b) | {"a": a.fingerprint(), "b": b.fingerprint(), "symmetry": digest(self.used)}
+        return self.point.facts(a, b) | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
 
     def run(self, workplace: Workplace | None) -> Alignment | None:
         from hf_moe_lmc.verbs.inputs import download

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard
-from hf_moe_lmc.checkpoints.quantization import WAY_OUT
-from hf_moe_lmc.errors import CheckpointError, MismatchError
+from hf_moe_lmc.checkpoints.quantization import not_interpolated
+from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.moe.action import Elements
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
@@ -137,7 +137,4 @@ def refuse_quantised(*models: MoEModel) -> None:
     """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
     for model in models:
         if model.quantization:
-            raise CheckpointError(
-                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantization.method}), which cannot "
-                f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
-            )
+            raise not_interpolated(model.checkpoint.name, model.quantization, model.checkpoint.tensors)

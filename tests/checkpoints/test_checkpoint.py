@@ -125,6 +125,8 @@ def adapter_only(folder: Path) -> None:
 
 def quantised(folder: Path) -> None:
     tiny.edit_config(folder, quantization_config={"quant_method": "gptq"})
+    name = "model.layers.0.self_attn.q_proj"
+    tiny.edit(folder, lambda content: content.update({f"{name}.qweight": torch.ones(2, 16, dtype=torch.int32)}))
 
 
 def two_shards(folder: Path) -> None:

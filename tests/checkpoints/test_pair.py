@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.configuration import check_counts, differing, without_foreign_switches
+from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts, differing, with_changes, without_foreign_switches
 from hf_moe_lmc.checkpoints.pair import check_plain_pair
 from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
 from hf_moe_lmc.verbs.align import align
@@ -58,7 +59,7 @@ def test_of_one_kind_some_are_shown_and_every_kind_is() -> None:
 def test_everything_wrong_with_both_and_the_output_is_in_one_list(copy: Callable[..., Path], tmp_path: Path) -> None:
     a, b = copy("mixtral", name="a"), copy("mixtral", "per-expert", 1, name="b")
     truncate(a)
-    tiny.edit_config(b, quantization_config={"quant_method": "awq"})
+    tiny.edit_config(b, num_hidden_layers=10**9)
     (b / "model.safetensors").write_bytes(b"")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
@@ -66,7 +67,12 @@ def test_everything_wrong_with_both_and_the_output_is_in_one_list(copy: Callable
         align(a, b, tmp_path / "out")
     message = str(error.value)
     assert message.startswith("4 faults; nothing has been done:\n  1. ")
-    for expected in (f"{a}/model.safetensors: truncated", "'awq'", f"{b}/model.safetensors: not a whole", "holds precious"):
+    for expected in (
+        f"{a}/model.safetensors: truncated",
+        "num_hidden_layers is 1000000000",
+        f"{b}/model.safetensors: not a whole",
+        "holds precious",
+    ):
         assert expected in message
 
 
@@ -100,7 +106,7 @@ def test_a_plain_pair_needs_equal_tensors_and_tokenizers(copy: Callable[..., Pat
     assert check_plain_pair(a, b) == []
     assert check_plain_pair(a, a) == [f"A and B hold the same weights: both are {a.name}"]
     folder = copy("mixtral", "per-expert", 1)
-    assert "are copies of one checkpoint" in check_plain_pair(b, Checkpoint.open(folder))[0]
+    assert check_plain_pair(b, Checkpoint.open(folder)) == []  # whether a copy is whole is not known before it is read
 
     def change(content: dict[str, torch.Tensor]) -> None:
         content["model.norm.weight"] = torch.ones(17)
@@ -134,6 +140,27 @@ def test_settings_that_differ_are_told_as_written() -> None:
     ]
 
 
+@pytest.mark.parametrize("only_common", [False, True])
+def test_differences_that_cannot_matter_are_not_told(only_common: bool) -> None:
+    for a, b in (
+        ({"qkv_bias": None}, {"qkv_bias": False}),
+        ({"qkv_bias": False}, {}),
+        ({}, {"text_config": {"sliding_window": None}}),
+        ({"use_cache": True, "transformers_version": "5"}, {"_name_or_path": "x"}),
+    ):
+        assert differing(a, b, only_common=only_common) == [] == differing(b, a, only_common=only_common)
+    for a, b, words in (  # the controls
+        ({"qkv_bias": None}, {"qkv_bias": True}, r"qkv_bias is absent in A and on in B"),
+        ({"top_k": None}, {"top_k": 0}, "top_k is absent in A and 0 in B"),
+        ({"rope": {"type": "yarn"}}, {"rope": {"type": "linear"}}, r"rope.type is 'yarn' in A and 'linear' in B"),
+        ({"kinds": ["a", None]}, {"kinds": ["a", True]}, r'kinds is \["a", null\] in A and \["a", true\] in B'),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}, "tie_word_embeddings is off in A and absent in B"),
+    ):
+        (line,) = differing(a, b, only_common=only_common)
+        assert re.search(words, line)
+    assert differing({"tie_word_embeddings": False}, {}, only_common=only_common)
+
+
 def test_switches_to_foreign_code_go_at_every_level() -> None:
     config = {
         "auto_map": {"AutoConfig": "x.X"},
@@ -152,5 +179,6 @@ def test_counts_that_no_model_has_are_refused() -> None:
     check_counts("here", {"num_hidden_layers": 61, "rope_theta": 10**9, "vocab_size": 10**6, "num_experts": 512})
     with pytest.raises(CheckpointError, match=r"text_config\.num_experts is 1000000, expected at most 10000;"):
         check_counts("here", {"text_config": {"num_experts": 10**6}})
+    assert with_changes({"a": 1, "text_config": {"a": 2, "b": 3}}, {"a": ABSENT, "c": ABSENT}) == {"text_config": {"b": 3}}
     with pytest.raises(CheckpointError, match="2 faults"):
         check_counts("here", {"num_labels": 10**9, "num_hidden_layers": -(10**4000)})

@@ -21,8 +21,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.configuration import with_changes
 from hf_moe_lmc.checkpoints.quantization import dequantize
-from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError
+from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MismatchError, MoELMCWarning, SymmetryError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.quantized import check_scales
 from hf_moe_lmc.moe.reading import read_model
@@ -32,7 +33,7 @@ from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.apply import apply
 from hf_moe_lmc.verbs.barrier import barrier
-from hf_moe_lmc.verbs.merge import merge
+from hf_moe_lmc.verbs.merge import merge, plan_merge
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream
 from tests import tiny
@@ -536,7 +537,9 @@ def test_whatever_would_need_new_scales_is_refused_with_a_way_out(
     (tmp_path / "text").write_text("text")
     with pytest.raises(CheckpointError, match=r"cannot be interpolated; align and apply can.*dequantize=True"):
         barrier(folder, folder, tmp_path / "out", text=tmp_path / "text")
-    with pytest.raises(MismatchError, match=r"quantization: A has .*B has None"):
+    with pytest.raises(
+        MismatchError, match=r"weights: A has (FP8 in blocks of 16 x 16|MXFP4), B has float32.*dequantize=True(.|\n)*memory"
+    ):
         align(folder, tmp_path / "plain", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -696,13 +699,14 @@ def test_quantised_weights_that_are_not_declared_are_refused(
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_a_declaration_without_quantised_weights_is_refused(
+def test_a_declaration_without_quantised_weights_is_passed_over(
     quantised: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     load(quantised(name)).save_pretrained(tmp_path / "plain", save_original_format=False)
     tiny.edit_config(tmp_path / "plain", quantization_config=LAYOUTS[name].declared)
-    with pytest.raises(FamilyError, match="but none is, and none has scales; remove quantization_config"):
-        read(tmp_path / "plain")
+    with pytest.warns(MoELMCWarning, match="declares quantised weights .*, but no tensor is quantised"):
+        model = read(tmp_path / "plain")
+    assert model.quantization is None and not hasattr(model.config, "quantization_config")
 
 
 def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: Callable[[str], Path]) -> None:
@@ -716,7 +720,7 @@ def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: C
             check_scales(checkpoint, checkpoint.quantization, [name])
 
 
-@pytest.mark.parametrize(
+OTHERS = pytest.mark.parametrize(
     "declared",
     [
         {"quant_method": "gptq", "bits": 4},
@@ -729,6 +733,9 @@ def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: C
         {"load_in_8bit": True},
     ],
 )
+
+
+@OTHERS
 @pytest.mark.parametrize("nested", [False, True])
 def test_other_methods_are_refused(quantised: Callable[[str], Path], tmp_path: Path, declared: Any, nested: bool) -> None:
     folder = shutil.copytree(quantised("qwen3_moe"), tmp_path / "other")
@@ -736,3 +743,86 @@ def test_other_methods_are_refused(quantised: Callable[[str], Path], tmp_path: P
     tiny.edit_config(folder, **(text if nested else {"quantization_config": declared}))
     with pytest.raises(CheckpointError, match=r"declares quantised weights .*Use the model that it was quantised from"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+@OTHERS
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_tensors_decide_and_an_output_drops_the_entry(
+    saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path, declared: Any, nested: bool
+) -> None:
+    a, b = copy("mixtral"), saved("mixtral", "per-expert", 1)
+    tiny.edit_config(a, **({"text_config": {"quantization_config": declared}} if nested else {"quantization_config": declared}))
+    if nested:  # a configuration of one tower cannot be read with another inside
+        with pytest.warns(MoELMCWarning, match="no tensor is quantised"), Checkpoint.open(a) as checkpoint:
+            assert with_changes(checkpoint.config, checkpoint.changes)["text_config"] == {}
+        return
+    for align_too in (True, False):
+        with pytest.warns(MoELMCWarning, match="copy: config.json declares quantised weights .*no tensor is quantised"):
+            merge(a, b, tmp_path / "out", 0.5, align=align_too)
+        merge(saved("mixtral"), b, tmp_path / "expected", 0.5, align=align_too)
+        assert same_bytes(tmp_path / "out", tmp_path / "expected")
+        written = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("out", "expected")]
+        assert "quantization_config" not in written[0]
+        assert written[0] == {key: value for key, value in written[1].items() if value is not None}
+        tiny.load(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "expected")
+
+
+QUERY = "model.layers.0.self_attn.q_proj"
+PACKED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "GPTQ": ({f"{QUERY}.qweight": torch.ones(2, 16, dtype=torch.int32)}, "GPTQ or AWQ"),
+    "bitsandbytes, 4 bits": (
+        {f"{QUERY}.weight": torch.ones(128, 1, dtype=torch.uint8), f"{QUERY}.weight.absmax": torch.ones(4)},
+        "bitsandbytes",
+    ),
+    "bitsandbytes, 8 bits": (
+        {f"{QUERY}.weight": torch.ones(16, 16, dtype=torch.int8), f"{QUERY}.SCB": torch.ones(16)},
+        "bitsandbytes",
+    ),
+    "compressed-tensors": ({f"{QUERY}.weight_packed": torch.ones(16, 2, dtype=torch.int32)}, "compressed-tensors"),
+    "FP8": ({f"{QUERY}.weight": torch.ones(16, 16).to(torch.float8_e4m3fn)}, "declares no quantization, but these are"),
+    "FP8, E5M2": ({f"{QUERY}.weight": torch.ones(16, 16).to(torch.float8_e5m2)}, "declares no quantization, but these are"),
+    "INT8": ({f"{QUERY}.weight": torch.ones(16, 16, dtype=torch.int8)}, "declares no quantization, but these are"),
+    "scales left behind": ({f"{QUERY}.weight_scale_inv": torch.ones(1, 1)}, "declares no quantization, but these are"),
+}
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("case", PACKED)
+def test_what_the_tensors_show_is_refused_before_any_work(
+    saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path, case: str, both: bool
+) -> None:
+    content, message = PACKED[case]
+    b = copy("mixtral", "per-expert", 1)
+    tiny.edit(b, lambda held: held.update(content))
+    a = shutil.copytree(b, tmp_path / "a") if both else saved("mixtral")
+    for align_too in (True, False):
+        with pytest.raises(InputError, match=message):
+            plan_merge(a, b, tmp_path / "out", align=align_too)
+    # what ModelOpt writes beside the weights
+    described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (b / "hf_quant_config.json").write_text(json.dumps(described))
+    for align_too in (True, False):
+        with pytest.raises(InputError, match=r"hf_quant_config.json declares quantised weights .*ModelOpt, quant_algo 'NVFP4'"):
+            plan_merge(a, b, tmp_path / "out", align=align_too)
+
+
+def test_integers_that_are_no_codes_pass(copy: Callable[..., Path]) -> None:
+    folder = copy("mixtral")
+    numbers = {"a.tid2eid": torch.ones(4, 2, dtype=torch.int32), "b.attn.bias": torch.ones(1, 2, 2, dtype=torch.uint8)}
+    tiny.edit(folder, lambda held: held.update({**numbers, "c.k_scale": torch.ones(1), "d.router.scale": torch.ones(3)}))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.quantization is None and not checkpoint.changes
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_the_plain_merge_of_quantised_weights_says_the_way_out(
+    quantised: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = quantised(name)
+    with pytest.raises(CheckpointError, match=r"cannot be interpolated.*dequantize=True.*about .*B of memory") as error:
+        plan_merge(folder, folder, tmp_path / "out", align=False)
+    assert "None" not in str(error.value) and "Quantization(" not in str(error.value)

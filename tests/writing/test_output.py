@@ -299,3 +299,38 @@ def test_an_error_of_the_system_says_what_is_kept(tmp_path: Path, monkeypatch: p
     with pytest.raises(WriteError, match=r"Input/output error; nothing unfinished stands there\. 0 whole shards"):
         merge(a, b, tmp_path / "out", align=False)
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob(f"*{results.UNFINISHED}"))
+
+
+def test_a_call_that_was_stopped_does_not_continue_with_shards_of_an_older_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are edited where no sample of the fingerprint lies."""
+    of_a, of_b = ({f"w.{i}": torch.rand(64, 1024) for i in range(3)} for _ in "ab")
+    a, b = checkpoint(tmp_path / "a", of_a, 3), checkpoint(tmp_path / "b", of_b, 3)
+
+    def stopped() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(output.FolderWriter, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                merge(a, b, tmp_path / "out", align=False)
+
+    stopped()
+    with output.Checkpoint.open(b) as before:
+        keys = before.fingerprint(), before.resume_key()
+    written: list[str] = []
+    real = output._ShardFile.begin
+    monkeypatch.setattr(output._ShardFile, "begin", lambda self: (written.append(self.shard.name), real(self))[1])
+    stopped()
+    assert written == []  # the control: the same inputs, nothing is written again
+    of_b["w.1"][20:30] += 1
+    file = next(file for file in b.glob("*.safetensors") if "w.1" in load_file(file))
+    raw = bytearray(file.read_bytes())
+    at = len(raw) - of_b["w.1"].nbytes
+    raw[at:] = of_b["w.1"].numpy().tobytes()
+    file.write_bytes(raw)
+    with output.Checkpoint.open(b) as after:
+        assert after.fingerprint() == keys[0] and after.resume_key() != keys[1]
+    merge(a, b, tmp_path / "out", align=False)
+    assert len(written) == 3
+    found = loaded(tmp_path / "out")
+    assert all(torch.equal(found[name], torch.lerp(of_a[name], of_b[name], 0.5)) for name in of_a)
