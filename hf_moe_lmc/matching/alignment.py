@@ -44,7 +44,7 @@ class Alignment:
         >>> found = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
         >>> sorted(found.layers), found.totals()["experts"]
         ([0, 1, 2], 18)
-        >>> found.layers[0].distance_after_units < found.layers[0].distance_before
+        >>> found.layers[0].first.distance_after_units < found.layers[0].first.distance_before
         True
     """
 
@@ -121,13 +121,11 @@ def align_models(
         CheckpointError: weights that are NaN or infinite.
 
     Example:
-        `a` is a model (`read_model(Checkpoint.open(folder))`), and `b` is `a` in the coordinates of a random symmetry `g`.
-        The alignment leads back:
-
-        >>> alignment = align_models(a, b, WeightMatching())
-        >>> alignment.symmetry.isclose(g.inverse())
-        True
-        >>> alignment.totals()["relative_distance_after_units"] < 1e-5 < alignment.totals()["relative_distance_before"]
+        >>> from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+        >>> from hf_moe_lmc.moe.reading import read_model
+        >>> a, b = (read_model(Checkpoint.open(folder)) for folder in ("model-a", "model-b"))
+        >>> totals = align_models(a, b, WeightMatching()).totals()
+        >>> totals["relative_distance_after_units"] < 0.1 * totals["relative_distance_before"]
         True
     """
     processes = team()

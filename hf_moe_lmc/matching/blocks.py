@@ -59,12 +59,13 @@ def match_layer(
         CheckpointError: weights that are NaN or infinite; the message names the expert, the tensor and the place.
 
     Example:
-        `a` and `b` are models, `b` is `a` in the coordinates of a random symmetry `g`. Layer 1 is matched without a rest:
-
+        >>> from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+        >>> from hf_moe_lmc.moe.reading import read_model
+        >>> a, b = (read_model(Checkpoint.open(folder)) for folder in ("model-a", "model-b"))
         >>> matching = match_layer(a.layers[1], b.layers[1], WeightMatching())
-        >>> matching.symmetry.isclose(g.layers[1].inverse())
-        True
-        >>> matching.first.distance_after_units < 1e-5 < matching.first.distance_before
+        >>> matching.symmetry.sizes
+        {'expert': 6, 'unit': 24, 'shared': 0}
+        >>> matching.first.distance_after_units < 0.1 * matching.first.distance_before
         True
         >>> matching.first.order_method, set(matching.first.certificates)
         ('gate', {'small'})
