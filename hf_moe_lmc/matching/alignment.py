@@ -222,9 +222,9 @@ def _warnings(
             f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "
             "a merge averages them unaligned"
         )
-    if b.quantisation:
+    if b.quantization:
         yield (
-            f"the weights are quantised ({b.quantisation.method}): whole experts change places with their scales; hidden units "
+            f"the weights are quantized ({b.quantization.method}): whole experts change places with their scales; hidden units "
             "keep theirs, as anything else would need new scales"
         )
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):

@@ -38,7 +38,7 @@ class OutsideDistance:
 
 
 def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False) -> OutsideDistance:
-    """Compares the tensors outside the MoE blocks that both models have, streaming; quantised ones do not count.
+    """Compares the tensors outside the MoE blocks that both models have, streaming; quantized ones do not count.
 
     Raises:
         CheckpointError: a weight that is NaN or infinite, unless allowed: then its tensor does not count.
@@ -49,7 +49,7 @@ def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False)
     for name in tqdm([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
         info = a.checkpoint.tensors[name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
-            continue  # quantised values mean nothing without their scales
+            continue  # quantized values mean nothing without their scales
         found = _moments(a.checkpoint, b.checkpoint, name, allow_nonfinite=allow_nonfinite)
         if found is None:
             continue

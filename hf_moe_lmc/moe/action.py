@@ -95,7 +95,7 @@ def _taken(values: Tensor, order: Tensor) -> Tensor:
 def _act_on_units(base: str, values: Tensor, order: Tensor, scale: Tensor, kind: UnitKind) -> Tensor:
     """Units permuted; up rows times `scale`, down columns divided by it to the kind's power. values: [unit, ...].
 
-    What has no axis of units comes back as it is: a down bias, packed parts of quantised weights, a shared expert's gate.
+    What has no axis of units comes back as it is: a down bias, packed parts of quantized weights, a shared expert's gate.
     """
     if not len(order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
         return values

@@ -20,7 +20,7 @@ from hf_moe_lmc.moe.notation import (
 
 @dataclass(frozen=True)
 class Part:
-    """What a tensor is to the quantised weight that it belongs to.
+    """What a tensor is to the quantized weight that it belongs to.
 
     Attributes:
         weight: the name that the weight has, or would have.
@@ -43,7 +43,7 @@ class Claim:
         template: the rule; spec: what it says of this tensor's axes.
         segment: the bank that the key's number falls into; None where the tensor holds all of its template's.
         expert: number within that bank of the expert that the key names.
-        part: where it is a part of a quantised weight; its own spec is then opaque, with the axis `packed`.
+        part: where it is a part of a quantized weight; its own spec is then opaque, with the axis `packed`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Claim:
 
     @property
     def weight_roles(self) -> tuple[str, ...]:
-        """Of a part of a quantised weight, the roles of the weight."""
+        """Of a part of a quantized weight, the roles of the weight."""
         return self.part.spec.segments[self.segment or 0] if self.part else ()
 
 
@@ -85,7 +85,7 @@ class Block:
     prefix: str
     names: Mapping[str, str]
     facts: LayerFacts
-    quantisation: Quantisation | None
+    quantization: Quantisation | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:

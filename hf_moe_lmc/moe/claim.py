@@ -18,7 +18,7 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
     split_role,
 )
-from hf_moe_lmc.moe.quantised import QUANTISED, _claim_part, _is_quantised_router, _part_problems, has_any
+from hf_moe_lmc.moe.quantized import QUANTIZED, _claim_part, _is_quantized_router, _part_problems, has_any
 
 
 def claim_block(block: Block) -> dict[str, Claim]:
@@ -54,13 +54,13 @@ def claim_block(block: Block) -> dict[str, Claim]:
 def _claim(block: Block, key: str, name: str) -> Claim | None:
     """The one rule that claims a key; None if there is none, or more than one."""
     claim = _claim_weight(block, key, name)
-    if block.quantisation is None:
+    if block.quantization is None:
         return claim
     if claim is None:
-        found = block.quantisation.part_of(key)
+        found = block.quantization.part_of(key)
         weight = _claim_weight(block, found[0], name.removesuffix(key) + found[0]) if found else None
         return _claim_part(block, weight, name, found[1]) if found and weight else None
-    packed = block.quantisation.method == "fp8" and block.info(name).dtype == torch.int8
+    packed = block.quantization.method == "fp8" and block.info(name).dtype == torch.int8
     return _claim_part(block, claim, name, "_blocks") if packed else claim
 
 
@@ -112,18 +112,18 @@ def _tensor_problems(block: Block, claim: Claim) -> list[str]:
         ]
     if split_role(claim.roles[0])[1] == "expert_table":
         return [f"{claim.name}: dtype {info.dtype}, expected integers"] if info.dtype.is_floating_point else []
-    if block.quantisation and block.quantisation.method == "fp8" and info.dtype in FLOAT8:
-        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTISED, "router"):
+    if block.quantization and block.quantization.method == "fp8" and info.dtype in FLOAT8:
+        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTIZED, "router"):
             return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
-        scales = block.quantisation.scales_of(claim.name)
+        scales = block.quantization.scales_of(claim.name)
         if not has_any(block.checkpoint, scales):
             return [f"missing: {scales[0]} (the scales of {claim.name})"]
-        if _is_quantised_router(block, claim):
-            return [f"{claim.name}: a quantised router: moving its rows would need new scales. {WAY_OUT}"]
+        if _is_quantized_router(block, claim):
+            return [f"{claim.name}: a quantized router: moving its rows would need new scales. {WAY_OUT}"]
         return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-        declared = block.quantisation.method if block.quantisation else "no quantisation"
-        return [f"{claim.name}: dtype {info.dtype} is quantised, and config.json declares {declared}; dequantise first"]
+        declared = block.quantization.method if block.quantization else "no quantization"
+        return [f"{claim.name}: dtype {info.dtype} is quantized, and config.json declares {declared}; dequantize first"]
     return []
 
 
@@ -154,7 +154,7 @@ def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
         if (info.dtype, info.shape) != (expected.dtype, expected.shape):
-            way_out = WAY_OUT if block.quantisation else "Bring all experts to one dtype first"
+            way_out = WAY_OUT if block.quantization else "Bring all experts to one dtype first"
             problems.append(
                 f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
                 f"{expected.dtype}; they cannot change places. {way_out}"
@@ -197,7 +197,7 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
 
 
 def _filled_roles(claim: Claim) -> tuple[str, ...]:
-    """Roles that a tensor fills; the values of a quantised weight stand in for it."""
+    """Roles that a tensor fills; the values of a quantized weight stand in for it."""
     return (*claim.roles, *claim.weight_roles) if claim.part and claim.part.ending == "_blocks" else claim.roles
 
 

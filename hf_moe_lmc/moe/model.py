@@ -60,7 +60,7 @@ class MoEModel:
         return self.config.get_text_config()
 
     @property
-    def quantisation(self) -> Quantisation | None:
+    def quantization(self) -> Quantisation | None:
         return self.checkpoint.quantisation
 
     @property
@@ -114,9 +114,9 @@ class MoEModel:
             raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
         ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
         problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
-        if problems and self.quantisation:
+        if problems and self.quantization:
             raise SymmetryError(
-                f"{where} is quantised ({self.quantisation.method}): only whole experts can change places, anything else would "
+                f"{where} is quantized ({self.quantization.method}): only whole experts can change places, anything else would "
                 f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
             )
         if problems:

@@ -56,7 +56,7 @@ WHOLE_ROLES = (
 
 SHARED = "shared"  # where kinds of hidden units are listed by bank: the shared expert's
 
-PACKED = ("_blocks", "_scales")  # what quantised weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
+PACKED = ("_blocks", "_scales")  # what quantized weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
 
 ROUTER_KINDS = ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer")
 

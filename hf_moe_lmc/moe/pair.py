@@ -27,7 +27,7 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
             ("MoE layers", _regular(a), _regular(b)),
             ("experts per token", a.top_k, b.top_k),
             ("binding expert groups", a.groups, b.groups),
-            ("quantisation", a.quantisation, b.quantisation),
+            ("quantization", a.quantization, b.quantization),
             *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
         )
         if of_a != of_b
@@ -51,7 +51,7 @@ def _layer_problems(a: MoEModel, b: MoEModel) -> list[str]:
         for word in [word for word in a.sizes if a.sizes[word] == b.sizes.get(word)]:
             if layer_a.sizes[word] != layer_b.sizes[word]:
                 problems.append(f"layer {i}: size of axis {word}: A has {layer_a.sizes[word]}, B has {layer_b.sizes[word]}")
-        if not a.quantisation and set(layer_a.roles) != set(layer_b.roles):
+        if not a.quantization and set(layer_a.roles) != set(layer_b.roles):
             problems.append(f"layer {i}: in one of the two only: {', '.join(set(layer_a.roles) ^ set(layer_b.roles))}")
     return problems
 

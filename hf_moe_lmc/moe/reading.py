@@ -14,7 +14,7 @@ from hf_moe_lmc.moe.family import MoEFamily, Stack
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import SHARED_ROLES, is_expert_role, split_role
-from hf_moe_lmc.moe.quantised import check_declared, check_scales
+from hf_moe_lmc.moe.quantized import check_declared, check_scales
 from hf_moe_lmc.moe.registry import families, get_family, refusals
 
 
@@ -49,7 +49,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
                     prefix=tower + stack.stem.format(layer=index),
                     names=names,
                     facts=family.at(text, min(index, count - 1)),
-                    quantisation=checkpoint.quantisation,
+                    quantization=checkpoint.quantisation,
                 )
                 layers[block.index] = MoELayer(
                     checkpoint, block.index, block.facts, claim_block(block), checkpoint.quantisation

@@ -27,7 +27,7 @@ from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerFacts
 from hf_moe_lmc.moe.notation import AXIS_WORDS, UNIT_KINDS, UnitKind, bank_size, is_expert_role, split_role
-from hf_moe_lmc.moe.quantised import matrix_axes, matrix_shape, stacked
+from hf_moe_lmc.moe.quantized import matrix_axes, matrix_shape, stacked
 
 CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
 
@@ -65,14 +65,14 @@ class BlockView:
         index: number of its layer.
         facts: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
-        quantisation: of its experts; whole experts can then change places, nothing else.
+        quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     index: int
     facts: LayerFacts
     claims: Mapping[str, Claim]
-    quantisation: Quantisation | None = None
+    quantization: Quantisation | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -81,7 +81,7 @@ class BlockView:
     @cached_property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank, and of the `shared` expert."""
-        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantisation else self.facts.units
+        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantization else self.facts.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -114,13 +114,13 @@ class BlockView:
 
     @cached_property
     def value_roles(self) -> tuple[str, ...]:
-        """Roles whose values can be computed: those stored as they are, and those of quantised weights, which lie in parts."""
-        return tuple(dict.fromkeys([*self.roles, *(role for role, _ in self._quantised)]))
+        """Roles whose values can be computed: those stored as they are, and those of quantized weights, which lie in parts."""
+        return tuple(dict.fromkeys([*self.roles, *(role for role, _ in self._quantized)]))
 
     def width(self, role: str) -> int:
         """What the experts' matrices of `role` read: the residual width, or a latent one."""
         specs = [claim.spec for (held, _), (claim, _) in self.holders.items() if held == role]
-        specs += [claim.part.spec for (held, _), (_, claim) in self._quantised.items() if held == role and claim.part]
+        specs += [claim.part.spec for (held, _), (_, claim) in self._quantized.items() if held == role and claim.part]
         return next(bank_size(self.sizes, split_role(role)[0], word) for word in ("model", "latent") if word in specs[0].axes)
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
@@ -146,10 +146,10 @@ class BlockView:
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
         """The same as numbers to compute with: quantized weights are dequantized to float32."""
-        held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
-        if held is None or self.quantisation is None:
+        held = self._quantized.get((role, expert)) or self._quantized.get((role, None))
+        if held is None or self.quantization is None:
             return self.stored(role, expert)
-        return self._dequantized(role, expert, *held, self.quantisation)
+        return self._dequantized(role, expert, *held, self.quantization)
 
     def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantisation) -> Tensor:
         """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
@@ -179,8 +179,8 @@ class BlockView:
         return self.checkpoint.read(claim.name, expert * count, count), shape[1:]
 
     @cached_property
-    def _quantised(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
-        """(role, expert named by the key) -> the tensor that holds its quantised values, and its scales."""
+    def _quantized(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
+        """(role, expert named by the key) -> the tensor that holds its quantized values, and its scales."""
         found = {}
         for claim in self.claims.values():
             if claim.part and claim.part.ending == "_scales":

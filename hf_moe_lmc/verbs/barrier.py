@@ -27,7 +27,7 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import writing
-from hf_moe_lmc.writing.streams import refuse_quantised
+from hf_moe_lmc.writing.streams import refuse_quantized
 from hf_moe_lmc.writing.workplace import Workplace
 
 
@@ -123,7 +123,7 @@ def barrier(
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
-        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True)
+        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized, ignore_extra_layers=True)
         model_class = language_model_class(model_a)
         spans = layer_spans(asked.grid.layers, model_a) if asked.grid.steps else []
         context = context_length(model_a, asked.windows.context)

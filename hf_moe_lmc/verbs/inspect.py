@@ -163,7 +163,7 @@ def _describe(model: MoEModel) -> Inspection:
             for role in layer.banks[FIRST].roles
             if role in (*EXPERT_VECTORS, "expert_table") and role != "router"
         ),
-        quantisation=model.quantisation.method if model.quantisation else None,
+        quantisation=model.quantization.method if model.quantization else None,
         layouts=tuple(sorted(layouts, reverse=True)),
         dtypes=dtypes,
         bytes=checkpoint.nbytes,
@@ -185,8 +185,8 @@ def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:
         line + (f" ({_ranges(layers[line])})" if len(layers[line]) < len(model.layers) else "")
         for line in sorted(layers, key=lambda line: place[line])
     ]
-    if model.quantisation:
-        lines.append(f"nothing finer than whole experts: anything else in {model.quantisation.method} would need new scales")
+    if model.quantization:
+        lines.append(f"nothing finer than whole experts: anything else in {model.quantization.method} would need new scales")
     return tuple(lines)
 
 
@@ -195,12 +195,12 @@ def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
         yield _order_in_words(bank, groups)
     if "expert_table" in layer.roles:
         yield "the expert table, renamed to follow the experts"
-    for bank in layer.banks.values() if not layer.quantisation else ():
+    for bank in layer.banks.values() if not layer.quantization else ():
         if bank.unit_count:
             of = "each expert" if bank.name == FIRST else f"each expert of bank {bank.name}"
             yield _units_in_words(of, bank.unit_count, bank.kind)
     shared = layer.shared.unit_count
-    if shared and not layer.quantisation:
+    if shared and not layer.quantization:
         same = layer.shared.kind is layer.banks[FIRST].kind
         likewise = f"hidden units of the shared expert likewise (S_{shared})"
         yield likewise if same else _units_in_words("the shared expert", shared, layer.shared.kind)

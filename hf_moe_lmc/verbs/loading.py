@@ -22,7 +22,7 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.streams import (
     interpolated,
-    refuse_quantised,
+    refuse_quantized,
 )
 
 
@@ -55,7 +55,7 @@ def load_interpolated(
     try:
         with ExitStack() as stack:
             model_a, model_b, given = Inputs(stack).pair(
-                a, b, symmetry=symmetry, each=refuse_quantised, ignore_extra_layers=True
+                a, b, symmetry=symmetry, each=refuse_quantized, ignore_extra_layers=True
             )
             language_model_class(model_a)
             download(model_a, model_b, given=given)

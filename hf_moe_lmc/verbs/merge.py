@@ -83,9 +83,9 @@ def merge(
         pair = None if align else inputs.plain_pair(a, b)
         if pair:
             return _PlainMerge(*pair, t, options.allow_nonfinite)
-        from hf_moe_lmc.writing.streams import refuse_quantised
+        from hf_moe_lmc.writing.streams import refuse_quantized
 
-        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        model_a, model_b, found = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
         return _Merge(model_a, model_b, t, method if align and found is None else None, found, options.allow_nonfinite)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)

@@ -130,11 +130,11 @@ def interpolated(a: MoEModel, b: MoEModel, elements: Elements, t: float, *, roun
     return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
 
 
-def refuse_quantised(*models: MoEModel) -> None:
-    """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
+def refuse_quantized(*models: MoEModel) -> None:
+    """Raises CheckpointError where weights are quantized: points between two models would need scales of their own."""
     for model in models:
-        if model.quantisation:
+        if model.quantization:
             raise CheckpointError(
-                f"{model.checkpoint.name}: config.json declares quantised weights ({model.quantisation.method}), which cannot "
+                f"{model.checkpoint.name}: config.json declares quantized weights ({model.quantization.method}), which cannot "
                 f"be interpolated; align and apply can move whole experts. {WAY_OUT}"
             )
