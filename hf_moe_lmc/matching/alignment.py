@@ -41,10 +41,10 @@ class Alignment:
 
     Example:
         >>> import hf_moe_lmc as lmc
-        >>> found = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
-        >>> sorted(found.layers), found.totals()["experts"]
+        >>> alignment = lmc.align("model-a", "model-b", "symmetry", symmetry_only=True)
+        >>> sorted(alignment.layers), alignment.totals()["experts"]
         ([0, 1, 2], 18)
-        >>> found.layers[0].first.distance_after_units < found.layers[0].first.distance_before
+        >>> alignment.layers[0].first.distance_after_units < alignment.layers[0].first.distance_before
         True
     """
 

@@ -90,28 +90,28 @@ def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: t
         check_router(bank)
     has_units = a.unit_count > 0  # else there is nothing but router rows
     pairs = ExpertPairs(a, b, method.units, device, method.exact)
-    found = candidates(pairs, groups, method.order)
+    choice = candidates(pairs, groups, method.order)
     distances = {
         name: sum(pairs.match(i, int(j)).squared_after for i, j in enumerate(permutation)) ** 0.5 if has_units else 0.0
-        for name, permutation in found.permutations.items()
+        for name, permutation in choice.permutations.items()
     }
     best = min(distances, key=lambda name: distances[name])
-    permutation = found.permutations[best]
+    permutation = choice.permutations[best]
     matches = [pairs.match(i, int(j)) for i, j in enumerate(permutation)] if has_units else []
     router_a, router_b = a.values("router").double(), b.values("router").double()
     return BankMatching(
         symmetry=_bank_symmetry(permutation, matches),
         order_method=best,
         candidates=distances,
-        expert_cost_form=found.form,
+        expert_cost_form=choice.form,
         norm=sum(match.squared_norm for match in matches) ** 0.5,
         distance_before=sum(pairs.squared_before(i) for i in range(a.experts)) ** 0.5 if has_units else 0.0,
         distance_after_order=sum(match.squared_before for match in matches) ** 0.5,
         distance_after_units=distances[best],
         router_distance_before=float((router_a - router_b).norm()),
         router_distance_after=float((router_a - router_b[permutation]).norm()),
-        order_decided=found.decided,
-        order_margin=found.margin,
+        order_decided=choice.decided,
+        order_margin=choice.margin,
         certificates=[match.certificate for match in matches],
     )
 
@@ -121,19 +121,19 @@ def _bank_symmetry(permutation: Tensor, matches: Sequence[UnitMatch]) -> BankSym
         return replace(BankSymmetry.identity(len(permutation), 0), expert_order=permutation)
     return BankSymmetry(
         expert_order=permutation,
-        unit_order=torch.stack([match.order for match in matches]),
-        unit_scale=torch.stack([match.scale for match in matches]),
+        unit_order=torch.stack([match.symmetry.order for match in matches]),
+        unit_scale=torch.stack([match.symmetry.scale for match in matches]),
     )
 
 
 def _match_shared(a: SharedExpert, b: SharedExpert, method: WeightMatching, device: torch.device) -> SharedMatching:
     rows_a, rows_b = finite_rows(a, None, device), finite_rows(b, None, device)
     match = None
-    if not method.exact and rows_a.kind.order and is_wide(rows_a.count):
+    if not method.exact and rows_a.kind.permutation and is_wide(rows_a.count):
         match = match_sketched(Sketched(rows_a, method.units), Sketched(rows_b, method.units))
     match = match or match_units(rows_a, rows_b, method.units)
     return SharedMatching(
-        symmetry=UnitSymmetry(match.order, match.scale),
+        symmetry=match.symmetry,
         distance_before=match.squared_before**0.5,
         distance_after=match.squared_after**0.5,
         certificate=match.certificate,

@@ -10,7 +10,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, TensorInfo
 from hf_moe_lmc.checkpoints.quantisation import (
     Quantisation,
 )
-from hf_moe_lmc.moe.family import LayerFacts, MoEFamily, Template
+from hf_moe_lmc.moe.family import LayerConfig, MoEFamily, Template
 from hf_moe_lmc.moe.notation import (
     TensorSpec,
     bank_size,
@@ -72,11 +72,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Block:
-    """The tensors under one MoE block, and what is known of it.
+    """The tensors under one MoE block, and what they are to be held against.
 
     Attributes:
         prefix: what stands before the keys of its layer.
         names: tensor names under the block, by their key below the layer.
+        config: what the configuration says of the layer.
     """
 
     checkpoint: Checkpoint
@@ -84,23 +85,23 @@ class Block:
     index: int
     prefix: str
     names: Mapping[str, str]
-    facts: LayerFacts
+    config: LayerConfig
     quantization: Quantisation | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:
-        """The roles that a block with these facts may hold, and the templates that may fill each."""
-        found: dict[str, list[Template]] = {}
+        """The roles that such a block may hold, and the templates that may fill each."""
+        templates: dict[str, list[Template]] = {}
         for template in self.family.templates:
             for segment, roles in enumerate(template.spec.segments):
-                if all(template.spec.axis_sizes(self.facts.sizes, segment)):
+                if all(template.spec.axis_sizes(self.config.sizes, segment)):
                     for role in roles:
-                        if self.facts.when.get(role, True) is not False:
-                            found.setdefault(role, []).append(template)
-        return found
+                        if self.config.when.get(role, True) is not False:
+                            templates.setdefault(role, []).append(template)
+        return templates
 
     def experts(self, role: str) -> int:
-        return bank_size(self.facts.sizes, split_role(role)[0], "expert")
+        return bank_size(self.config.sizes, split_role(role)[0], "expert")
 
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[name]

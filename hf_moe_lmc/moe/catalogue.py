@@ -175,7 +175,7 @@ def known_families() -> Catalogue:
 
 def freedom(kind: UnitKind) -> str:
     """What a hidden unit allows besides changing places, in a word or two."""
-    if not kind.order:
+    if not kind.permutation:
         return "fixed"
     if kind.scale:
         return "sign and scale" if kind.sign else "positive scale"

@@ -119,7 +119,7 @@ class SharedExpert:
 
 
 def _problems(where: str, kind: UnitKind, order: Tensor, scale: Tensor) -> Iterator[str]:
-    if not kind.order and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
+    if not kind.permutation and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
         yield f"{where} change places, but {kind.words}"
     if not kind.sign and bool((scale < 0).any()):
         yield f"{where} change sign; allowed: {kind.words}"

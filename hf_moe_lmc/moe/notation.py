@@ -66,7 +66,7 @@ class UnitKind:
     """What a hidden unit allows besides changing places: its up row times s, its down column divided by s**power.
 
     Attributes:
-        order: whether units may change places at all.
+        permutation: whether units may change places at all.
         sign: whether s may be negative; scale: whether |s| may differ from 1.
         offset: the constant added to the up projection before it multiplies; its bias b becomes s (b + offset) - offset.
         words: the same, for people.
@@ -74,7 +74,7 @@ class UnitKind:
 
     name: str
     words: str
-    order: bool = True
+    permutation: bool = True
     sign: bool = False
     scale: bool = False
     power: int = 1
@@ -104,7 +104,7 @@ UNIT_KINDS = {
         ),
         UnitKind("relu", "the up row of each times s > 0 and its down column divided by s", scale=True),
         UnitKind("relu2", "the up row of each times s > 0 and its down column divided by s squared", scale=True, power=2),
-        UnitKind("rigid", "hidden units stay where they are", order=False),
+        UnitKind("rigid", "hidden units stay where they are", permutation=False),
     )
 }
 
@@ -167,8 +167,8 @@ class TensorSpec:
         """The shape on disk: of one segment, or of all along the experts."""
         segments = range(len(self.segments)) if segment is None else [segment]
         shapes = []
-        for one in segments:
-            known = dict(zip(self.axes, self.axis_sizes(sizes, one), strict=True))
+        for number in segments:
+            known = dict(zip(self.axes, self.axis_sizes(sizes, number), strict=True))
             shapes.append(tuple(math.prod(known[word] for word in group) for group in self.groups))
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 

@@ -19,9 +19,9 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
     Raises:
         MismatchError: listing every difference with both values.
     """
-    facts = [
-        f"{what}: A has {of_a}, B has {of_b}"
-        for what, of_a, of_b in (
+    differences = [
+        f"{what}: A has {in_a}, B has {in_b}"
+        for what, in_a, in_b in (
             ("family", a.family.name, b.family.name),
             ("layers", a.num_layers, b.num_layers),
             ("MoE layers", _regular(a), _regular(b)),
@@ -30,9 +30,9 @@ def check_pair(a: MoEModel, b: MoEModel, *, ignore_extra_layers: bool = False) -
             ("quantization", a.quantization, b.quantization),
             *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
         )
-        if of_a != of_b
+        if in_a != in_b
     ]
-    problems = [facts]
+    problems = [differences]
     if a.family is b.family:
         problems += [_layer_problems(a, b), *_outside_problems(a, b, ignore_extra_layers)]
     if any(problems):

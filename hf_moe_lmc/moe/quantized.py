@@ -27,15 +27,15 @@ from hf_moe_lmc.symmetry.banks import qualified
 QUANTIZED = ("gate", "up", "down")  # weights of an expert, the shared one included, whose parts move along
 
 
-def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | None:
+def claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | None:
     """The claim on a part of a quantized weight, given the claim that is or would be the weight's."""
     roles = weight.roles
     if len(roles) != len(weight.spec.segments[0]):
         return None
     bank, base = split_role(roles[0])
     fused = is_expert_role(roles[0]) and weight.expert is None
-    alike = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
-    if base in ("fixed", "shared_router") or _is_quantized_router(block, weight) or alike:
+    common = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
+    if base in ("fixed", "shared_router") or is_quantized_router(block, weight) or common:
         return Claim(name, weight.template, parse_spec("fixed"), weight.segment, weight.expert)
     if base.removeprefix("shared_") not in QUANTIZED:
         return None
@@ -50,12 +50,12 @@ def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | 
     return Claim(name, weight.template, spec, weight.segment, weight.expert, Part(weight.name, ending, weight.spec, numel))
 
 
-def _is_quantized_router(block: Block, claim: Claim) -> bool:
+def is_quantized_router(block: Block, claim: Claim) -> bool:
     info = block.checkpoint.tensors.get(claim.name)
     return split_role(claim.roles[0])[1] == "router" and info is not None and info.dtype in FLOAT8
 
 
-def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
+def part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
     """What is wrong with a part of a quantized weight: with its shape or dtype, or with what belongs to it."""
     assert block.quantization is not None
     info, tensors = block.info(claim.name), block.checkpoint.tensors
@@ -67,7 +67,7 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
         own = own[1:]
     if part.ending == "_activation_scales":
         return []
-    shape = matrix_shape(claim, block.facts.sizes, block.quantization)
+    shape = matrix_shape(claim, block.config.sizes, block.quantization)
     if part.ending == "_blocks":
         last = (shape[1] // 2,) if block.quantization.method == "fp8" else (shape[1] // FP4_BLOCK, FP4_BLOCK // 2)
         if own != (shape[0], *last) or shape[1] % FP4_BLOCK or info.dtype not in (torch.int8, torch.uint8):
@@ -86,8 +86,8 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
         return [f"{claim.name}: dtype {info.dtype}, expected floats, or exponents in uint8"]
     size = block.quantization.block_of(dtype)
     if scale_grid(own, shape, size, stacked(claim, block.quantization)) is None:
-        of = f"blocks of {list(size)}" if size else "one piece"
-        return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {of}"]
+        cut = f"blocks of {list(size)}" if size else "one piece"
+        return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {cut}"]
     return []
 
 
@@ -117,10 +117,10 @@ def stacked(claim: Claim, quantization: Quantisation) -> int:
 
 def check_declared(checkpoint: Checkpoint, quantization: Quantisation | None, names: Iterable[str]) -> None:
     """Raises FamilyError where weights are quantized and no quantization is declared."""
-    found = [name for name in names if is_quantized(name, checkpoint.tensors[name].dtype)]
-    if found and quantization is None:
+    quantized = [name for name in names if is_quantized(name, checkpoint.tensors[name].dtype)]
+    if quantized and quantization is None:
         raise FamilyError(
-            f"{checkpoint.name}: config.json declares no quantization, but these are quantized:\n{listing(found)}\n"
+            f"{checkpoint.name}: config.json declares no quantization, but these are quantized:\n{listing(quantized)}\n"
             "Restore quantization_config from the config.json that these weights came with, or dequantize them"
         )
 
@@ -151,4 +151,4 @@ def has_any(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
 def is_quantized(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor holds codes that need scales."""
     packed = (torch.int8, ".weight"), (torch.uint8, "_blocks")
-    return dtype in FLOAT8 or any(dtype == of and name.endswith(ending) for of, ending in packed)
+    return dtype in FLOAT8 or any(dtype == stored and name.endswith(ending) for stored, ending in packed)

@@ -206,7 +206,7 @@ class Translated:
 def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
     """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
     layers, still = model.layers, model.identity()
-    facts = next(iter(layers.values())).facts
+    first = next(iter(layers.values()))
     order, units = (
         {index: restricted(name, g.layers[index], still.layers[index]) for index in layers}
         for name in ("expert order", "order of hidden units")
@@ -223,14 +223,14 @@ def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Ge
     if model.groups > 1:
         torn = {i: restricted("expert order", layer.random(generator), still.layers[i]) for i, layer in layers.items()}
         yield Check("experts moved across their groups", left(torn), control=True)
-    if not facts.units[FIRST].sign and facts.units[FIRST].order:
+    if not first.banks[FIRST].kind.sign and first.banks[FIRST].kind.permutation:
         flipped = {
             i: own.with_bank(FIRST, replace(own.banks[FIRST], unit_scale=-own.banks[FIRST].unit_scale))
             for i, own in still.layers.items()
         }
         yield Check("signs that the hidden units do not allow", left(flipped), control=True)
     moved = run({index: Translated(layer) for index, layer in layers.items()})
-    yield Check(f"router translated ({facts.router})", moved, control=facts.router != "softmax")
+    yield Check(f"router translated ({first.router})", moved, control=first.router != "softmax")
 
 
 def check_round_trip(model: MoEModel) -> None:
