@@ -1,4 +1,4 @@
-"""Alignment of two checkpoints, layer by layer, and the streamed rewrite of one in the other's coordinates."""
+"""Alignment of two models: the search for the symmetry, layer by layer, and the value that it gives."""
 
 from __future__ import annotations
 

@@ -2,17 +2,17 @@
 
 Two stages, each a linear assignment problem and without data:
 
-1. the order of the experts, from the router rows (`gate`, Eq. 10) or from Gram matrices that no symmetry of the hidden
-   units changes (`expert`, Eq. 11 generalised to gate, up and down): see `candidates`;
-2. for each matched pair of experts, the order of the hidden units (Git Re-Basin's weight matching), and with `scaled`
-   units the sign and scale of the linear branch as well: see `units`.
+1. A permutation of the experts (`candidates`). `gate` matches router rows (Eq. 10). `expert` matches Gram matrices, which are
+   invariant to the symmetry of the hidden units (Eq. 11, generalised to gate, up and down).
+2. For each matched pair of experts, a permutation of the hidden units (`units`): Git Re-Basin's weight matching. With `scaled`
+   units, the sign and scale of the linear branch as well.
 
 The two stages are not the joint optimum over both; nothing here claims that they are. Further banks of experts are
-matched in the same way, each for itself. Where a table names the expert of each token, it decides the order.
+matched in the same way, each for itself. Where a table names the expert of each token, it decides stage 1.
 
-Experts of more than SMALL units are first surveyed along the gate order: each is read once, its units are matched from sketches
-where that comes with a proof (`certificate`), and what the Gram order needs is estimated from the same sketches. Only what is
-left without a proof is matched by its full similarity. `exact` does without sketches.
+Experts of more than SMALL units are first surveyed along the `gate` permutation. Each is read once. Its units are matched from
+sketches where that comes with a proof (`certificate`), and the Gram costs are estimated from the same sketches. Pairs without
+a proof are matched by their full similarity. `exact` does without sketches.
 """
 
 from __future__ import annotations

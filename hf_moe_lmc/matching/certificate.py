@@ -9,12 +9,12 @@ g a standard normal (E_s exp(a s.x) = prod cosh(a x_i) <= exp(a^2 ||x||^2 / 2)),
 
     P(||S^T x||^2 > (1 + t) ||x||^2) <= exp(-(r / 2) (t - ln(1 + t))).
 
-It also holds for a weighted sum over several vectors, each with r columns of its own. The bound on the moment is a product of
-(1 - 2 c w_i / r)^(-r / 2), largest where one of the w_i is all of their sum.
+It also holds for a weighted sum over several vectors, each with r columns of its own. The bound on the moment is then a
+product of (1 - 2 c w_i / r)^(-r / 2). It is largest where one w_i is all of their sum.
 
 Choose t so that the right side, times the number of pairs and signs, is FAILURE. Then sketched costs divided by 1 + t are
-lower bounds of all costs at once, except with a probability of at most FAILURE over the draw of S. The draw is fixed by a seed
-and has not seen the weights.
+lower bounds of all costs at once. This fails with a probability of at most FAILURE over the draw of S. The draw is fixed by a
+seed and has not seen the weights.
 
 Rounding is part of the bound. Each sketch Y has an error of norm at most e (`rows.projection_error` times the row's norm), so
 

@@ -33,9 +33,33 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     family = family or get_family(model_type(config), checkpoint.name)
     check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
     text = config.get_text_config()
-    layers: dict[int, MoELayer] = {}
+    layers, towers, num_layers = _read_layers(checkpoint, family, config)
+    if not layers:
+        raise FamilyError(
+            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
+        )
+    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
+    _check_routing(checkpoint.name, text, layers, groups, top_k)
+    model = MoEModel(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        num_layers=num_layers,
+        groups=groups,
+        top_k=top_k,
+        layers=layers,
+        towers=towers,
+    )
+    check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    return model
+
+
+def _read_layers(
+    checkpoint: Checkpoint, family: MoEFamily, config: PreTrainedConfig
+) -> tuple[dict[int, MoELayer], tuple[str, ...], int]:
+    """The MoE layers by number, the tower of each stack, and the number of layers of all stacks."""
+    text, layers, towers, start = config.get_text_config(), dict[int, MoELayer](), list[str](), 0
     faults = Faults()
-    towers, start = [], 0
     for stack in family.stacks:
         tower = _find_tower(checkpoint, family, stack, config)
         towers.append(tower)
@@ -56,24 +80,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
                 )
         start += count
     faults.check()
-    if not layers:
-        raise FamilyError(
-            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
-        )
-    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
-    _check_routing(checkpoint.name, text, layers, groups, top_k)
-    model = MoEModel(
-        checkpoint=checkpoint,
-        family=family,
-        config=config,
-        num_layers=start,
-        groups=groups,
-        top_k=top_k,
-        layers=layers,
-        towers=tuple(towers),
-    )
-    check_scales(checkpoint, checkpoint.quantisation, model.outside)
-    return model
+    return layers, tuple(towers), start
 
 
 def model_type(config: PreTrainedConfig) -> str:

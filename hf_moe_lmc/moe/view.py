@@ -1,7 +1,7 @@
 """The named-axis view of one MoE block: the only code that interprets key names and axes on disk.
 
-Whatever the layout, an expert's matrices come out in one canonical form, [unit, model] (down transposed, so that the row
-of a hidden unit is a row everywhere), a router is [expert, model]. There are two ways to ask for a tensor:
+Whatever the layout, an expert's matrices have one canonical form, [unit, model]: down is transposed, so that a hidden unit is
+a row everywhere. A router is [expert, model]. There are two ways to ask for a tensor:
 
 - `stored(role, expert)`: as it is on disk, or is to be; in its own dtype, and of quantized weights the opaque parts;
 - `values(role, expert)`: the numbers to compute with; the same, but quantized weights are dequantized to float32.
