@@ -482,8 +482,8 @@ def rows(words: Iterable[str] = ()) -> list[Row]:
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two attempts at one fault, as a diff; empty where they agree."""
-    old, new = (json.dumps(one, indent=1, ensure_ascii=False).splitlines(keepends=True) for one in (before, now))
-    return "".join(difflib.unified_diff(old, new, f"{now['fault']}: recorded", f"{now['fault']}: now", n=99))
+    lines, lines_now = (json.dumps(row, indent=1, ensure_ascii=False).splitlines(keepends=True) for row in (before, now))
+    return "".join(difflib.unified_diff(lines, lines_now, f"{now['fault']}: recorded", f"{now['fault']}: now", n=99))
 
 
 def check(chosen: Iterable[Row], prepared: Path) -> int:

@@ -4,8 +4,8 @@
 
 A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed
 or removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case.
-After the kill the output has to be absent, or whole. Then the same call is made again, and everything in the output
-(alignment.json without its seconds) has to equal, byte for byte, what an undisturbed call wrote; nothing else may be left.
+After the kill the output has to be absent, or whole. Then the same call is made again. Everything in the output has to equal,
+byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left.
 
 Cases: the output beside its workplace; an empty folder that alone may be written in (so files move in one by one); an old
 output that is replaced.
@@ -14,7 +14,6 @@ output that is replaced.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -28,11 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_moe_lmc as lmc
-from hf_moe_lmc.writing import spans, workplace
+from hf_moe_lmc.writing import location, spans, workplace
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate")
@@ -151,9 +151,9 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
     if not whole.exists():
         call(verb, a, b, whole, symmetry)
     expected, before = contents(whole), contents(old)
-    choose = workplace._choose
+    choose = workplace.working_folder
     if place == "inside":  # as where the output is a mount point
-        workplace._choose = lambda root: root / workplace.INSIDE
+        workplace.working_folder = lambda root: root / location.INSIDE
     try:
         number, counted = 0, folder / "counted"
         output = folder / "first" / "out"
@@ -170,7 +170,7 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             again = partial(call, verb, a, b, output, symmetry, **options)
             code = run(last, again)
             found = contents(output) if output.is_dir() else {}
-            found = {name: data for name, data in found.items() if not name.startswith(f"{workplace.INSIDE}/")}
+            found = {name: data for name, data in found.items() if not name.startswith(f"{location.INSIDE}/")}
             state = "absent" if not found else "whole" if found == expected else "old" if found == before else "part"
             index = "model.safetensors.index.json"
             if place == "inside" and state == "part":  # files move in one by one, the index last
@@ -185,7 +185,7 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             yield {"event": last, "of": number, "killed": code == -signal.SIGKILL, "stood": state}
             shutil.rmtree(output.parent)
     finally:
-        workplace._choose = choose
+        workplace.working_folder = choose
 
 
 def main() -> None:
@@ -207,11 +207,7 @@ def main() -> None:
                     "resumed_to_the_same_bytes": len(found),
                 })  # fmt: skip
                 print(results[-1], file=sys.stderr, flush=True)
-    report = {"command": "python scripts/kill_trials.py " + " ".join(sys.argv[1:]), "results": results}
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(options.output, {"results": results})
 
 
 if __name__ == "__main__":

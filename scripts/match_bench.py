@@ -3,8 +3,10 @@
     python scripts/match_bench.py -o scripts/match_bench.json [--layers 2] [--experts 8] [--noise 0.03 0.5 inf] [--repeats 3]
 
 Two synthetic checkpoints (bfloat16, one tensor per expert, one shard for every two experts): B is A with its experts and hidden
-units shuffled, their signs flipped, and so much noise added, relative to the weights; `inf` is another draw. In each round
-`apply` of the symmetry that was found and `align` in full run side by side, each in a process of its own, from the page cache.
+units shuffled, their signs flipped, and so much noise added, relative to the weights; `inf` is another draw.
+
+In each round, `apply` of the symmetry that was found and `align` in full run in turn, each in a process of its own, from the
+page cache.
 Wall times are without imports, and mean something only as ratios within one run.
 """
 
@@ -16,15 +18,15 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 HIDDEN, FFN, STD = 4096, 14336, 0.02
@@ -39,8 +41,11 @@ def make(folder: Path, layers: int, experts: int, noise: float) -> Path:
         architectures=["MixtralForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(folder)
+    return bench.write_shards(folder, _shards(layers, experts, noise))
+
+
+def _shards(layers: int, experts: int, noise: float) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     plan = torch.Generator().manual_seed(2)
-    weight_map: dict[str, str] = {}
     outside = {"model.embed_tokens.weight": (1024, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (1024, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -61,12 +66,8 @@ def make(folder: Path, layers: int, experts: int, noise: float) -> Path:
                     values = values[units] * (1 if role == "w1" else signs)
                 tensors[f"{block}experts.{place}.{role}.weight"] = (values.T if role == "w2" else values).contiguous()
             if place % 2 or place == experts - 1:
-                file = f"model-{layer:02}-{place // 2:02}.safetensors"
-                save_file(tensors, folder / file, {"format": "pt"})
-                weight_map |= dict.fromkeys(tensors, file)
+                yield f"model-{layer:02}-{place // 2:02}.safetensors", tensors
                 tensors = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
 
 
 def drawn(shape: tuple[int, ...], kind: int, number: int, noise: float) -> torch.Tensor:
@@ -94,20 +95,6 @@ def run(verb: str, a: str, b: str, output: str) -> dict[str, Any]:
     return {"seconds": seconds, "layers": [{key: layer[key] for key in keys} for layer in layers]}
 
 
-def started(verb: str, a: Path, b: Path, output: Path, threads: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, "--one", verb, str(a), str(b), str(output)]
-    environment = {
-        **os.environ,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "THP_MEM_ALLOC_ENABLE": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
@@ -122,6 +109,11 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(*options.one)))
         return
+    environment = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": str(options.threads),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     results = []
     with tempfile.TemporaryDirectory(prefix="match-bench-", dir=options.folder) as d:
         folder = Path(d)
@@ -130,11 +122,11 @@ def main() -> None:
             b, found = make(folder / "b", options.layers, options.experts, noise), folder / "found"
             rounds = []
             for number in range(1 if math.isinf(noise) else options.repeats):
-                aligned = started("align", a, b, folder / "out", options.threads)
+                aligned = bench.result_of(__file__, ("align", a, b, folder / "out"), environment)
                 if not number:
                     shutil.copytree(folder / "out" / "alignment", found)
                 shutil.rmtree(folder / "out")
-                applied = started("apply", found, b, folder / "out", options.threads)
+                applied = bench.result_of(__file__, ("apply", found, b, folder / "out"), environment)
                 shutil.rmtree(folder / "out")
                 rounds.append({"align": aligned["seconds"], "apply": applied["seconds"]})
                 print(noise, rounds[-1], file=sys.stderr, flush=True)
@@ -149,12 +141,7 @@ def main() -> None:
                 }
             )
             print(results[-1], file=sys.stderr, flush=True)
-    command = "python scripts/match_bench.py " + " ".join(sys.argv[1:])
-    report = {"command": command, "threads": options.threads, "results": results}
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(options.output, {"threads": options.threads, "results": results})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import bench
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE = 8 << 20
 
@@ -73,22 +78,20 @@ for shard in sorted(a.glob("*.safetensors")):
 def make(folder: Path, shapes: dict[str, tuple[int, ...]], shards: int, seed: int, config: dict[str, Any]) -> Path:
     """A checkpoint of random bfloat16 weights, shard by shard."""
     import torch
-    from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     names = list(shapes)
-    weight_map: dict[str, str] = {}
     step = -(-len(names) // shards)
-    for i in range(shards):
-        part = names[i * step : (i + 1) * step]
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        tensors = {name: torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16() for name in part}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+
+    def drawn(part: list[str]) -> dict[str, torch.Tensor]:
+        return {name: torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16() for name in part}
+
+    parts = (names[i * step : (i + 1) * step] for i in range(shards))
+    return bench.write_shards(
+        folder, ((f"model-{i:05d}-of-{shards:05d}.safetensors", drawn(part)) for i, part in enumerate(parts, 1))
+    )
 
 
 def mixtral(layers: int, experts: int, width: int, unit: int, heads: int, vocab: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,15 +136,6 @@ def qwen3_like(width: int, unit: int) -> tuple[dict[str, Any], dict[str, Any]]:
                 shapes[f"{stem}mlp.experts.{expert}.{p}_proj.weight"] = shape
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
     return config, shapes
-
-
-def empty_cache(*folders: Path) -> None:
-    os.sync()
-    for folder in folders:
-        for file in folder.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def timed(command: list[str]) -> dict[str, float]:
@@ -211,7 +205,6 @@ def same_values(folder: Path, other: Path) -> dict[str, float]:
 
     mergekit writes experts under the fused names that transformers has in memory, so that only the rest can be compared.
     """
-    import torch
     from safetensors.torch import load_file
 
     def tensors(root: Path) -> dict[str, torch.Tensor]:
@@ -232,7 +225,7 @@ def race(name: str, a: Path, b: Path, work: Path, repeats: int, mergekit: str | 
     for number in range(repeats):
         for way, run in ways(mergekit, work).items():
             out = work / f"out-{way}"
-            empty_cache(a, b)
+            bench.empty_cache(a, b)
             runs.setdefault(way, []).append(run(a, b, out))
             print(name, number, way, {k: round(v, 2) for k, v in runs[way][-1].items()}, file=sys.stderr, flush=True)
             if number == 0 and way in ("torch", "mergekit", "ours"):
@@ -284,17 +277,11 @@ def main() -> None:
             results.append({**found, "tensors": len(shapes), "shards": shards})
             shutil.rmtree(a)
             shutil.rmtree(b)
-    report = {
-        "command": "python scripts/merge_bench.py "
-        + " ".join(Path(one).name if one == options.mergekit else one for one in sys.argv[1:]),
-        "cores": os.cpu_count(),
-        "imports": imports(options.mergekit),
-        "results": results,
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(
+        options.output,
+        {"cores": os.cpu_count(), "imports": imports(options.mergekit), "results": results},
+        [Path(one).name if one == options.mergekit else one for one in sys.argv[1:]],
+    )
 
 
 if __name__ == "__main__":

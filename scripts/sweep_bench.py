@@ -22,16 +22,15 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import MixtralConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
@@ -45,7 +44,8 @@ from hf_moe_lmc.writing.streams import interpolated
 
 WAYS = ("sweep", "resident", "merges", "in_place", "offload")
 WINDOWS, LENGTH = 4, 64
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # for all ways, as the command line sets it
+# Of all ways; huge pages as the command line sets them.
+ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def make(folder: Path, layers: int, width: int, seed: int) -> Path:
@@ -56,19 +56,12 @@ def make(folder: Path, layers: int, width: int, seed: int) -> Path:
         num_attention_heads=8, num_key_value_heads=4, architectures=["MixtralForCausalLM"], dtype="float32",
     )  # fmt: skip
     config.save_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in skeleton.state_dict().items():
+    for name, shape in bench.shapes(config).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(part, {})[name] = tuple(tensor.shape)
-    weight_map: dict[str, str] = {}
-    for part, shapes in shards.items():
-        file = f"model-{part}.safetensors"
-        save_file({name: torch.randn(shape) * 0.03 for name, shape in shapes.items()}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+        shards.setdefault(part, {})[name] = shape
+    drawn = ({name: torch.randn(shape) * 0.03 for name, shape in shapes.items()} for shapes in shards.values())
+    return bench.write_shards(folder, zip((f"model-{part}.safetensors" for part in shards), drawn, strict=True))
 
 
 def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
@@ -129,7 +122,7 @@ def run(way: str, folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]
         "read_bytes": after["read_bytes"] - before["read_bytes"],
         "write_bytes": after["write_bytes"] - before["write_bytes"],
         "device_bytes": device_bytes(folder_a) - device_before,
-        "peak_bytes": peak_anonymous(),
+        "peak_bytes": bench.own_memory("VmHWM"),
         "losses": [float(loss.sum()) for loss in losses],
     }
 
@@ -144,21 +137,6 @@ def device_bytes(folder: Path) -> int:
     number = folder.stat().st_dev
     stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
     return int(stat.read_text().split()[2]) * 512 if stat.exists() else 0
-
-
-def peak_anonymous() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def empty_cache(folders: list[Path]) -> None:
-    """Drops the pages of all files in some folders."""
-    os.sync()
-    for folder in folders:
-        for file in folder.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def summary(points: int, way: str, runs: list[dict[str, Any]], reference: list[float], size: int) -> dict[str, Any]:
@@ -204,11 +182,8 @@ def main() -> None:
             measured: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
             for _ in range(options.repeats):  # side by side: each round runs every way once
                 for way in options.ways:
-                    empty_cache([a, b])
-                    command = [sys.executable, "-W", "ignore", __file__, "--one", way, a, b, str(points)]
-                    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"} | HUGE_PAGES
-                    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-                    measured[way].append(json.loads(done.stdout.splitlines()[-1]))
+                    bench.empty_cache(a, b)
+                    measured[way].append(bench.result_of(__file__, (way, a, b, points), ENVIRONMENT))
                     print(
                         points, way, {k: v for k, v in measured[way][-1].items() if k != "losses"}, file=sys.stderr, flush=True
                     )
@@ -216,16 +191,14 @@ def main() -> None:
                 summary(points, way, runs, measured[options.ways[0]][0]["losses"], size) for way, runs in measured.items()
             ]
         outside(results)
-        report = {
-            "command": "python scripts/sweep_bench.py " + " ".join(sys.argv[1:]),
+    bench.report(
+        options.output,
+        {
             "checkpoint_bytes": size,
             "results": results,
             "seconds_relative_to_sweep": {str(points): relative(results, points) for points in options.points},
-        }
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+        },
+    )
 
 
 if __name__ == "__main__":

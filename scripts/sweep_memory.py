@@ -2,7 +2,7 @@
 
     python scripts/sweep_memory.py -o scripts/sweep_memory.json [--layers 2] [--folder DIR]
 
-Two checkpoints with layers of 8 experts, hidden size 4096 and 14336 hidden units per expert (2.9 GB a layer) are evaluated
+Two checkpoints have layers of 8 experts, hidden size 4096 and 14336 hidden units per expert: 2.9 GB a layer. They are evaluated
 layer by layer on the naive and on an aligned path. What is measured is the anonymous memory of the process above what its
 imports take; what does not depend on the number of layers is what a model of any depth needs.
 """
@@ -10,7 +10,7 @@ imports take; what does not depend on the number of layers is what a model of an
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 import tempfile
 import threading
@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import MixtralConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
@@ -34,21 +34,16 @@ def make(folder: Path, layers: int, seed: int) -> Path:
     """A checkpoint in the fused layout, one tensor at a time; values repeat every million, which changes no size."""
     config = MixtralConfig(num_hidden_layers=layers, dtype="bfloat16", architectures=["MixtralForCausalLM"])  # the 8x7B's sizes
     config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     pattern = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
-    weight_map = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        file = f"model-{i:05}.safetensors"
-        save_file({name: pattern.repeat(-(-shape.numel() // len(pattern)))[: shape.numel()].view(shape)}, folder / file)
-        weight_map[name] = file
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
 
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        numel = math.prod(shape)
+        return pattern.repeat(-(-numel // len(pattern)))[:numel].view(shape)
 
-def anonymous() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
+    tensors = bench.shapes(config).items()
+    return bench.write_shards(
+        folder, ((f"model-{i:05}.safetensors", {name: values(shape)}) for i, (name, shape) in enumerate(tensors))
+    )
 
 
 def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
@@ -63,10 +58,10 @@ def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
 
         def watch() -> None:
             while not done.is_set():
-                peak[0] = max(peak[0], anonymous())
+                peak[0] = max(peak[0], bench.own_memory("RssAnon"))
                 time.sleep(0.01)
 
-        base, started = anonymous(), time.perf_counter()
+        base, started = bench.own_memory("RssAnon"), time.perf_counter()
         threading.Thread(target=watch, daemon=True).start()
         options = EvaluationOptions(model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False)
         losses, cost = Evaluator(a, b, windows, options).evaluate(paths, grid)
@@ -99,11 +94,7 @@ def main() -> None:
             a, b = (make(Path(d) / name, layers, seed) for seed, name in enumerate("ab"))
             results.append(measure(a, b, options.points))
             print(results[-1], file=sys.stderr)
-    report = {"command": "python scripts/sweep_memory.py " + " ".join(sys.argv[1:]), "results": results}
-    text = json.dumps(report, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    print(text)
+    bench.report(options.output, {"results": results})
 
 
 if __name__ == "__main__":

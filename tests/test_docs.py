@@ -208,10 +208,11 @@ def test_publishing_in_the_examples_publishes(
     assert commit["repo_id"] == "me/merged" and {"README.md", "config.json"} < set(commit["files"])
 
 
+OF_ROOMS = ("matching", "moe", "symmetry", "perplexity")  # their tests run the examples of their modules
 WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted((ROOT / "hf_moe_lmc").rglob("*.py"))
-    if ">>> " in path.read_text(encoding="utf-8")
+    if ">>> " in path.read_text(encoding="utf-8") and path.parent.name not in OF_ROOMS
 ]
 
 

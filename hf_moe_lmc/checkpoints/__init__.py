@@ -1,1 +1,1 @@
-"""Checkpoints on disk and on the Hub: headers, configuration, vocabulary, quantisation, pairs of them."""
+"""Checkpoints on disk and on the Hub: headers, configuration, vocabulary, quantization, pairs of them."""

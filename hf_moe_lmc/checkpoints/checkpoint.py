@@ -1,7 +1,6 @@
-"""A checkpoint on disk or on the Hub: sharded safetensors, checked from the headers and read by ranges.
+"""A checkpoint on disk or on the Hub: sharded safetensors, known from their headers and read by ranges.
 
-The format is eight bytes of header length, a JSON header, and the tensors one after the other. Any contiguous range of
-elements can be read, so neither a shard nor a large tensor is ever held in memory.
+Any contiguous range of elements can be read. So neither a shard nor a large tensor is ever held in memory.
 """
 
 from __future__ import annotations
@@ -9,36 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.configuration import check_counts
-from hf_moe_lmc.checkpoints.header import (
-    Shard,
-    TensorInfo,
-    read_shard,
-    remote_shard,
-)
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, read_quantisation
+from hf_moe_lmc.checkpoints.contents import HEADERS_AT_ONCE, read_contents, read_header
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
+from hf_moe_lmc.checkpoints.quantization import Quantization
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
-from hf_moe_lmc.checkpoints.untrusted import kind_of, open_regular, read_json_object
-from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
+from hf_moe_lmc.checkpoints.untrusted import open_regular
+from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.runtime.processes import team
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
-HEADERS_AT_ONCE = 8
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
@@ -66,14 +56,14 @@ class Checkpoint:
         config: config.json as written.
         shards: by file name, in the order of the weight map.
         tensors: by name, in shard and file order.
-        quantisation: what config.json declares of the weights.
+        quantization: what config.json declares of the weights.
     """
 
     source: Folder | Repository
     config: dict[str, Any]
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
@@ -89,40 +79,8 @@ class Checkpoint:
                 key, unless it only follows from another.
         """
         source = resolve(model)
-        files = set(source.files())
-        for file in files & {"config.json", INDEX}:
-            source.path(file)  # whoever may not have these need not ask for the rest
-        faults = Faults()
-        _refuse_other_kinds(source, files, faults)
-        config: dict[str, Any] = {}
-        quantisation = None
-        with faults.gather():
-            if "config.json" in files:
-                config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
-                check_counts(f"{source.name}/config.json", config)
-                quantisation = read_quantisation(source.name, config)
-        weight_map = _read_weight_map(source, files, faults)
-        listed = list(dict.fromkeys(file for file in weight_map.values() if file))
-        names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
-        shards: dict[str, Shard] = {}
-        tensors: dict[str, TensorInfo] = {}
-        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
-            read = list(pool.map(lambda name: _attempt(source, name), names))
-        for name, found in zip(names, read, strict=True):
-            if isinstance(found, InputError):
-                faults.add(found)
-                continue
-            shards[name], infos = found
-            for info in infos:
-                if info.name in tensors and not faults.enough("tensors in two shards"):
-                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
-                    faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
-                tensors[info.name] = info
-        if weight_map:
-            with faults.gather():
-                _check_weight_map(source.name, weight_map, shards, tensors)
-        faults.check()
-        return cls(source=source, config=config, shards=shards, tensors=tensors, quantisation=quantisation)
+        contents = read_contents(source)
+        return cls(source, contents.config, contents.shards, contents.tensors, contents.quantization)
 
     @property
     def name(self) -> str:
@@ -155,7 +113,7 @@ class Checkpoint:
         self.source.fetch([*self.shards, *self.side_files()])
         here = Folder(self.source.path("config.json").parent)
         for name in self.shards:  # what came must be whole, and what was checked from afar
-            shard, infos = _read_shard(here, name)
+            shard, infos = read_header(here, name)
             seen = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
             if {info.name: (info.dtype, info.shape) for info in infos} != seen:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
@@ -299,121 +257,3 @@ def _is_side_file(file: str) -> bool:
         return folder == "additional_chat_templates"
     foreign = name.startswith((".", "events.out.")) or name in FOREIGN_FILES or name.endswith(".index.json")
     return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
-
-
-def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
-    """Adds a fault for what is no folder with safetensors weights and a configuration."""
-    name, top = source.name, {file for file in files if "/" not in file}
-    weights = any(file.startswith("model") and file.endswith(".safetensors") for file in top)
-    if "adapter_config.json" in top and not weights:
-        adapter = "holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
-        faults.add(CheckpointError(f"{name}: {adapter}"))
-        return
-    if INDEX not in top and SINGLE not in top:
-        faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
-    if "config.json" not in top and weights:
-        found = _instead(source, "config.json")
-        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
-        faults.add(CheckpointError(f"{name}: config.json {state}"))
-
-
-def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
-    """What is there where neither an index nor a single file of weights is."""
-    for file in (INDEX, SINGLE):
-        if found := _instead(source, file):
-            return f"{file}: expected a file, found {found}"
-    pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickles:
-        return (
-            f"weights only as pickles ({shown(pickles[0])}), which can run code when opened; "
-            "load the model with transformers and save_pretrained it as safetensors first"
-        )
-    shards = sorted(file for file in top if file.endswith(".safetensors"))
-    if shards:
-        return f"{len(shards)} safetensors files ({shown(shards[0])}, ...) but no {INDEX} that lists them"
-    return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
-
-
-def _instead(source: Folder | Repository, file: str) -> str | None:
-    """What stands in the place of a file that is none, in words."""
-    return kind_of(source.path(file)) if isinstance(source, Folder) else None
-
-
-def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
-    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
-    if INDEX not in files:
-        return {}
-    where = f"{source.name}/{INDEX}"
-    weight_map: Any = None
-    with faults.gather():
-        weight_map = read_json_object(source.path(INDEX), where).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{where}: weight_map is missing or empty; fetch the index again")
-    if not isinstance(weight_map, dict):
-        return {}
-    usable: dict[str, str | None] = dict.fromkeys(weight_map)
-    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
-    for key, file in weight_map.items():
-        wrong = None
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
-        elif _leaves(file):
-            wrong = ("a path that leaves the folder", "paths that leave the folder")
-        if wrong and not faults.enough(wrong[1]):
-            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
-            faults.add(CheckpointError(message, kind=wrong[1]))
-        elif not wrong and file not in files:
-            listed.setdefault(file, []).append(key)
-        elif not wrong:
-            usable[key] = file
-    for file, keys in listed.items():
-        if faults.enough("missing shards"):
-            continue
-        found = _instead(source, file)
-        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
-        message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
-        message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
-        faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
-    return usable
-
-
-@lru_cache(4096)  # thousands of tensors name the same few files
-def _leaves(file: str) -> bool:
-    path = PurePosixPath(file)
-    return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
-
-
-def _check_weight_map(
-    name: str, weight_map: Mapping[str, str | None], shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Compares the index with the headers that could be read."""
-    problems = (
-        [
-            f"{shown(key)}: listed in {file}, not there"
-            for key, file in weight_map.items()
-            if file in shards and key not in tensors
-        ],
-        [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map],
-        [
-            f"{key}: listed in {file}, found in {tensors[key].shard}"
-            for key, file in weight_map.items()
-            if file is not None and key in tensors and file != tensors[key].shard
-        ],
-    )
-    if any(problems):
-        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")
-
-
-def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
-    try:
-        return _read_shard(source, name)
-    except InputError as error:
-        return error
-
-
-def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
-    where = f"{source.name}/{name}"
-    if isinstance(source, Repository) and not source.cached:
-        return remote_shard(source.header(name), name, where)
-    return read_shard(source.path(name), name, where)

@@ -35,7 +35,7 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
         f"{what}: A has {shown(repr(of_a))}, B has {shown(repr(of_b))}"
         for what, of_a, of_b in (
             ("model type", a.config.get("model_type"), b.config.get("model_type")),
-            ("quantisation", a.quantisation, b.quantisation),
+            ("quantization", a.quantization, b.quantization),
         )
         if of_a != of_b
     ]

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
+from hf_moe_lmc.checkpoints.pair import same_place
 from hf_moe_lmc.matching.blocks import match_layer
 from hf_moe_lmc.matching.distance import OutsideDistance, outside_distance
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
@@ -26,6 +27,7 @@ from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.workplace import Kept, Workplace
 
 ALIGNMENT_VERSION = 1
+SAME = "A and B hold the same weights; the alignment is the identity"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def align_models(
     assert outside is not None
     warnings = tuple(_warnings(a, b, method, layers, outside))
     for warning in warnings:
-        warn(warning)
+        if warning != SAME or not same_place(a.checkpoint, b.checkpoint):  # which was said when they were opened
+            warn(warning)
     elements = {**b.identity().layers, **{index: matching.symmetry for index, matching in layers.items()}}
     metadata: dict[str, str] = {"method": "weight matching", "order": method.order, "units": method.units}
     metadata |= {f"{side}_{key}": value for side, origin in origins.items() for key, value in origin.items()}
@@ -228,7 +231,7 @@ def _warnings(
             "keep theirs, as anything else would need new scales"
         )
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
-        yield "A and B hold the same weights; the alignment is the identity"
+        yield SAME
     if outside.unrelated:
         yield (
             f"outside the MoE blocks the two models are unrelated (median cosine {outside.median_cosine:.2f}, "

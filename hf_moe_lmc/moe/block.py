@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, TensorInfo
-from hf_moe_lmc.checkpoints.quantisation import (
-    Quantisation,
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import TensorInfo
+from hf_moe_lmc.checkpoints.quantization import (
+    Quantization,
 )
 from hf_moe_lmc.moe.family import LayerConfig, MoEFamily, Template
 from hf_moe_lmc.moe.notation import (
@@ -86,7 +87,7 @@ class Block:
     prefix: str
     names: Mapping[str, str]
     config: LayerConfig
-    quantization: Quantisation | None
+    quantization: Quantization | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:

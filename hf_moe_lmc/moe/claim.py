@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_moe_lmc.checkpoints.quantisation import (
+from hf_moe_lmc.checkpoints.quantization import (
     FLOAT8,
     WAY_OUT,
 )

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import WAY_OUT, Quantisation
+from hf_moe_lmc.checkpoints.quantization import WAY_OUT, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
 from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
 from hf_moe_lmc.moe.family import MoEFamily
@@ -60,8 +60,8 @@ class MoEModel:
         return self.config.get_text_config()
 
     @property
-    def quantization(self) -> Quantisation | None:
-        return self.checkpoint.quantisation
+    def quantization(self) -> Quantization | None:
+        return self.checkpoint.quantization
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import (
+from hf_moe_lmc.checkpoints.quantization import (
     FLOAT8,
     FP4_BLOCK,
-    Quantisation,
+    Quantization,
     scale_grid,
 )
 from hf_moe_lmc.errors import FamilyError, listing
@@ -91,7 +91,7 @@ def part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
     return []
 
 
-def matrix_axes(claim: Claim, quantization: Quantisation) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def matrix_axes(claim: Claim, quantization: Quantization) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axis words of the rows and of the columns of one expert of the weight that `claim` holds a part of."""
     assert claim.part is not None
     rows, columns = (group for group in claim.part.spec.groups if group != ("expert",))
@@ -101,7 +101,7 @@ def matrix_axes(claim: Claim, quantization: Quantisation) -> tuple[tuple[str, ..
     return rows, columns
 
 
-def matrix_shape(claim: Claim, sizes: Mapping[str, int], quantization: Quantisation) -> tuple[int, int]:
+def matrix_shape(claim: Claim, sizes: Mapping[str, int], quantization: Quantization) -> tuple[int, int]:
     """Rows and columns of one expert of the weight that `claim` holds a part of."""
     assert claim.part is not None
     spec = claim.part.spec
@@ -110,12 +110,12 @@ def matrix_shape(claim: Claim, sizes: Mapping[str, int], quantization: Quantisat
     return rows, columns
 
 
-def stacked(claim: Claim, quantization: Quantisation) -> int:
+def stacked(claim: Claim, quantization: Quantization) -> int:
     """How many weights stand one below the other in the rows of `matrix_shape`."""
     return len(claim.weight_roles) if matrix_axes(claim, quantization)[0][0] == "half" else 1
 
 
-def check_declared(checkpoint: Checkpoint, quantization: Quantisation | None, names: Iterable[str]) -> None:
+def check_declared(checkpoint: Checkpoint, quantization: Quantization | None, names: Iterable[str]) -> None:
     """Raises FamilyError where weights are quantized and no quantization is declared."""
     quantized = [name for name in names if is_quantized(name, checkpoint.tensors[name].dtype)]
     if quantized and quantization is None:
@@ -125,7 +125,7 @@ def check_declared(checkpoint: Checkpoint, quantization: Quantisation | None, na
         )
 
 
-def check_scales(checkpoint: Checkpoint, quantization: Quantisation | None, outside: Sequence[str]) -> None:
+def check_scales(checkpoint: Checkpoint, quantization: Quantization | None, outside: Sequence[str]) -> None:
     """Raises FamilyError where tensors outside the MoE blocks lack scales, or a declaration and the tensors do not agree."""
     if quantization is None:
         check_declared(checkpoint, quantization, outside)

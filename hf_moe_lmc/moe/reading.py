@@ -31,7 +31,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     """
     config = read_config(checkpoint)
     family = family or get_family(model_type(config), checkpoint.name)
-    check_declared(checkpoint, checkpoint.quantisation, checkpoint.tensors)
+    check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
     layers, towers, num_layers = _read_layers(checkpoint, family, config)
     if not layers:
@@ -50,7 +50,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         layers=layers,
         towers=towers,
     )
-    check_scales(checkpoint, checkpoint.quantisation, model.outside)
+    check_scales(checkpoint, checkpoint.quantization, model.outside)
     return model
 
 
@@ -73,10 +73,10 @@ def _read_layers(
                     prefix=tower + stack.stem.format(layer=index),
                     names=names,
                     config=family.at(text, min(index, count - 1)),
-                    quantization=checkpoint.quantisation,
+                    quantization=checkpoint.quantization,
                 )
                 layers[block.index] = MoELayer(
-                    checkpoint, block.index, block.config, claim_block(block), checkpoint.quantisation
+                    checkpoint, block.index, block.config, claim_block(block), checkpoint.quantization
                 )
         start += count
     faults.check()
@@ -136,7 +136,7 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     """
     pattern = stack.pattern(None)
     experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
-    endings = tuple(checkpoint.quantisation.suffixes) if checkpoint.quantisation else ()
+    endings = tuple(checkpoint.quantization.suffixes) if checkpoint.quantization else ()
     holding = set()  # towers with experts
     for name in checkpoint.tensors:
         match = pattern.fullmatch(name)

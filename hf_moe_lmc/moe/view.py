@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import Quantisation, dequantise, scale_grid
+from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerConfig
@@ -72,7 +72,7 @@ class BlockView:
     index: int
     config: LayerConfig
     claims: Mapping[str, Claim]
-    quantization: Quantisation | None = None
+    quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -151,7 +151,7 @@ class BlockView:
             return self.stored(role, expert)
         return self._dequantized(role, expert, *parts, self.quantization)
 
-    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantisation) -> Tensor:
+    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantization) -> Tensor:
         """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
         shape = matrix_shape(scales, self.sizes, quantization)
         halves = stacked(scales, quantization)
@@ -160,7 +160,7 @@ class BlockView:
         grid = scale_grid(factors_shape, shape, block, halves)
         assert grid is not None
         codes, _ = self._part(weight, expert)
-        values = dequantise(codes.view(shape[0], -1), factors.view(grid), block, halves)
+        values = dequantize(codes.view(shape[0], -1), factors.view(grid), block, halves)
         rows, columns = matrix_axes(scales, quantization)
         axes = [*rows, *columns]
         known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}

@@ -171,6 +171,31 @@ class BarrierReport:
         """report.json: null stands for a number that is not finite."""
         return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
 
+    def of_layers(self, first: int, last: int | None = None) -> tuple[BarrierCurve, Interval | None]:
+        """Curve of the path on which some layers alone are interpolated, and the interval of its barrier.
+
+        Raises:
+            KeyError: that was not measured.
+        """
+        found = self.layers[first, first if last is None else last]
+        return found.curve, found.barrier_interval
+
+    def barrier_interval(self, path: str) -> Interval | None:
+        """Of the barrier of one path, nats per token."""
+        return self.paths[path].barrier_interval
+
+    def area_interval(self, path: str) -> Interval | None:
+        """Of the area of one path."""
+        return self.paths[path].area_interval
+
+    def nll_interval(self, path: str) -> list[Interval | None]:
+        """Of the loss at each point of one path, nats per token."""
+        return self.paths[path].nll_interval
+
+    def bits_per_byte(self, path: str) -> list[float] | None:
+        """Of the scored text at each point of one path; None where its bytes are not known."""
+        return self.paths[path].bits_per_byte
+
     def table(self) -> str:
         """Losses along the paths and the barriers, for a terminal."""
         return rendering.table(self.paths, self.summary)

@@ -1,7 +1,7 @@
 """The proof of a family's description: a small random model, every part of its group, and controls that must fail.
 
-The model has the checkpoint's own configuration with small sizes (`shrink`). It is saved by transformers in both layouts,
-rewritten by this package, loaded by transformers again, and must compute what it did; and it must not where the group ends.
+The model has the checkpoint's own configuration with small sizes (`shrink`). Transformers saves it in both layouts, this
+package rewrites it, and transformers loads it again. It must then compute what it did. Where the group ends, it must not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -34,7 +33,7 @@ from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.output import writing
 from hf_moe_lmc.writing.spans import Copied
-from hf_moe_lmc.writing.streams import ModelStream, rewritten
+from hf_moe_lmc.writing.streams import ModelStream, rewritten, whole
 from hf_moe_lmc.writing.workplace import at_work
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
@@ -44,15 +43,15 @@ COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
 LAYOUTS = {"as on the Hub": True, "as in memory": False}  # save_original_format
 
 BANK_PARTS: dict[str, Callable[[BankSymmetry, BankSymmetry], BankSymmetry]] = {
-    "expert order": lambda g, one: replace(one, expert_order=g.expert_order),
-    "order of hidden units": lambda g, one: replace(one, unit_order=g.unit_order),
-    "signs of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.sign()),
-    "scales of hidden units": lambda g, one: replace(one, unit_scale=g.unit_scale.abs()),
+    "expert order": lambda g, identity: replace(identity, expert_order=g.expert_order),
+    "order of hidden units": lambda g, identity: replace(identity, unit_order=g.unit_order),
+    "signs of hidden units": lambda g, identity: replace(identity, unit_scale=g.unit_scale.sign()),
+    "scales of hidden units": lambda g, identity: replace(identity, unit_scale=g.unit_scale.abs()),
 }
 SHARED_PARTS: dict[str, Callable[[UnitSymmetry, UnitSymmetry], UnitSymmetry]] = {
-    "shared expert: order of hidden units": lambda g, one: replace(one, order=g.order),
-    "shared expert: signs": lambda g, one: replace(one, scale=g.scale.sign()),
-    "shared expert: scales": lambda g, one: replace(one, scale=g.scale.abs()),
+    "shared expert: order of hidden units": lambda g, identity: replace(identity, order=g.order),
+    "shared expert: signs": lambda g, identity: replace(identity, scale=g.scale.sign()),
+    "shared expert: scales": lambda g, identity: replace(identity, scale=g.scale.abs()),
 }
 
 
@@ -139,26 +138,28 @@ def _checks(family: MoEFamily, built: PreTrainedModel, folder: Path, seed: int) 
             written = write(rewritten(model, g.layers), folder / f"moved-{original}")
             check_accounting(model, written)
             yield Check(f"everything at once, {layout}", difference(reloaded(built, written), expected), control=False)
-    run = Rerun(model, built, expected, folder)
+    run = Rerun(model, built, expected)
     for name, part in parts(model, g).items():
         yield Check(name, run(model.acted(part.layers)), control=False)
     yield from _controls(model, g, run, generator)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rerun:
-    """Writes a model with other layers, in the layout of memory, and compares its outputs."""
+    """Gives a model other layers, read in the layout of memory, and compares its outputs.
+
+    Attributes:
+        model: what `built` was saved as.
+        expected: outputs of `built` as it was.
+    """
 
     model: MoEModel
     built: PreTrainedModel
     expected: Tensor
-    folder: Path
-    count: int = 0
 
     def __call__(self, layers: Mapping[int, LayerSource]) -> float:
-        self.count += 1
-        written = write(ModelStream(self.model, layers, Copied(self.model.checkpoint)), self.folder / f"run-{self.count}")
-        tensors = load_file(written / "model.safetensors")
+        stream = ModelStream(self.model, layers, Copied(self.model.checkpoint))
+        tensors = {name: whole(stream, name) for name in self.model.layer_of}
         unknown = self.built.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown:
             raise FamilyError(f"{self.model.family.name}: transformers does not know {unknown[0]}")
@@ -167,27 +168,27 @@ class Rerun:
 
 def parts(model: MoEModel, g: ModelSymmetry) -> dict[str, ModelSymmetry]:
     """Each part of the group that this model has, as the element that `g` has of it."""
-    still = model.identity()
-    found = {}
+    identity = model.identity()
+    elements = {}
     for bank in next(iter(g.layers.values())).banks:
         for name in (*BANK_PARTS, *SHARED_PARTS) if bank == FIRST else BANK_PARTS:
-            layers = {index: restricted(name, g.layers[index], identity, bank) for index, identity in still.layers.items()}
+            layers = {index: restricted(name, g.layers[index], layer, bank) for index, layer in identity.layers.items()}
             element = ModelSymmetry(g.family, g.groups, layers)
-            if element != still:
-                found[name if bank == FIRST else f"bank {bank}: {name}"] = element
-    return found
+            if element != identity:
+                elements[name if bank == FIRST else f"bank {bank}: {name}"] = element
+    return elements
 
 
 @dataclass(frozen=True)
-class Left:
-    """A block in new coordinates, but for some roles, which were left where they are."""
+class PartlyActed:
+    """A block in new coordinates, but for some roles, whose tensors stay as they are."""
 
     acted: LayerSource
     original: LayerSource
-    roles: tuple[str, ...]
+    unmoved: tuple[str, ...]
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
-        return (self.original if split_role(role)[1] in self.roles else self.acted).stored(role, expert)
+        return (self.original if split_role(role)[1] in self.unmoved else self.acted).stored(role, expert)
 
 
 @dataclass(frozen=True)
@@ -205,32 +206,36 @@ class Translated:
 
 def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
     """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
-    layers, still = model.layers, model.identity()
+    layers, identity = model.layers, model.identity().layers
     first = next(iter(layers.values()))
     order, units = (
-        {index: restricted(name, g.layers[index], still.layers[index]) for index in layers}
+        {index: restricted(name, g.layers[index], identity[index]) for index in layers}
         for name in ("expert order", "order of hidden units")
     )
 
-    def left(elements: Mapping[int, LayerSymmetry], *roles: str) -> float:
-        return run({i: Left(ActedLayer(layer, elements[i], layer.units), layer, roles) for i, layer in layers.items()})
+    def acted(elements: Mapping[int, LayerSymmetry], *unmoved: str) -> float:
+        """The difference where all roles move but these."""
+        return run({i: PartlyActed(ActedLayer(layer, elements[i], layer.units), layer, unmoved) for i, layer in layers.items()})
 
-    yield Check("experts moved, router left", left(order, "router", "router_bias"), control=True)
+    yield Check("experts moved, router left", acted(order, "router", "router_bias"), control=True)
     for role in COMPANIONS:
         if any(role in layer.roles for layer in layers.values()):
-            yield Check(f"experts moved, {role} left", left(order, role), control=True)
-    yield Check("hidden units moved, up projection left", left(units, "up"), control=True)
+            yield Check(f"experts moved, {role} left", acted(order, role), control=True)
+    yield Check("hidden units moved, up projection left", acted(units, "up"), control=True)
     if model.groups > 1:
-        torn = {i: restricted("expert order", layer.random(generator), still.layers[i]) for i, layer in layers.items()}
-        yield Check("experts moved across their groups", left(torn), control=True)
+        torn = {i: restricted("expert order", layer.random(generator), identity[i]) for i, layer in layers.items()}
+        yield Check("experts moved across their groups", acted(torn), control=True)
     if not first.banks[FIRST].kind.sign and first.banks[FIRST].kind.permutation:
-        flipped = {
-            i: own.with_bank(FIRST, replace(own.banks[FIRST], unit_scale=-own.banks[FIRST].unit_scale))
-            for i, own in still.layers.items()
-        }
-        yield Check("signs that the hidden units do not allow", left(flipped), control=True)
-    moved = run({index: Translated(layer) for index, layer in layers.items()})
-    yield Check(f"router translated ({first.router})", moved, control=first.router != "softmax")
+        flipped = {i: _flipped(layer) for i, layer in identity.items()}
+        yield Check("signs that the hidden units do not allow", acted(flipped), control=True)
+    translated = run({index: Translated(layer) for index, layer in layers.items()})
+    yield Check(f"router translated ({first.router})", translated, control=first.router != "softmax")
+
+
+def _flipped(layer: LayerSymmetry) -> LayerSymmetry:
+    """With all signs of the first bank's hidden units the other way."""
+    bank = layer.banks[FIRST]
+    return layer.with_bank(FIRST, replace(bank, unit_scale=-bank.unit_scale))
 
 
 def check_round_trip(model: MoEModel) -> None:
@@ -276,6 +281,6 @@ def reloaded(built: PreTrainedModel, folder: Path) -> Tensor:
     return outputs(model.eval())
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(values: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((values - expected).abs().max() / expected.abs().max())

@@ -162,16 +162,16 @@ def _measured(family: MoEFamily, model: PreTrainedModel, text: PreTrainedConfig,
     model.save_pretrained(source, save_original_format=False)
     with ExitStack() as stack:
         opened = read_model(stack.enter_context(Checkpoint.open(source)), family)
-        run = Rerun(opened, model, outputs(model), folder)
+        run = Rerun(opened, model, outputs(model))
         generator = torch.Generator().manual_seed(0)
 
         def holds(part: str, kind: UnitKind) -> bool:
             """Whether a part of what units of this kind would allow leaves the outputs alone."""
             elements = {}
             for index, layer in opened.layers.items():
-                one = layer.identity()
-                drawn = LayerSymmetry.random(*one.sizes.values(), signs=kind.sign, scale=SCALE, generator=generator)
-                elements[index] = restricted(part, drawn, one)
+                identity = layer.identity()
+                drawn = LayerSymmetry.random(*identity.sizes.values(), signs=kind.sign, scale=SCALE, generator=generator)
+                elements[index] = restricted(part, drawn, identity)
             units = {FIRST: kind, SHARED: kind}
             return run({i: ActedLayer(layer, elements[i], units) for i, layer in opened.layers.items()}) < HOLDS
 
@@ -218,7 +218,7 @@ def _has_limit(text: PreTrainedConfig) -> bool:
 
 def _declared_groups(text: PreTrainedConfig) -> int:
     for count, top in GROUPS:
-        groups, kept = getattr(text, count, None), getattr(text, top, None)
-        if isinstance(groups, int) and isinstance(kept, int) and groups > 1 and kept < groups:
+        groups, chosen = getattr(text, count, None), getattr(text, top, None)
+        if isinstance(groups, int) and isinstance(chosen, int) and groups > 1 and chosen < groups:
             return groups
     return 1

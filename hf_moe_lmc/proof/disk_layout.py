@@ -103,7 +103,7 @@ def read_templates(model: PreTrainedModel, folder: Path) -> tuple[dict[str, str 
 
 
 def _templates(numbering: Numbering, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Key template -> notation of one layer's tensors on disk; what lies beside them in the block is `fixed`."""
+    """Key template -> notation of one layer's tensors on disk; the others in the block are `fixed`."""
     notation: dict[str, str] = {}
     for key, tensor in tensors.items():
         numbers = tensor.double()
@@ -146,21 +146,21 @@ def _describe(numbering: Numbering, key: str, numbers: Tensor) -> tuple[str, str
     return template, text
 
 
-def _verify(numbering: Numbering, found: TensorSpec, key: str, numbers: Tensor, spec: TensorSpec, places: Tensor) -> None:
+def _verify(numbering: Numbering, described: TensorSpec, key: str, numbers: Tensor, spec: TensorSpec, places: Tensor) -> None:
     """Raises FamilyError unless the notation accounts for every number of a tensor."""
     parts = []
-    for role in found.roles:
+    for role in described.roles:
         whole = numbering.matrices[role]
         axes = [word for word in spec.axes if word != "half"]
-        if "expert" in axes and "expert" not in found.axes:
+        if "expert" in axes and "expert" not in described.axes:
             whole = whole.select(axes.index("expert"), int(places[0, spec.axes.index("expert")]))
             axes.remove("expert")
-        wanted = [word for word in found.axes if word not in ("half", "1") or (word == "1" and word in axes)]
+        wanted = [word for word in described.axes if word not in ("half", "1") or (word == "1" and word in axes)]
         if sorted(wanted) != sorted(axes):
-            raise FamilyError(f"{key}: {found.text!r} does not account for all of {spec.text!r}")
+            raise FamilyError(f"{key}: {described.text!r} does not account for all of {spec.text!r}")
         parts.append(whole.permute([axes.index(word) for word in wanted]))
     expected = parts[0]
-    if "half" in found.axes:
-        expected = torch.stack(parts, dim=[word for word in found.axes if word != "1"].index("half"))
+    if "half" in described.axes:
+        expected = torch.stack(parts, dim=[word for word in described.axes if word != "1"].index("half"))
     if not torch.equal(expected.reshape(numbers.shape), numbers):
-        raise FamilyError(f"{key}: {found.text!r} does not account for the order of its values")
+        raise FamilyError(f"{key}: {described.text!r} does not account for the order of its values")

@@ -1,7 +1,7 @@
 """Tiny random models of any MoE architecture that transformers knows.
 
-A miniature has the class and the switches of the original and other sizes, so whatever holds for the original's
-computation (which axes may be permuted, which tensors move along) can be tried on it within a second.
+A miniature has the class and the switches of the original, and other sizes. So whatever holds for the original's computation
+can be tried on it within a second: which axes may be permuted, and which tensors move along.
 """
 
 from __future__ import annotations

@@ -12,11 +12,17 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def warn(message: str) -> None:
-    """Warns (MoELMCWarning), at the caller of the outermost function of this package."""
+    """Warns (MoELMCWarning), at the caller of the outermost function of this package.
+
+    Who enters or leaves a context calls it through contextlib, which is passed over.
+    """
     level = outermost = 1
     frame: FrameType | None = sys._getframe(0)
+    inside = True
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+        name = frame.f_globals.get("__name__", "")
+        inside = name.partition(".")[0] == PACKAGE or (inside and name == "contextlib")
+        if inside:
             outermost = level
         level, frame = level + 1, frame.f_back
     warnings.warn(message, MoELMCWarning, stacklevel=outermost + 1)

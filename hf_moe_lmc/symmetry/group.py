@@ -78,6 +78,19 @@ class LayerSymmetry:
         return cls({FIRST: bank}, UnitSymmetry.random(shared, signs=signs, scale=scale, generator=generator))
 
     @property
+    def expert_order(self) -> Tensor:
+        """Of the first bank: `expert_order`, `unit_order` and `unit_scale` of the layer are those of `banks[""]`."""
+        return self.banks[FIRST].expert_order
+
+    @property
+    def unit_order(self) -> Tensor:
+        return self.banks[FIRST].unit_order
+
+    @property
+    def unit_scale(self) -> Tensor:
+        return self.banks[FIRST].unit_scale
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Experts and hidden units of each bank, as `expert` and `bank.expert`, and `shared` hidden units."""
         sizes = {"expert": 0, "unit": 0, "shared": len(self.shared.order)}

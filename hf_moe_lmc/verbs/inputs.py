@@ -86,7 +86,7 @@ class Inputs:
         whole = len(checkpoints) == 2
         if whole and checkpoints[0].tensors.keys() != checkpoints[1].tensors.keys():
             return None
-        if whole and any(checkpoint.quantisation for checkpoint in checkpoints):
+        if whole and any(checkpoint.quantization for checkpoint in checkpoints):
             return None
         self._check_output(checkpoints)
         warnings: list[str] = []

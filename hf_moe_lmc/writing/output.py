@@ -1,7 +1,7 @@
 """Output folders: checkpoints streamed at the speed of the disk, and reports, whole or not there at all.
 
 Several threads compute ranges of the shards and write each where it belongs. A shard appears under its name when it is whole
-and on disk; all of them become the output at the very end (see workplace.py).
+and on disk; all of them become the output at the very end (see publication.py).
 """
 
 from __future__ import annotations
@@ -20,26 +20,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    INDEX,
-    Checkpoint,
-    Shard,
-    first_not_finite,
-    is_finite,
-    place,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, first_not_finite, is_finite, place
 from hf_moe_lmc.checkpoints.configuration import without_foreign_switches
+from hf_moe_lmc.checkpoints.contents import INDEX
+from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.runtime.progress import bar, size_of
+from hf_moe_lmc.writing.results import Kept, sync
 from hf_moe_lmc.writing.shard_file import _in_parallel, _ShardFile
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workplace import (
-    Kept,
-    Workplace,
-    at_work,
-)
+from hf_moe_lmc.writing.workplace import Workplace, at_work
 
 SPARE = 64 << 20  # bytes to be left on the disk
 
@@ -191,7 +183,7 @@ class FolderWriter:
         if self._durable:
             for file in self._kept.files():
                 if not file.endswith(".safetensors") or "/" in file:
-                    _sync(self._kept.path(file))
+                    sync(self._kept.path(file))
         self._workplace.publish(self._kept, last=INDEX, durable=self._durable)
 
 
@@ -242,8 +234,3 @@ def writing(
             f"{workplace.root}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "") + "; "
             f"nothing unfinished stands there. {whole} whole shards are kept in {workplace.folder}: {advice}, it continues"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -10,16 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    Checkpoint,
-    Shard,
-    TensorInfo,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
+from hf_moe_lmc.writing.results import UNFINISHED, Kept
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workplace import (
-    UNFINISHED,
-    Kept,
-)
 
 WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of what belongs to one expert
 FLUSH_SECONDS = 0.25  # how often what has been written is sent on to the disk, which then need not be waited for at the end

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
 from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into

@@ -21,7 +21,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantisation import dequantise
+from hf_moe_lmc.checkpoints.quantization import dequantize
 from hf_moe_lmc.errors import CheckpointError, FamilyError, MismatchError, SymmetryError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.quantized import check_scales
@@ -496,19 +496,19 @@ def test_the_values_agree_with_transformers_own_functions() -> None:
             forms = [scales, *([scales.to(torch.float8_e8m0fnu), (scales.log2() + 127).to(torch.uint8)] if powers else [])]
             for form in forms:
                 expected = own._dequantize_one(values, form, torch.float32)
-                assert torch.equal(dequantise(values, form, block), expected)
+                assert torch.equal(dequantize(values, form, block), expected)
     packed, exponents = float4(weight)
     expected = own._dequantize_one(packed.view(torch.int8), exponents, torch.float32)
-    assert torch.equal(dequantise(packed.view(torch.int8), exponents.view(torch.float8_e8m0fnu), (1, 32)), expected)
+    assert torch.equal(dequantize(packed.view(torch.int8), exponents.view(torch.float8_e8m0fnu), (1, 32)), expected)
     blocks = packed.unflatten(-1, (-1, 16))
     stacked = convert_moe_packed_tensors(blocks[None], exponents[None], dtype=torch.float32)
-    assert torch.equal(dequantise(blocks, exponents, (1, 32)), stacked[0].T)
+    assert torch.equal(dequantize(blocks, exponents, (1, 32)), stacked[0].T)
     assert torch.equal(stacked[0].T, expected) and (expected - weight).abs().max() < 1
     # every code, and scales at both ends
     codes = torch.arange(256, dtype=torch.uint8).view(8, 2, 16)
     ends = torch.tensor([[0, 254]] * 8, dtype=torch.uint8)
     expected = convert_moe_packed_tensors(codes[None], ends[None], dtype=torch.float32)[0].T
-    assert torch.equal(dequantise(codes, ends, (1, 32)), expected)
+    assert torch.equal(dequantize(codes, ends, (1, 32)), expected)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -708,12 +708,12 @@ def test_a_declaration_without_quantized_weights_is_refused(
 def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantized: Callable[[str], Path]) -> None:
     with Checkpoint.open(quantized("qwen3_moe")) as checkpoint:
         name = "model.layers.0.self_attn.o_proj.weight"
-        check_scales(checkpoint, checkpoint.quantisation, list(checkpoint.tensors))
+        check_scales(checkpoint, checkpoint.quantization, list(checkpoint.tensors))
         with pytest.raises(FamilyError, match=rf"declares no quantization.*\n  {name}\n"):
             check_scales(checkpoint, None, [name])
         del checkpoint.tensors[f"{name}_scale_inv"]
         with pytest.raises(FamilyError, match=f"missing: {name}_scale_inv"):
-            check_scales(checkpoint, checkpoint.quantisation, [name])
+            check_scales(checkpoint, checkpoint.quantization, [name])
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ if os.environ["RANK"] == "0":
     escaped = command_line.escaped
     command_line.escaped = lambda text: time.sleep(1) or escaped(text)
 code = command_line.main()
-os.write(2, b"left\n")  # at once: another process writes there, too
+os.write(2, b"left\\n")  # at once: another process writes there, too
 sys.exit(code)
 """
 
@@ -146,7 +146,7 @@ def test_nobody_leaves_before_the_first_process_has_spoken(
 ) -> None:
     """Torchrun ends the other processes when one has exited: the message would be lost."""
     done = interpreter.together(2, SLOW, "align", pair[0], tmp_path, "-o", tmp_path / "out")
-    assert done.codes == (2, 2)
+    assert done.codes == (2, 2), done.errors
     error, *left = done.errors.splitlines()
     assert error.startswith("error: ") and left == ["left", "left"]
 

@@ -12,10 +12,10 @@ from typing import Any, get_args
 import pytest
 
 from hf_moe_lmc.matching.alignment import Alignment
-from hf_moe_lmc.matching.blocks import DECIDED
-from hf_moe_lmc.matching.certificate import WAYS
+from hf_moe_lmc.matching.certificate import CERTIFICATES
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
-from hf_moe_lmc.path.measurement import DTYPES
+from hf_moe_lmc.matching.result import DECIDED
+from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.barrier import barrier
@@ -39,7 +39,7 @@ def alignments(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         align(*pair, folder / "whole"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("blocks", "units"):
+        for module in ("units",):
             patch.setattr(f"hf_moe_lmc.matching.{module}.SMALL", 0)
         found.append(align(*pair, folder / "sketched", symmetry_only=True))
     from_the_hub = replace(found[0], a={**found[0].a, "commit": COMMIT}, b={**found[0].b, "commit": COMMIT})
@@ -125,9 +125,9 @@ def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
     for words, expected in (
         (ALIGNMENT["properties"]["order"]["enum"], get_args(OrderMethod)),
         (ALIGNMENT["properties"]["units"]["enum"], get_args(UnitMethod)),
-        (definitions["unit_proof"]["enum"], WAYS),
+        (definitions["unit_proof"]["enum"], CERTIFICATES),
         (layer["order_decided"]["enum"], DECIDED),
-        (REPORT["$defs"]["evaluation"]["properties"]["dtype"]["enum"], DTYPES),
+        (REPORT["$defs"]["evaluation"]["properties"]["dtype"]["enum"], get_args(DType)),
     ):
         assert set(words) == set(expected)
     assert layer["candidates"]["propertyNames"]["enum"] == layer["order_method"]["enum"]

@@ -21,9 +21,9 @@ from torch import Tensor
 from hf_moe_lmc.errors import CheckpointError, shown
 
 WAY_OUT = (
-    "Take the model in bfloat16, or dequantise it with transformers: from_pretrained(..., dtype='bfloat16', "
+    "Take the model in bfloat16, or dequantize it with transformers: from_pretrained(..., dtype='bfloat16', "
     "quantization_config=FineGrainedFP8Config(dequantize=True)), or Mxfp4Config for mxfp4, then "
-    "save_pretrained(..., save_original_format=False). Of fp8, transformers 5.23 and 5.24 dequantise rightly only one tensor "
+    "save_pretrained(..., save_original_format=False). Of fp8, transformers 5.23 and 5.24 dequantize rightly only one tensor "
     "per expert with sizes that are multiples of the block, and may leave scales out without an error (their load report "
     "then names them as unexpected); for the rest, use the conversion script of the model's makers"
 )
@@ -48,8 +48,8 @@ _PARTS = {
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """A declared quantisation whose experts can change places.
+class Quantization:
+    """A declared quantization whose experts can change places.
 
     Attributes:
         method: `fp8` or `mxfp4`, see the module.
@@ -83,11 +83,11 @@ class Quantisation:
         return self.block if dtype in FLOAT8 else (1, FP4_BLOCK)
 
 
-def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | None:
-    """What config.json declares: a supported quantisation, or None for plain floats.
+def read_quantization(name: str, config: Mapping[str, Any]) -> Quantization | None:
+    """What config.json declares: a supported quantization, or None for plain floats.
 
     Raises:
-        CheckpointError: a quantisation that is not read here, with the way out.
+        CheckpointError: a quantization that is not read here, with the way out.
     """
     if config.get("compression_config"):
         raise _refused(name, "compression_config")
@@ -99,14 +99,14 @@ def read_quantisation(name: str, config: Mapping[str, Any]) -> Quantisation | No
         return None
     method = declared.get("quant_method") if isinstance(declared, dict) else declared
     if method == "mxfp4":
-        return Quantisation("mxfp4", (1, FP4_BLOCK))
+        return Quantization("mxfp4", (1, FP4_BLOCK))
     if method != "fp8" or not isinstance(declared, dict):
         raise _refused(name, f"quantization_config: quant_method {shown(repr(method))}")
     block = declared.get("weight_block_size", [128, 128])  # as transformers has it
     if block is None:
-        return Quantisation("fp8", None)
+        return Quantization("fp8", None)
     if isinstance(block, list) and len(block) == 2 and all(type(size) is int and 0 < size < 2**31 for size in block):
-        return Quantisation("fp8", (block[0], block[1]))
+        return Quantization("fp8", (block[0], block[1]))
     raise _refused(name, f"quantization_config: fp8 with weight_block_size {shown(repr(block))}")
 
 
@@ -142,7 +142,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def dequantise(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None, halves: int = 1) -> Tensor:
+def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None, halves: int = 1) -> Tensor:
     """The matrix that a quantised one stands for, float32 [rows, columns].
 
     Args:
