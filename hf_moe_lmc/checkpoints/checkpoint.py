@@ -28,11 +28,11 @@ from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.runtime.processes import team
 
-CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
+CHUNK = 8 << 20  # bytes read at a time
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
-# What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
+# Not copied with the weights: other weights and archives, code, the card, and what a trainer leaves behind.
 FOREIGN_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".zip", ".tar", ".gz",
     ".py", ".log", ".lock",
@@ -49,7 +49,7 @@ FOREIGN_FILES = {
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint, known from its headers alone until somebody reads a tensor.
+    """A complete checkpoint. Until a tensor is read, only its headers are.
 
     Attributes:
         source: the folder, or the Hub repository at one commit.
@@ -65,18 +65,16 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     quantization: Quantization | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
-    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
+    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings need it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
-        """Reads configuration, index and every shard header; checks all of them before anything else is done.
-
-        For a Hub id, nothing but these is downloaded; `download` brings the weights.
+        """Reads and checks configuration, index and every shard header. Of a Hub id, nothing else is downloaded.
 
         Raises:
-            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
-                key, unless it only follows from another.
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged. All problems are reported together,
+                with file and key.
         """
         source = resolve(model)
         contents = read_contents(source)
@@ -88,7 +86,7 @@ class Checkpoint:
 
     @property
     def display_name(self) -> str:
-        """Hub id, or the folder's name without its path: fit to be published."""
+        """Hub id, or the name of the folder without its path, so that it can be published."""
         return self.source.root.resolve().name if isinstance(self.source, Folder) else self.source.repo_id
 
     @property
@@ -98,7 +96,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where its configuration lies on this machine, in the Hub's cache or elsewhere."""
+        """The local folder of its configuration, in the Hub's cache or elsewhere."""
         return self.source.path("config.json").parent
 
     @property
@@ -107,15 +105,15 @@ class Checkpoint:
         return isinstance(self.source, Folder) or self.source.cached
 
     def download(self) -> None:
-        """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
+        """Downloads the shards and side files of a Hub checkpoint. A local folder needs no download."""
         if self.is_here:
             return
         self.source.fetch([*self.shards, *self.side_files()])
-        here = Folder(self.source.path("config.json").parent)
-        for name in self.shards:  # what came must be whole, and what was checked from afar
-            shard, infos = read_header(here, name)
-            seen = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
-            if {info.name: (info.dtype, info.shape) for info in infos} != seen:
+        cache = Folder(self.source.path("config.json").parent)
+        for name in self.shards:  # what was downloaded must be whole, and equal what was checked
+            shard, infos = read_header(cache, name)
+            checked = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
+            if {info.name: (info.dtype, info.shape) for info in infos} != checked:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
             self.shards[name] = shard
             self.tensors.update((info.name, info) for info in infos)
@@ -136,14 +134,14 @@ class Checkpoint:
             yield first, self.read(name, first, min(step, info.numel - first))
 
     def first_not_finite(self, name: str) -> str | None:
-        """The indices of the first value of a tensor that is NaN or infinite, in words; None if all are finite."""
+        """The index of the first NaN or infinite value of a tensor, as text; None if all are finite."""
         for first, values in self.chunks(name):
             if not is_finite(values):
-                return place(self.tensors[name].shape, first + first_not_finite(values))
+                return format_index(self.tensors[name].shape, first + first_not_finite(values))
         return None
 
     def side_files(self) -> list[str]:
-        """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
+        """Tokenizer, generation configuration, licence and the like: the files that a copy of the weights needs."""
         return [file for file in self.source.files() if _is_side_file(file)]
 
     def fingerprint(self) -> str:
@@ -151,14 +149,16 @@ class Checkpoint:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
             with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-                for of_shard in pool.map(self._sample, sorted(self.shards)):
-                    digest.update(of_shard)
+                for sample in pool.map(self._sample, sorted(self.shards)):
+                    digest.update(sample)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _sample(self, name: str) -> bytes:
-        """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places
-        that are spread evenly from its first to its last byte, two and one more for each PROBE_EVERY bytes, at most PROBES.
+        """Hash of a shard's header and size and of samples of its tensors.
+
+        Of a small tensor all bytes count. Of a large one, PROBE bytes count at places spread evenly from its first byte to
+        its last: two places, and one more for each PROBE_EVERY bytes, PROBES at most.
         """
         shard = self.shards[name]
         digest = hashlib.sha256(f"{name} {shard.size} ".encode() + shard.header)
@@ -174,10 +174,7 @@ class Checkpoint:
         return digest.digest()
 
     def origin(self) -> dict[str, str]:
-        """What tells this checkpoint from another: its Hub id and commit or its folder's name, and its fingerprint.
-
-        Fit to be published: no local path is in it.
-        """
+        """Hub id and commit, or the name of the folder, and the fingerprint. It holds no local path."""
         commit = {"commit": self.source.commit} if self.source.commit else {}
         return {"source": self.display_name, **commit, "fingerprint": self.fingerprint()}
 
@@ -231,13 +228,13 @@ def is_finite(values: Tensor) -> bool:
 
 
 def first_not_finite(values: Tensor) -> int:
-    """Where in a row the first value stands that is NaN or infinite."""
+    """The position of the first NaN or infinite value of a row."""
     finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
     return int((~finite).nonzero()[0])
 
 
-def place(shape: tuple[int, ...], element: int) -> str:
-    """The indices of an element of a tensor, in words."""
+def format_index(shape: tuple[int, ...], element: int) -> str:
+    """The index of an element, counted in memory order, as text: `[2, 7]`."""
     return str([int(i) for i in torch.unravel_index(torch.tensor(element), shape)]) if shape else "[]"
 
 

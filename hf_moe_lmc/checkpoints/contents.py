@@ -104,7 +104,7 @@ def _read_headers(
 
 
 def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
-    """Adds a fault for what is no folder with safetensors weights and a configuration."""
+    """Adds a fault unless there are safetensors weights and a configuration."""
     name, top = source.name, {file for file in files if "/" not in file}
     weights = any(file.startswith("model") and file.endswith(".safetensors") for file in top)
     if "adapter_config.json" in top and not weights:
@@ -114,16 +114,16 @@ def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Fa
     if INDEX not in top and SINGLE not in top:
         faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
     if "config.json" not in top and weights:
-        found = _instead(source, "config.json")
-        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
+        kind = _kind_instead(source, "config.json")
+        state = f"expected a file, found {kind}" if kind else "is missing; copy it from the model this checkpoint comes from"
         faults.add(CheckpointError(f"{name}: config.json {state}"))
 
 
 def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
-    """What is there where neither an index nor a single file of weights is."""
+    """What the folder holds in place of safetensors weights, as text."""
     for file in (INDEX, SINGLE):
-        if found := _instead(source, file):
-            return f"{file}: expected a file, found {found}"
+        if kind := _kind_instead(source, file):
+            return f"{file}: expected a file, found {kind}"
     pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         return (
@@ -136,13 +136,16 @@ def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
     return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
 
 
-def _instead(source: Folder | Repository, file: str) -> str | None:
-    """What stands in the place of a file that is none, in words."""
+def _kind_instead(source: Folder | Repository, file: str) -> str | None:
+    """The kind of what is there in place of a regular file, as text; None if nothing is."""
     return kind_of(source.path(file)) if isinstance(source, Folder) else None
 
 
 def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
-    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
+    """Tensor name -> shard, from the index; empty without an index.
+
+    Where the shard cannot be used, it is None, and a fault is added.
+    """
     if INDEX not in files:
         return {}
     where = f"{source.name}/{INDEX}"
@@ -154,25 +157,25 @@ def _read_weight_map(source: Folder | Repository, files: set[str], faults: Fault
     if not isinstance(weight_map, dict):
         return {}
     usable: dict[str, str | None] = dict.fromkeys(weight_map)
-    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
+    missing: dict[str, list[str]] = {}  # shard -> the tensors listed in it
     for key, file in weight_map.items():
         wrong = None
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
-        elif _leaves(file):
+        elif _leaves_folder(file):
             wrong = ("a path that leaves the folder", "paths that leave the folder")
         if wrong and not faults.enough(wrong[1]):
             message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
             faults.add(CheckpointError(message, kind=wrong[1]))
         elif not wrong and file not in files:
-            listed.setdefault(file, []).append(key)
+            missing.setdefault(file, []).append(key)
         elif not wrong:
             usable[key] = file
-    for file, keys in listed.items():
+    for file, keys in missing.items():
         if faults.enough("missing shards"):
             continue
-        found = _instead(source, file)
-        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
+        kind = _kind_instead(source, file)
+        state = f"expected a file, found {kind}" if kind else "is missing; fetch it again"
         message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
         message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
         faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
@@ -180,7 +183,7 @@ def _read_weight_map(source: Folder | Repository, files: set[str], faults: Fault
 
 
 @lru_cache(4096)  # thousands of tensors name the same few files
-def _leaves(file: str) -> bool:
+def _leaves_folder(file: str) -> bool:
     path = PurePosixPath(file)
     return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
 
@@ -203,5 +206,5 @@ def _check_weight_map(
         ],
     )
     if any(problems):
-        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
+        lines = "\n".join(listing(lines_of_kind) for lines_of_kind in problems if lines_of_kind)
         raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")

@@ -1,4 +1,4 @@
-"""The way to the Hub: a finished folder in one commit."""
+"""Publishing: a finished folder goes to the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_lmc.checkpoints.contents import read_contents
-from hf_moe_lmc.checkpoints.source import Folder, _hub_errors, _one_line
+from hf_moe_lmc.checkpoints.source import Folder, hub_errors, one_line
 from hf_moe_lmc.errors import Faults, HubError, InputError
 from hf_moe_lmc.writing.location import unfinished_output
 
@@ -21,11 +21,11 @@ def check_publishable(repo_id: str | None) -> None:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise InputError(f"{repo_id}: not a Hub id to publish under ({_one_line(error)})") from error
+            raise InputError(f"{repo_id}: not a Hub id to publish under ({one_line(error)})") from error
 
 
 def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
-    """`push` at the end of other work: a failure says that the work itself is done."""
+    """`push` at the end of other work. The message of a failure says that the work itself is done."""
     try:
         push(output, repo_id, private=private)
     except HubError as error:
@@ -87,7 +87,7 @@ def push(
     root = Path(folder)
     files = _finished_files(root)
     api = HfApi(token=token)
-    with _hub_errors(repo_id, writing=True):
+    with hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(created.repo_id, branch=revision, exist_ok=True)
