@@ -32,7 +32,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_moe_lmc as lmc
-from hf_moe_lmc.writing import spans, workplace
+from hf_moe_lmc.writing import location, spans, workplace
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate")
@@ -151,9 +151,9 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
     if not whole.exists():
         call(verb, a, b, whole, symmetry)
     expected, before = contents(whole), contents(old)
-    choose = workplace._choose
+    choose = workplace.working_folder
     if place == "inside":  # as where the output is a mount point
-        workplace._choose = lambda root: root / workplace.INSIDE
+        workplace.working_folder = lambda root: root / location.INSIDE
     try:
         number, counted = 0, folder / "counted"
         output = folder / "first" / "out"
@@ -170,7 +170,7 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             again = partial(call, verb, a, b, output, symmetry, **options)
             code = run(last, again)
             found = contents(output) if output.is_dir() else {}
-            found = {name: data for name, data in found.items() if not name.startswith(f"{workplace.INSIDE}/")}
+            found = {name: data for name, data in found.items() if not name.startswith(f"{location.INSIDE}/")}
             state = "absent" if not found else "whole" if found == expected else "old" if found == before else "part"
             index = "model.safetensors.index.json"
             if place == "inside" and state == "part":  # files move in one by one, the index last
@@ -185,7 +185,7 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             yield {"event": last, "of": number, "killed": code == -signal.SIGKILL, "stood": state}
             shutil.rmtree(output.parent)
     finally:
-        workplace._choose = choose
+        workplace.working_folder = choose
 
 
 def main() -> None:

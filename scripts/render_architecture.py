@@ -26,7 +26,7 @@ PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture
 DATA = "families"  # a file for each group of model types: the map does not list them
 
 WIDTH, HEIGHT, ROW, LEFT, STEP = 172, 46, 82, 20, 110  # of a box; from row to row; margin; from column to column
-COLUMNS = {1: (2.0,), 2: (1.0, 3.0), 3: (0.0, 2.0, 4.0)}  # places of the boxes of a row, in steps
+COLUMNS = {1: (2.0,), 2: (1.0, 3.0), 3: (0.0, 2.0, 4.0), 4: (0.0, 4 / 3, 8 / 3, 4.0)}  # places of the boxes of a row, in steps
 ASIDE = LEFT + 4 * STEP + WIDTH + 24  # where an arrow goes down that would cross a box
 FILL, LINE, TEXT, FAINT = "#eef3fb", "#34558b", "#14213d", "#5a6478"
 

@@ -1,7 +1,6 @@
-"""A checkpoint on disk or on the Hub: sharded safetensors, checked from the headers and read by ranges.
+"""A checkpoint on disk or on the Hub: sharded safetensors, known from their headers and read by ranges.
 
-The format is eight bytes of header length, a JSON header, and the tensors one after the other. Any contiguous range of
-elements can be read, so neither a shard nor a large tensor is ever held in memory.
+Any contiguous range of elements can be read. So neither a shard nor a large tensor is ever held in memory.
 """
 
 from __future__ import annotations
@@ -9,40 +8,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.configuration import check_counts
-from hf_moe_lmc.checkpoints.header import (
-    Shard,
-    TensorInfo,
-    read_shard,
-    remote_shard,
-)
-from hf_moe_lmc.checkpoints.quantization import Quantization, read_quantization
+from hf_moe_lmc.checkpoints.contents import HEADERS_AT_ONCE, read_contents, read_header
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
+from hf_moe_lmc.checkpoints.quantization import Quantization
 from hf_moe_lmc.checkpoints.source import Folder, Repository, resolve
-from hf_moe_lmc.checkpoints.untrusted import kind_of, open_regular, read_json_object
-from hf_moe_lmc.errors import CheckpointError, Faults, InputError, listing, shown
+from hf_moe_lmc.checkpoints.untrusted import open_regular
+from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.runtime.processes import team
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
-HEADERS_AT_ONCE = 8
+CHUNK = 8 << 20  # bytes read at a time
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
-# What does not go along: other weights and archives, code, the card, and what a trainer leaves behind.
+# Not copied with the weights: other weights and archives, code, the card, and what a trainer leaves behind.
 FOREIGN_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".zip", ".tar", ".gz",
     ".py", ".log", ".lock",
@@ -59,7 +49,7 @@ FOREIGN_FILES = {
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint, known from its headers alone until somebody reads a tensor.
+    """A complete checkpoint. Until a tensor is read, only its headers are.
 
     Attributes:
         source: the folder, or the Hub repository at one commit.
@@ -75,54 +65,20 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     quantization: Quantization | None = None
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
-    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
+    _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings need it
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> Checkpoint:
-        """Reads configuration, index and every shard header; checks all of them before anything else is done.
-
-        For a Hub id, nothing but these is downloaded; `download` brings the weights.
+        """Reads and checks configuration, index and every shard header. Of a Hub id, nothing else is downloaded.
 
         Raises:
-            CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
-                key, unless it only follows from another.
+            CheckpointError: nothing there, not a safetensors checkpoint, or damaged. All problems are reported together,
+                with file and key.
         """
         source = resolve(model)
-        files = set(source.files())
-        for file in files & {"config.json", INDEX}:
-            source.path(file)  # whoever may not have these need not ask for the rest
-        faults = Faults()
-        _refuse_other_kinds(source, files, faults)
-        config: dict[str, Any] = {}
-        quantization = None
-        with faults.gather():
-            if "config.json" in files:
-                config = read_json_object(source.path("config.json"), f"{source.name}/config.json", constants=True)
-                check_counts(f"{source.name}/config.json", config)
-                quantization = read_quantization(source.name, config)
-        weight_map = _read_weight_map(source, files, faults)
-        listed = list(dict.fromkeys(file for file in weight_map.values() if file))
-        names = listed if INDEX in files else [SINGLE] if SINGLE in files else []
-        shards: dict[str, Shard] = {}
-        tensors: dict[str, TensorInfo] = {}
-        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:  # a large model on the Hub has hundreds
-            read = list(pool.map(lambda name: _attempt(source, name), names))
-        for name, found in zip(names, read, strict=True):
-            if isinstance(found, InputError):
-                faults.add(found)
-                continue
-            shards[name], infos = found
-            for info in infos:
-                if info.name in tensors and not faults.enough("tensors in two shards"):
-                    message = f"tensor {info.name} is in two shards, {tensors[info.name].shard} and {name}; fetch it again"
-                    faults.add(CheckpointError(f"{source.name}: {message}", kind="tensors in two shards"))
-                tensors[info.name] = info
-        if weight_map:
-            with faults.gather():
-                _check_weight_map(source.name, weight_map, shards, tensors)
-        faults.check()
-        return cls(source=source, config=config, shards=shards, tensors=tensors, quantization=quantization)
+        contents = read_contents(source)
+        return cls(source, contents.config, contents.shards, contents.tensors, contents.quantization)
 
     @property
     def name(self) -> str:
@@ -130,7 +86,7 @@ class Checkpoint:
 
     @property
     def display_name(self) -> str:
-        """Hub id, or the folder's name without its path: fit to be published."""
+        """Hub id, or the name of the folder without its path, so that it can be published."""
         return self.source.root.resolve().name if isinstance(self.source, Folder) else self.source.repo_id
 
     @property
@@ -140,7 +96,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where its configuration lies on this machine, in the Hub's cache or elsewhere."""
+        """The local folder of its configuration, in the Hub's cache or elsewhere."""
         return self.source.path("config.json").parent
 
     @property
@@ -149,15 +105,15 @@ class Checkpoint:
         return isinstance(self.source, Folder) or self.source.cached
 
     def download(self) -> None:
-        """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
+        """Downloads the shards and side files of a Hub checkpoint. A local folder needs no download."""
         if self.is_here:
             return
         self.source.fetch([*self.shards, *self.side_files()])
-        here = Folder(self.source.path("config.json").parent)
-        for name in self.shards:  # what came must be whole, and what was checked from afar
-            shard, infos = _read_shard(here, name)
-            seen = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
-            if {info.name: (info.dtype, info.shape) for info in infos} != seen:
+        cache = Folder(self.source.path("config.json").parent)
+        for name in self.shards:  # what was downloaded must be whole, and equal what was checked
+            shard, infos = read_header(cache, name)
+            checked = {key: (self.tensors[key].dtype, self.tensors[key].shape) for key in self.shards[name].tensors}
+            if {info.name: (info.dtype, info.shape) for info in infos} != checked:
                 raise CheckpointError(f"{self.name}: the downloaded {name} differs from the header seen on the Hub")
             self.shards[name] = shard
             self.tensors.update((info.name, info) for info in infos)
@@ -178,14 +134,14 @@ class Checkpoint:
             yield first, self.read(name, first, min(step, info.numel - first))
 
     def first_not_finite(self, name: str) -> str | None:
-        """The indices of the first value of a tensor that is NaN or infinite, in words; None if all are finite."""
+        """The index of the first NaN or infinite value of a tensor, as text; None if all are finite."""
         for first, values in self.chunks(name):
             if not is_finite(values):
-                return place(self.tensors[name].shape, first + first_not_finite(values))
+                return format_index(self.tensors[name].shape, first + first_not_finite(values))
         return None
 
     def side_files(self) -> list[str]:
-        """Tokenizer, generation configuration, licence and the like: what goes with the weights besides the card."""
+        """Tokenizer, generation configuration, licence and the like: the files that a copy of the weights needs."""
         return [file for file in self.source.files() if _is_side_file(file)]
 
     def fingerprint(self) -> str:
@@ -193,14 +149,16 @@ class Checkpoint:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
             with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-                for of_shard in pool.map(self._sample, sorted(self.shards)):
-                    digest.update(of_shard)
+                for sample in pool.map(self._sample, sorted(self.shards)):
+                    digest.update(sample)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def _sample(self, name: str) -> bytes:
-        """Hash of a shard's header and size, and of each tensor's bytes: all of a small one, else PROBE bytes in places
-        that are spread evenly from its first to its last byte, two and one more for each PROBE_EVERY bytes, at most PROBES.
+        """Hash of a shard's header and size and of samples of its tensors.
+
+        Of a small tensor all bytes count. Of a large one, PROBE bytes count at places spread evenly from its first byte to
+        its last: two places, and one more for each PROBE_EVERY bytes, PROBES at most.
         """
         shard = self.shards[name]
         digest = hashlib.sha256(f"{name} {shard.size} ".encode() + shard.header)
@@ -216,10 +174,7 @@ class Checkpoint:
         return digest.digest()
 
     def origin(self) -> dict[str, str]:
-        """What tells this checkpoint from another: its Hub id and commit or its folder's name, and its fingerprint.
-
-        Fit to be published: no local path is in it.
-        """
+        """Hub id and commit, or the name of the folder, and the fingerprint. It holds no local path."""
         commit = {"commit": self.source.commit} if self.source.commit else {}
         return {"source": self.display_name, **commit, "fingerprint": self.fingerprint()}
 
@@ -273,13 +228,13 @@ def is_finite(values: Tensor) -> bool:
 
 
 def first_not_finite(values: Tensor) -> int:
-    """Where in a row the first value stands that is NaN or infinite."""
+    """The position of the first NaN or infinite value of a row."""
     finite = (values.float() if values.dtype.itemsize == 1 else values).isfinite()
     return int((~finite).nonzero()[0])
 
 
-def place(shape: tuple[int, ...], element: int) -> str:
-    """The indices of an element of a tensor, in words."""
+def format_index(shape: tuple[int, ...], element: int) -> str:
+    """The index of an element, counted in memory order, as text: `[2, 7]`."""
     return str([int(i) for i in torch.unravel_index(torch.tensor(element), shape)]) if shape else "[]"
 
 
@@ -299,121 +254,3 @@ def _is_side_file(file: str) -> bool:
         return folder == "additional_chat_templates"
     foreign = name.startswith((".", "events.out.")) or name in FOREIGN_FILES or name.endswith(".index.json")
     return not foreign and Path(name).suffix not in FOREIGN_SUFFIXES
-
-
-def _refuse_other_kinds(source: Folder | Repository, files: set[str], faults: Faults) -> None:
-    """Adds a fault for what is no folder with safetensors weights and a configuration."""
-    name, top = source.name, {file for file in files if "/" not in file}
-    weights = any(file.startswith("model") and file.endswith(".safetensors") for file in top)
-    if "adapter_config.json" in top and not weights:
-        adapter = "holds an adapter only (adapter_config.json); merge it into its base model first (peft: merge_and_unload)"
-        faults.add(CheckpointError(f"{name}: {adapter}"))
-        return
-    if INDEX not in top and SINGLE not in top:
-        faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, top)}"))
-    if "config.json" not in top and weights:
-        found = _instead(source, "config.json")
-        state = f"expected a file, found {found}" if found else "is missing; copy it from the model this checkpoint comes from"
-        faults.add(CheckpointError(f"{name}: config.json {state}"))
-
-
-def _instead_of_weights(source: Folder | Repository, top: set[str]) -> str:
-    """What is there where neither an index nor a single file of weights is."""
-    for file in (INDEX, SINGLE):
-        if found := _instead(source, file):
-            return f"{file}: expected a file, found {found}"
-    pickles = sorted(file for file in top if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if pickles:
-        return (
-            f"weights only as pickles ({shown(pickles[0])}), which can run code when opened; "
-            "load the model with transformers and save_pretrained it as safetensors first"
-        )
-    shards = sorted(file for file in top if file.endswith(".safetensors"))
-    if shards:
-        return f"{len(shards)} safetensors files ({shown(shards[0])}, ...) but no {INDEX} that lists them"
-    return f"expected {SINGLE} or {INDEX}, found neither; is this a model folder?"
-
-
-def _instead(source: Folder | Repository, file: str) -> str | None:
-    """What stands in the place of a file that is none, in words."""
-    return kind_of(source.path(file)) if isinstance(source, Folder) else None
-
-
-def _read_weight_map(source: Folder | Repository, files: set[str], faults: Faults) -> dict[str, str | None]:
-    """Tensor name -> shard by the index, None where that is no file, which is added to `faults`; empty without an index."""
-    if INDEX not in files:
-        return {}
-    where = f"{source.name}/{INDEX}"
-    weight_map: Any = None
-    with faults.gather():
-        weight_map = read_json_object(source.path(INDEX), where).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{where}: weight_map is missing or empty; fetch the index again")
-    if not isinstance(weight_map, dict):
-        return {}
-    usable: dict[str, str | None] = dict.fromkeys(weight_map)
-    listed: dict[str, list[str]] = {}  # those that are not there, with the tensors listed in them
-    for key, file in weight_map.items():
-        wrong = None
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            wrong = ("not to a .safetensors file", "entries that lead to no safetensors file")
-        elif _leaves(file):
-            wrong = ("a path that leaves the folder", "paths that leave the folder")
-        if wrong and not faults.enough(wrong[1]):
-            message = f"{where}: {shown(key)} is mapped to {shown(repr(file))}, {wrong[0]}; fetch the index again"
-            faults.add(CheckpointError(message, kind=wrong[1]))
-        elif not wrong and file not in files:
-            listed.setdefault(file, []).append(key)
-        elif not wrong:
-            usable[key] = file
-    for file, keys in listed.items():
-        if faults.enough("missing shards"):
-            continue
-        found = _instead(source, file)
-        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
-        message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
-        message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
-        faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))
-    return usable
-
-
-@lru_cache(4096)  # thousands of tensors name the same few files
-def _leaves(file: str) -> bool:
-    path = PurePosixPath(file)
-    return path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or not file.isprintable()
-
-
-def _check_weight_map(
-    name: str, weight_map: Mapping[str, str | None], shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Compares the index with the headers that could be read."""
-    problems = (
-        [
-            f"{shown(key)}: listed in {file}, not there"
-            for key, file in weight_map.items()
-            if file in shards and key not in tensors
-        ],
-        [f"{key}: in {info.shard}, not listed" for key, info in tensors.items() if key not in weight_map],
-        [
-            f"{key}: listed in {file}, found in {tensors[key].shard}"
-            for key, file in weight_map.items()
-            if file is not None and key in tensors and file != tensors[key].shard
-        ],
-    )
-    if any(problems):
-        lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-        raise CheckpointError(f"{name}: {INDEX} and the shard headers disagree:\n{lines}")
-
-
-def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:
-    try:
-        return _read_shard(source, name)
-    except InputError as error:
-        return error
-
-
-def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
-    where = f"{source.name}/{name}"
-    if isinstance(source, Repository) and not source.cached:
-        return remote_shard(source.header(name), name, where)
-    return read_shard(source.path(name), name, where)

@@ -1,4 +1,4 @@
-"""config.json as it is written: what of it matters, what a copy must not pass on, what no model can mean."""
+"""config.json as written: the settings that matter, the switches that a copy drops, the numbers that are refused."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def check_counts(where: str, config: Mapping[str, Any]) -> None:
         match = _COUNTS.fullmatch(key.rpartition(".")[2])
         limit = LABEL_LIMIT if match and match[2] else COUNT_LIMIT
         if match and type(value) is int and abs(value) > limit:
-            found = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
-            faults.add(CheckpointError(f"{where}: {shown(key)} is {found}, expected at most {limit}; correct it"))
+            number = shown(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+            faults.add(CheckpointError(f"{where}: {shown(key)} is {number}, expected at most {limit}; correct it"))
     faults.check()
 
 
@@ -62,41 +62,41 @@ def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What may change what the weights compute, nested ones by dotted keys."""
-    found: dict[str, Any] = {}
+    """The settings that may change what the weights compute. Nested ones have dotted keys."""
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if key in COSMETIC_CONFIG:
             continue
         if isinstance(value, Mapping):
-            found |= settings(value, f"{prefix}{key}.")
+            result |= settings(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            result[f"{prefix}{key}"] = value
+    return result
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], *, only_common: bool = False) -> list[str]:
-    """Settings that differ, in words.
+    """Settings that differ, as lines of text.
 
     Args:
-        only_common: both configurations are as written, where what one leaves out may be the default that the other states:
-            what stands in one of them only is named together, in one line.
+        only_common: for configurations as written, where one may leave out a default that the other states. Keys that only
+            one of them has are then named together, in one line.
     """
-    of_a, of_b = settings(a), settings(b)
-    common = of_a.keys() & of_b.keys()
-    found = [
-        f"config.json: {shown(key)} is {_short(of_a.get(key))} in A and {_short(of_b.get(key))} in B; "
+    settings_a, settings_b = settings(a), settings(b)
+    common = settings_a.keys() & settings_b.keys()
+    lines = [
+        f"config.json: {shown(key)} is {_short(settings_a.get(key))} in A and {_short(settings_b.get(key))} in B; "
         "the path and a merge take A's"
-        for key in sorted(common if only_common else of_a.keys() | of_b.keys())
-        if of_a.get(key) != of_b.get(key)
+        for key in sorted(common if only_common else settings_a.keys() | settings_b.keys())
+        if settings_a.get(key) != settings_b.get(key)
     ]
     alone = [
         f"only in {side}: {', '.join(map(shown, keys[:5]))}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for side, keys in (("A", sorted(of_a.keys() - common)), ("B", sorted(of_b.keys() - common)))
+        for side, keys in (("A", sorted(settings_a.keys() - common)), ("B", sorted(settings_b.keys() - common)))
         if keys
     ]
     if only_common and alone:
-        found.append(f"config.json: {'; '.join(alone)}; the path and a merge take A's")
-    return found
+        lines.append(f"config.json: {'; '.join(alone)}; the path and a merge take A's")
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The header of one safetensors file: what it claims, held against the file before anything relies on it.
+"""The header of one safetensors file, checked against the file.
 
 The file is eight bytes of header length, the header in JSON, and the tensors one after the other. The rules are those of the
-safetensors library, and stricter where that takes the last of two entries, or any name.
+safetensors library. They are stricter in two points: no entry may be there twice, and names must print.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from hf_moe_lmc.checkpoints.untrusted import JSON_LIMIT, open_regular, parse_json
 from hf_moe_lmc.errors import CheckpointError, Faults, listing, shown
 
-DIMENSIONS = 64
-LARGEST = 2**62  # elements, bytes
+DIMENSION_LIMIT = 64
+SIZE_LIMIT = 2**62  # elements, bytes
 NAME_LIMIT = 4096  # characters of a tensor's name
 
 DTYPES = {
@@ -73,7 +73,7 @@ class Shard:
 
 
 def read_shard(path: Path, name: str, where: str) -> tuple[Shard, list[TensorInfo]]:
-    """The header of a file that is here, held against its size.
+    """The header of a local file, checked against its size.
 
     Memory: one header at a time is parsed, see `parse_json`.
 
@@ -96,13 +96,13 @@ def read_shard(path: Path, name: str, where: str) -> tuple[Shard, list[TensorInf
 
 
 def remote_shard(header: Mapping[str, Any], name: str, where: str) -> tuple[Shard, list[TensorInfo]]:
-    """The same of a file elsewhere, from its header alone; its tensors count from the end of that."""
+    """The same for a file on the Hub, from its header alone. Positions of tensors count from the end of the header."""
     infos = _parse_header(header, name, 0, where)
     return Shard(name, b"", max((info.start + info.nbytes for info in infos), default=0), tuple(i.name for i in infos)), infos
 
 
 def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
-    """The header with the eight bytes that tell its length."""
+    """The header and the eight bytes of its length before it."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(JSON_LIMIT, size - 8):
@@ -126,10 +126,10 @@ def _header_object(body: bytes, where: str) -> dict[str, Any]:
 
 
 def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) -> list[TensorInfo]:
-    """The tensors of a shard in file order, those without bytes first where several begin at one.
+    """The tensors of a shard in file order. Of several that begin at one byte, those without bytes come first.
 
     Raises:
-        CheckpointError: one fault for each bad entry; holes and overlaps are looked for where all entries are good.
+        CheckpointError: one fault for each bad entry. Holes and overlaps are reported where all entries are good.
     """
     faults = Faults()
     infos = []
@@ -138,19 +138,19 @@ def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) 
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 faults.add(CheckpointError(f"{where}: __metadata__: expected names with strings; fetch it again"))
             continue
-        found = _parse_entry(name, entry, shard, data)
-        if isinstance(found, TensorInfo):
-            infos.append(found)
+        parsed = _parse_entry(name, entry, shard, data)
+        if isinstance(parsed, TensorInfo):
+            infos.append(parsed)
         elif not faults.enough("bad header entries"):
-            faults.add(CheckpointError(f"{where}: tensor {found}; fetch it again", kind="bad header entries"))
+            faults.add(CheckpointError(f"{where}: tensor {parsed}; fetch it again", kind="bad header entries"))
     faults.check()
     infos.sort(key=lambda info: (info.start, info.nbytes))
     expected = data
     problems = []
     for info in infos:
         if info.start != expected:
-            what = "a hole" if info.start > expected else "an overlap"
-            problems.append(f"tensor {info.name} starts at byte {info.start}, expected {expected}: {what}")
+            kind = "a hole" if info.start > expected else "an overlap"
+            problems.append(f"tensor {info.name} starts at byte {info.start}, expected {expected}: {kind}")
         expected = info.start + info.nbytes
     if problems:
         raise CheckpointError(
@@ -161,7 +161,7 @@ def _parse_header(header: Mapping[str, Any], shard: str, data: int, where: str) 
 
 
 def _parse_entry(name: str, entry: Any, shard: str, data: int) -> TensorInfo | str:
-    """One tensor, or what is wrong with it."""
+    """One tensor, or the problem with its entry, as text."""
     if not name or not name.isprintable() or len(name) > NAME_LIMIT:
         return f"{shown(repr(name))}: expected a name of 1 to {NAME_LIMIT} characters that print"
     try:
@@ -171,9 +171,9 @@ def _parse_entry(name: str, entry: Any, shard: str, data: int) -> TensorInfo | s
     except (TypeError, ValueError):
         return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
     numbers = (*shape, begin, end)
-    if len(shape) > DIMENSIONS or any(type(number) is not int for number in numbers):
+    if len(shape) > DIMENSION_LIMIT or any(type(number) is not int for number in numbers):
         return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
-    fits = all(abs(number) <= LARGEST for number in numbers) and math.prod(max(1, size) for size in shape) <= LARGEST
+    fits = all(abs(number) <= SIZE_LIMIT for number in numbers) and math.prod(max(1, size) for size in shape) <= SIZE_LIMIT
     if not fits or begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         return f"{shown(name)}: {shown(list(shape))} of {dtype} does not fill bytes {shown(begin)} to {shown(end)}"
     return TensorInfo(name, shard, dtype, shape, data + begin, end - begin)

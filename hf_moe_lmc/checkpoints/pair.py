@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, from headers and files alone: whether their tensors and tokenizers belong together."""
+"""Whether the tensors and tokenizers of two checkpoints belong together, from headers and files alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_moe_lmc.checkpoints.source import Folder, Repository
 from hf_moe_lmc.checkpoints.vocabulary import check_tokenizers
 from hf_moe_lmc.errors import FamilyError, Faults, MismatchError, listing, shown
 
-# Sizes that the weights have: where two checkpoints with the same tensors disagree about one, a configuration is wrong.
-STRUCTURE = (
+# Sizes of the weights. Two checkpoints with equal tensors that disagree about one have a wrong configuration.
+SIZE_SETTINGS = (
     "num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "hidden_size",
     "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
-WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
+ADVICE = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
 
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
@@ -31,21 +31,21 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
         CheckpointError: a tokenizer file cannot be read.
         MismatchError: listing every difference with what A and B have.
     """
-    facts = [
-        f"{what}: A has {shown(repr(of_a))}, B has {shown(repr(of_b))}"
-        for what, of_a, of_b in (
+    settings = [
+        f"{name}: A has {shown(repr(value_a))}, B has {shown(repr(value_b))}"
+        for name, value_a, value_b in (
             ("model type", a.config.get("model_type"), b.config.get("model_type")),
             ("quantization", a.quantization, b.quantization),
         )
-        if of_a != of_b
+        if value_a != value_b
     ]
     sizes = [
-        f"config.json: {key} is {shown(repr(of_a))} in A and {shown(repr(of_b))} in B, though they hold the same tensors"
-        for key in STRUCTURE
-        for of_a, of_b in [(_text(a).get(key), _text(b).get(key))]
-        if of_a is not None and of_b is not None and of_a != of_b
+        f"config.json: {key} is {shown(repr(size_a))} in A and {shown(repr(size_b))} in B, though they hold the same tensors"
+        for key in SIZE_SETTINGS
+        for size_a, size_b in [(_text_config(a).get(key), _text_config(b).get(key))]
+        if size_a is not None and size_b is not None and size_a != size_b
     ]
-    problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
+    problems = [settings, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
     faults, warnings = Faults(), []
     for checkpoint in (a, b):
         with faults.gather():
@@ -56,7 +56,7 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
         warnings += check_tokenizers(a, b)
     faults.check()
     if same_weights(a, b):
-        warnings.append(f"A and B hold the same weights: {same(a, b)}")
+        warnings.append(f"A and B hold the same weights: {_sameness(a, b)}")
     return warnings + differing(a.config, b.config, only_common=True)
 
 
@@ -66,18 +66,18 @@ def check_layers(checkpoint: Checkpoint) -> None:
     Raises:
         FamilyError: there are more in the shards, which transformers would leave out without a word, or fewer.
     """
-    text = _text(checkpoint)
-    count, extra = text.get("num_hidden_layers"), text.get("num_nextn_predict_layers")
-    found: dict[str, set[int]] = {}
-    holding: dict[str, int] = {}
+    config = _text_config(checkpoint)
+    count, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    indices: dict[str, set[int]] = {}  # by prefix: numbers of the layers
+    expert_tensors: dict[str, int] = {}  # by prefix: how many tensors of experts
     for name in checkpoint.tensors:
         if match := _LAYER.match(name):
-            found.setdefault(match[1], set()).add(int(match[2]))
-            holding[match[1]] = holding.get(match[1], 0) + ("expert" in name)
-    if not found or type(count) is not int:
+            indices.setdefault(match[1], set()).add(int(match[2]))
+            expert_tensors[match[1]] = expert_tensors.get(match[1], 0) + ("expert" in name)
+    if not indices or type(count) is not int:
         return
-    prefix = max(found, key=lambda stem: (holding[stem], len(found[stem])))
-    layers = found[prefix]
+    prefix = max(indices, key=lambda stem: (expert_tensors[stem], len(indices[stem])))
+    layers = indices[prefix]
     allowed = count + (extra if type(extra) is int else 0)
     problems = [f"layer {index} is missing" for index in range(count) if index not in layers]
     problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= allowed]
@@ -88,22 +88,22 @@ def check_layers(checkpoint: Checkpoint) -> None:
         )
 
 
-def _text(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The settings of the language model, which a composite model keeps in a configuration of their own."""
     inner = checkpoint.config.get("text_config")
     return inner if isinstance(inner, Mapping) else checkpoint.config
 
 
-def tensor_problems(a: Checkpoint, b: Checkpoint, of_a: Collection[str], of_b: Collection[str]) -> list[list[str]]:
-    """How the tensors `of_a` and `of_b` differ in names, shapes and kinds of numbers: for each kind of difference, lines."""
-    in_a, in_b = set(of_a), set(of_b)
+def tensor_problems(a: Checkpoint, b: Checkpoint, names_a: Collection[str], names_b: Collection[str]) -> list[list[str]]:
+    """How two sets of tensors differ in names, shapes and kinds of numbers: lines of text for each kind of difference."""
+    in_a, in_b = set(names_a), set(names_b)
     shapes, dtypes = [], []
     for name in sorted(in_a & in_b):
-        one, other = a.tensors[name], b.tensors[name]
-        if one.shape != other.shape:
-            shapes.append(f"{name}: A has shape {list(one.shape)}, B has {list(other.shape)}")
-        elif one.dtype.is_floating_point != other.dtype.is_floating_point:
-            dtypes.append(f"{name}: A has dtype {one.dtype}, B has {other.dtype}")
+        info_a, info_b = a.tensors[name], b.tensors[name]
+        if info_a.shape != info_b.shape:
+            shapes.append(f"{name}: A has shape {list(info_a.shape)}, B has {list(info_b.shape)}")
+        elif info_a.dtype.is_floating_point != info_b.dtype.is_floating_point:
+            dtypes.append(f"{name}: A has dtype {info_a.dtype}, B has {info_b.dtype}")
     return [
         [f"{name}: in A, not in B" for name in sorted(in_a - in_b)],
         [f"{name}: in B, not in A" for name in sorted(in_b - in_a)],
@@ -117,31 +117,31 @@ def shapes_of(checkpoint: Checkpoint, names: Collection[str]) -> list[tuple[int,
 
 
 def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
-    """The error that lists problems, of each kind some."""
-    lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
-    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{WANTED}")
+    """The error that lists problems, some of each kind."""
+    lines = "\n".join(listing(lines_of_kind) for lines_of_kind in problems if lines_of_kind)
+    return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{ADVICE}")
 
 
 def same_place(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both are one folder, or one commit of one repository."""
-    one, other = a.source, b.source
-    if isinstance(one, Folder) and isinstance(other, Folder):
-        return one.root.resolve() == other.root.resolve()
-    if isinstance(one, Repository) and isinstance(other, Repository):
-        return (one.repo_id, one.commit) == (other.repo_id, other.commit)
+    source_a, source_b = a.source, b.source
+    if isinstance(source_a, Folder) and isinstance(source_b, Folder):
+        return source_a.root.resolve() == source_b.root.resolve()
+    if isinstance(source_a, Repository) and isinstance(source_b, Repository):
+        return (source_a.repo_id, source_a.commit) == (source_b.repo_id, source_b.commit)
     return False
 
 
 def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether both are the same as far as their fingerprints see; of what is still on the Hub, only the place is compared."""
+    """Whether both have one fingerprint. Of a checkpoint that is not downloaded yet, only the place is compared."""
     if same_place(a, b):
         return True
-    here = all(isinstance(one.source, Folder) or one.source.cached for one in (a, b))
-    alike = here and [(shard.header, shard.size) for shard in a.shards.values()] == [
+    downloaded = a.is_here and b.is_here
+    equal_headers = downloaded and [(shard.header, shard.size) for shard in a.shards.values()] == [
         (shard.header, shard.size) for shard in b.shards.values()
     ]
-    return alike and a.fingerprint() == b.fingerprint()
+    return equal_headers and a.fingerprint() == b.fingerprint()
 
 
-def same(a: Checkpoint, b: Checkpoint) -> str:
+def _sameness(a: Checkpoint, b: Checkpoint) -> str:
     return f"both are {a.name}" if same_place(a, b) else f"{a.name} and {b.name} are copies of one checkpoint"

@@ -1,6 +1,6 @@
-"""Quantised experts: what can be moved without quantising again, and their values for matching.
+"""Quantised experts: which tensors move with an expert, and the values that matching needs.
 
-Whole experts can change places: whatever belongs to one goes with it, and every byte is kept. Anything finer (hidden units,
+Whole experts can change places: all tensors of an expert move with it, and every byte is kept. Anything finer (hidden units,
 signs, scales, interpolation) would need new scales. Two methods are read:
 
 - `fp8`: a float8 tensor, or an int8 one with two FP4 values a byte (DeepSeek-V4's experts), and beside it its scales, one
@@ -118,27 +118,30 @@ def _refused(name: str, what: str) -> CheckpointError:
 
 
 def scale_grid(
-    found: tuple[int, ...], shape: tuple[int, int], block: tuple[int, int] | None, halves: int = 1
+    scales_shape: tuple[int, ...], shape: tuple[int, int], block: tuple[int, int] | None, halves: int = 1
 ) -> tuple[int, int] | None:
-    """Rows and columns of the blocks of a weight [rows, columns], from the shape of its scales; None if they do not fit.
+    """Numbers of blocks in the rows and columns of a weight [rows, columns], from the shape of its scales.
+
+    None if the two do not fit.
 
     Args:
         halves: weights that are stacked in the rows; the blocks of each may begin anew.
     """
     count = 1
-    for size in found:
+    for size in scales_shape:
         count *= size
     if count == 1:
         return 1, 1
     size, width = block or shape
-    rows = {_blocks(shape[0], size), halves * _blocks(shape[0] // halves, size)}
-    columns = _blocks(shape[1], width)
+    rows = {_block_count(shape[0], size), halves * _block_count(shape[0] // halves, size)}
+    columns = _block_count(shape[1], width)
     if block is None:
         return (count, 1) if count in rows else None
-    return (found[0], found[1]) if len(found) == 2 and found[0] in rows and found[1] == columns else None
+    fits = len(scales_shape) == 2 and scales_shape[0] in rows and scales_shape[1] == columns
+    return (scales_shape[0], scales_shape[1]) if fits else None
 
 
-def _blocks(size: int, block: int) -> int:
+def _block_count(size: int, block: int) -> int:
     return -(-size // block)
 
 
@@ -155,17 +158,17 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = N
         return values * factors.view(())
     rows, columns = values.shape
     size, width = block or (rows, columns)
-    of_row = _block_of_each(rows, len(factors), size, halves)
-    of_column = _block_of_each(columns, factors.shape[1], width, 1)
-    return values * factors[of_row][:, of_column]
+    row_blocks = _block_of_each(rows, len(factors), size, halves)
+    column_blocks = _block_of_each(columns, factors.shape[1], width, 1)
+    return values * factors[row_blocks][:, column_blocks]
 
 
 def _block_of_each(count: int, blocks: int, size: int, halves: int) -> Tensor:
     index = torch.arange(count)
-    if blocks == _blocks(count, size):
+    if blocks == _block_count(count, size):
         return index // size
     half = count // halves
-    return index // half * _blocks(half, size) + index % half // size
+    return index // half * _block_count(half, size) + index % half // size
 
 
 def _unpack(packed: Tensor) -> Tensor:

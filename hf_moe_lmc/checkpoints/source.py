@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from (a local folder, or a Hub repository at one commit), and where one is published."""
+"""Where a checkpoint comes from: a local folder, or a Hub repository at one commit."""
 
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ class Repository:
         return list(self.listed)
 
     def path(self, file: str) -> Path:
-        with _hub_errors(self.repo_id):
+        with hub_errors(self.repo_id):
             return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
 
     def fetch(self, files: Sequence[str]) -> None:
         if self.cached:
             return
-        with _hub_errors(self.repo_id):
+        with hub_errors(self.repo_id):
             snapshot_download(self.repo_id, revision=self.commit, allow_patterns=list(files))
 
     def header(self, file: str) -> dict[str, Any]:
         """The safetensors header of a remote shard, read with range requests."""
-        with _hub_errors(self.repo_id):
+        with hub_errors(self.repo_id):
             try:
                 parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
             except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:  # or JSON of another shape
                 raise CheckpointError(
-                    f"{self.repo_id}/{file}: not a whole safetensors file, its header cannot be read ({_one_line(error)})"
+                    f"{self.repo_id}/{file}: not a whole safetensors file, its header cannot be read ({one_line(error)})"
                 ) from error
         header: dict[str, Any] = {
             name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
@@ -101,8 +101,8 @@ class Repository:
 def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
     """Finds MODEL: an existing local folder, or a Hub id with an optional @REVISION.
 
-    Something that looks like a path (it starts with `.`, `/` or `~`, holds a backslash, no slash or more than one, ends
-    in a slash, or its first part is a folder here) is never asked for on the Hub; `hf://OWNER/NAME` always is.
+    The Hub is not asked for a name that looks like a path: one that starts with `.`, `/` or `~`, holds a backslash, no slash
+    or more than one, ends in a slash, or begins with a local folder. It is always asked for `hf://OWNER/NAME`.
 
     Raises:
         CheckpointError: the path does not exist, is no folder, or the id, revision or permission is wrong.
@@ -122,7 +122,7 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
     repo_id, at, revision = text.removeprefix("hf://").partition("@")
     if not REPO_ID.fullmatch(repo_id) or (at and not revision):
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
-    with _hub_errors(f"{text} (no such folder here)"):
+    with hub_errors(f"{text} (no such folder here)"):
         if is_offline_mode():
             snapshot = Path(hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True)).parent
             return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
@@ -152,8 +152,8 @@ def looks_local(text: str) -> bool:
 
 
 @contextmanager
-def _hub_errors(what: str, writing: bool = False) -> Iterator[None]:
-    """Turns the exceptions of huggingface_hub into ours, each one line with the next step."""
+def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
+    """Turns the exceptions of huggingface_hub into ours: one line, with the next step."""
     try:
         yield
     except GatedRepoError as error:
@@ -165,22 +165,22 @@ def _hub_errors(what: str, writing: bool = False) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{what}: the repository has no such revision") from error
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({_one_line(error)})") from error
+        raise HubError(f"{what}: the Hub cannot be reached and the file is not in the cache ({one_line(error)})") from error
     except EntryNotFoundError as error:
-        raise CheckpointError(f"{what}: the repository lacks a file ({_one_line(error)})") from error
+        raise CheckpointError(f"{what}: the repository lacks a file ({one_line(error)})") from error
     except HFValidationError as error:
-        raise CheckpointError(f"{what}: not a valid Hub id ({_one_line(error)})") from error
+        raise CheckpointError(f"{what}: not a valid Hub id ({one_line(error)})") from error
     except HfHubHTTPError as error:
         login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
-        raise HubError(f"{what}: the Hub answered {_one_line(error)}{login}") from error
+        raise HubError(f"{what}: the Hub answered {one_line(error)}{login}") from error
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{what}: the Hub cannot be reached ({_one_line(error)})") from error
+        raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)})") from error
     except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
         if isinstance(error.__cause__, BadRequestError):
-            raise InputError(f"{what}: the Hub refuses the card: {_one_line(error)}") from error
-        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
-        raise HubError(f"{what}: {_one_line(error)}{cause}") from error
+            raise InputError(f"{what}: the Hub refuses the card: {one_line(error)}") from error
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+        raise HubError(f"{what}: {one_line(error)}{cause}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: only regular ones are opened, and JSON is read without leniency."""
+"""Files that somebody else wrote. Only regular ones are opened, and JSON is read strictly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from hf_moe_lmc.errors import CheckpointError, shown
 
 JSON_LIMIT = 100_000_000  # bytes of one JSON document; the limit of the safetensors library for headers
-_ROOM = 1 << 20  # below this, no document takes memory worth mentioning
+_SMALL = 1 << 20  # bytes; a smaller document takes no memory worth mentioning
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -21,23 +21,23 @@ def open_regular(path: Path, where: str) -> BinaryIO:
     """Opens a regular file for reading, never waiting: a named pipe or a device is refused.
 
     Raises:
-        CheckpointError: naming `where`, and what is there.
+        CheckpointError: naming `where` and the kind of file.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a device can have effects
             raise CheckpointError(f"{where}: expected a file, found {kind_of(path)}")
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
-        found = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
-        raise CheckpointError(f"{where}: cannot be read ({found})") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was exchanged meanwhile
+        reason = "a link that leads nowhere" if path.is_symlink() and not path.exists() else error.strerror
+        raise CheckpointError(f"{where}: cannot be read ({reason})") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
         file.close()
         raise CheckpointError(f"{where}: expected a file")
     return file
 
 
 def kind_of(path: Path) -> str | None:
-    """What stands at a path, in words; None if nothing does."""
+    """The kind of file at a path, as text; None if there is none."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -55,13 +55,13 @@ def parse_json(raw: bytes, *, constants: bool = False) -> Any:
         constants: take NaN and Infinity, which Python writes although JSON has none.
 
     Raises:
-        ValueError: anything else; the message says what, in one line.
+        ValueError: anything else, with the reason in one line.
     """
-    if len(raw) > _ROOM and raw.count(b"[") + raw.count(b"{") > len(raw) // 6:
+    if len(raw) > _SMALL and raw.count(b"[") + raw.count(b"{") > len(raw) // 6:
         raise ValueError("hardly anything but brackets")
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=None if constants else _no_constant)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=None if constants else _no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
@@ -77,7 +77,7 @@ def read_json_object(path: Path, where: str, *, constants: bool = False) -> dict
     """A file that holds one JSON object; see `parse_json`.
 
     Raises:
-        CheckpointError: naming `where`, and what is wrong.
+        CheckpointError: naming `where` and the problem.
     """
     with open_regular(path, where) as file:
         size = os.fstat(file.fileno()).st_size
@@ -93,15 +93,15 @@ def read_json_object(path: Path, where: str, *, constants: bool = False) -> dict
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"key {shown(repr(key))} is there twice")
             seen.add(key)
-    return found
+    return unique
 
 
 def _no_constant(name: str) -> None:
@@ -111,13 +111,13 @@ def _no_constant(name: str) -> None:
 def _refuse_lone_surrogates(value: Any) -> None:
     stack = [value]
     while stack:
-        one = stack.pop()
-        if isinstance(one, str):
+        item = stack.pop()
+        if isinstance(item, str):
             try:
-                one.encode()
+                item.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"half a surrogate pair in {shown(repr(one))}") from error
-        elif isinstance(one, Mapping):
-            stack += [*one, *one.values()]
-        elif isinstance(one, list):
-            stack += one
+                raise ValueError(f"half a surrogate pair in {shown(repr(item))}") from error
+        elif isinstance(item, Mapping):
+            stack += [*item, *item.values()]
+        elif isinstance(item, list):
+            stack += item

@@ -26,12 +26,12 @@ class Vocabulary:
     """The tokenizer of one checkpoint.
 
     Attributes:
-        tokens: token -> id with the added ones; None where only files in other formats hold them.
-        rules: the merges in their order, or the scores of the tokens: how a text is cut.
-        added: the tokens that stand outside of the model's own file, token -> id.
-        opaque: SHA-256 of the files in other formats, by name.
+        tokens: token -> id, added tokens included; None where only files in other formats hold them.
+        rules: the merges in their order, or the scores of the tokens. They decide how a text is cut.
+        added: token -> id of the tokens outside the model's own file.
+        opaque: file name -> SHA-256 of the files in other formats.
         special: role -> token.
-        pad: the token that fills up.
+        pad: the padding token.
     """
 
     tokens: Mapping[str, int] | None
@@ -47,8 +47,8 @@ class Comparison:
     """Of two tokenizers.
 
     Attributes:
-        problems: in which they differ, of each kind one list of lines.
-        warnings: what could not be compared, or need not agree.
+        problems: the differences: lines of text for each kind.
+        warnings: about parts that could not be compared, or need not agree.
         complete: whether the vocabularies were compared.
     """
 
@@ -58,19 +58,19 @@ class Comparison:
 
 
 def check_tokenizers(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """Compares the tokenizers of two checkpoints; of the Hub's, only their files are fetched.
+    """Compares the tokenizers of two checkpoints. Of a Hub checkpoint, only the tokenizer files are downloaded.
 
     Returns:
         Warnings.
 
     Raises:
         CheckpointError: a file cannot be read.
-        MismatchError: vocabulary, merges or special tokens differ, with what A and B have.
+        MismatchError: vocabulary, merges or special tokens differ; the message lists those of A and B.
     """
-    found = compare_tokenizers(a, b)
-    if found.problems:
-        raise different(a, b, "\n".join(listing(lines) for lines in found.problems))
-    return found.warnings
+    comparison = compare_tokenizers(a, b)
+    if comparison.problems:
+        raise different(a, b, "\n".join(listing(lines) for lines in comparison.problems))
+    return comparison.warnings
 
 
 def different(a: Checkpoint, b: Checkpoint, details: str) -> MismatchError:
@@ -82,42 +82,46 @@ def different(a: Checkpoint, b: Checkpoint, details: str) -> MismatchError:
 
 
 def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> Comparison:
-    """See `check_tokenizers`; what cannot be compared is said."""
-    of_a, of_b = read_vocabulary(a), read_vocabulary(b)
-    if of_a is None or of_b is None:
-        if of_a is of_b:
+    """As `check_tokenizers`, with the differences in the result instead of an error."""
+    vocab_a, vocab_b = read_vocabulary(a), read_vocabulary(b)
+    if vocab_a is None or vocab_b is None:
+        if vocab_a is vocab_b:
             return Comparison(complete=False)
-        without, other = ("A", "B") if of_a is None else ("B", "A")
+        without, other = ("A", "B") if vocab_a is None else ("B", "A")
         taken = "the tokenizer files of A are taken" if without == "B" else "the output of a merge will have none"
         return Comparison(warnings=[f"{without} has no tokenizer files, {other} has: not compared; {taken}"], complete=False)
     problems, warnings, complete = [], [], True
-    if of_a.tokens is not None and of_b.tokens is not None:
-        problems.append(_differing("token", of_a.tokens, of_b.tokens))
-        problems.append(_differing_rules(of_a.rules, of_b.rules))
-    elif common := sorted(of_a.opaque.keys() & of_b.opaque.keys()):
-        problems.append([f"{name}: other bytes in A than in B" for name in common if of_a.opaque[name] != of_b.opaque[name]])
-        problems.append(_differing("added token", of_a.added, of_b.added))
+    if vocab_a.tokens is not None and vocab_b.tokens is not None:
+        problems.append(_differing("token", vocab_a.tokens, vocab_b.tokens))
+        problems.append(_differing_rules(vocab_a.rules, vocab_b.rules))
+    elif common := sorted(vocab_a.opaque.keys() & vocab_b.opaque.keys()):
+        problems.append(
+            [f"{name}: other bytes in A than in B" for name in common if vocab_a.opaque[name] != vocab_b.opaque[name]]
+        )
+        problems.append(_differing("added token", vocab_a.added, vocab_b.added))
     else:
         complete = False
         warnings.append("the tokenizers of A and B are stored in different formats: not compared")
-    roles = [role for role in ROLES if role in of_a.special and role in of_b.special]
+    roles = [role for role in ROLES if role in vocab_a.special and role in vocab_b.special]
     problems.append(
         [
-            f"{role}: {_named(of_a, of_a.special[role])} in A, {_named(of_b, of_b.special[role])} in B"
+            f"{role}: {_named(vocab_a, vocab_a.special[role])} in A, {_named(vocab_b, vocab_b.special[role])} in B"
             for role in roles
-            if of_a.special[role] != of_b.special[role]
+            if vocab_a.special[role] != vocab_b.special[role]
         ]
     )
-    if of_a.pad and of_b.pad and of_a.pad != of_b.pad:
-        warnings.append(f"pad_token: {_named(of_a, of_a.pad)} in A, {_named(of_b, of_b.pad)} in B; a merge takes A's")
+    if vocab_a.pad and vocab_b.pad and vocab_a.pad != vocab_b.pad:
+        warnings.append(
+            f"pad_token: {_named(vocab_a, vocab_a.pad)} in A, {_named(vocab_b, vocab_b.pad)} in B; a merge takes A's"
+        )
     return Comparison([lines for lines in problems if lines], warnings, complete)
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
-    """The tokenizer files of a checkpoint; None where there is no vocabulary among them.
+    """The tokenizer files of a checkpoint; None where none of them holds a vocabulary.
 
     Raises:
-        CheckpointError: a file is damaged; it is named.
+        CheckpointError: a file is damaged.
     """
     files = set(checkpoint.source.files())
 
@@ -162,9 +166,9 @@ def _read_model(model: Mapping[str, Any]) -> tuple[dict[str, int] | None, tuple[
     vocabulary, merges = model.get("vocab"), model.get("merges")
     if isinstance(vocabulary, Mapping):
         pairs = merges if isinstance(merges, list) else []
-        return _ids(vocabulary), tuple(_pair(one) for one in pairs)
-    if isinstance(vocabulary, list) and all(isinstance(one, list) and one and isinstance(one[0], str) for one in vocabulary):
-        return {one[0]: i for i, one in enumerate(vocabulary)}, tuple(map(tuple, vocabulary))
+        return _ids(vocabulary), tuple(_pair(merge) for merge in pairs)
+    if isinstance(vocabulary, list) and all(isinstance(row, list) and row and isinstance(row[0], str) for row in vocabulary):
+        return {row[0]: i for i, row in enumerate(vocabulary)}, tuple(map(tuple, vocabulary))
     return None, ()
 
 
@@ -203,9 +207,9 @@ def _differing(what: str, a: Mapping[str, int], b: Mapping[str, int]) -> list[st
     counts = [f"{len(a)} {what}s in A, {len(b)} in B"] if len(a) != len(b) else []
     absent = "absent"
     return counts + [
-        f"{what} {shown(repr(one))}: {a.get(one, absent)} in A, {b.get(one, absent)} in B"
-        for one in sorted(a.keys() | b.keys())
-        if a.get(one) != b.get(one)
+        f"{what} {shown(repr(token))}: {a.get(token, absent)} in A, {b.get(token, absent)} in B"
+        for token in sorted(a.keys() | b.keys())
+        if a.get(token) != b.get(token)
     ]
 
 

@@ -13,7 +13,7 @@ from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.writing.workplace import ENDING, Kept
+from hf_moe_lmc.writing.results import ENDING, Kept
 
 
 def write_matching(kept: Kept, index: int, matching: Matching) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, TensorInfo
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import TensorInfo
 from hf_moe_lmc.checkpoints.quantization import (
     Quantization,
 )

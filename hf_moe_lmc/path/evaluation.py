@@ -23,7 +23,8 @@ from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
-from hf_moe_lmc.writing.workplace import Kept, Workplace
+from hf_moe_lmc.writing.results import Kept
+from hf_moe_lmc.writing.workplace import Workplace
 
 LANES = 4096  # at most at once
 IN_FLIGHT = 6  # hidden states that a paused forward holds, about

@@ -1,1 +1,1 @@
-"""Model cards, and the way to the Hub."""
+"""Model cards, and the upload to the Hub."""

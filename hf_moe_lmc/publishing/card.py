@@ -1,4 +1,4 @@
-"""Model cards: what a published checkpoint is, what it was made from, and how. No local path appears in one."""
+"""Model cards: a published checkpoint, its inputs, and how it was made. No card holds a local path."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def model_card(
         alignment: totals of the alignment, where one was computed.
     """
     data = ModelCardData(
-        base_model=[one.source.repo_id for one in base if isinstance(one.source, Repository)] or None,
-        base_model_relation=relation if any(isinstance(one.source, Repository) for one in base) else None,
+        base_model=[checkpoint.source.repo_id for checkpoint in base if isinstance(checkpoint.source, Repository)] or None,
+        base_model_relation=relation if any(isinstance(checkpoint.source, Repository) for checkpoint in base) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=_common_license(base),
@@ -45,7 +45,7 @@ def model_card(
         f"# {title}\n",
         f"{summary}\n",
         "| | checkpoint | revision or fingerprint |\n|---|---|---|\n"
-        + "\n".join(f"| {letter} | {_link(one)} | `{_version(one)}` |" for letter, one in inputs.items())
+        + "\n".join(f"| {letter} | {_link(checkpoint)} | `{_version(checkpoint)}` |" for letter, checkpoint in inputs.items())
         + "\n",
     ]
     if alignment:
@@ -87,9 +87,9 @@ def _version(checkpoint: Checkpoint) -> str:
 
 
 def _common_license(checkpoints: Sequence[Checkpoint]) -> str | None:
-    """The licence that all cards name; None where one names none, or another."""
-    found = {_license(checkpoint) for checkpoint in checkpoints}
-    return found.pop() if len(found) == 1 else None
+    """The licence that all cards name; None unless all name the same."""
+    licenses = {_license(checkpoint) for checkpoint in checkpoints}
+    return licenses.pop() if len(licenses) == 1 else None
 
 
 def _license(checkpoint: Checkpoint) -> str | None:

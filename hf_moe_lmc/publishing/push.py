@@ -1,19 +1,18 @@
-"""The way to the Hub: a finished folder in one commit."""
+"""Publishing: a finished folder goes to the Hub in one commit."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import (
-    HFValidationError,
-)
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_moe_lmc.checkpoints.source import Folder, _hub_errors, _one_line
-from hf_moe_lmc.errors import HubError, InputError
+from hf_moe_lmc.checkpoints.contents import read_contents
+from hf_moe_lmc.checkpoints.source import Folder, hub_errors, one_line
+from hf_moe_lmc.errors import Faults, HubError, InputError
+from hf_moe_lmc.writing.location import unfinished_output
 
 
 def check_publishable(repo_id: str | None) -> None:
@@ -22,11 +21,11 @@ def check_publishable(repo_id: str | None) -> None:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise InputError(f"{repo_id}: not a Hub id to publish under ({_one_line(error)})") from error
+            raise InputError(f"{repo_id}: not a Hub id to publish under ({one_line(error)})") from error
 
 
 def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
-    """`push` at the end of other work: a failure says that the work itself is done."""
+    """`push` at the end of other work. The message of a failure says that the work itself is done."""
     try:
         push(output, repo_id, private=private)
     except HubError as error:
@@ -34,21 +33,22 @@ def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | Non
 
 
 def _finished_files(root: Path) -> list[str]:
-    """The files of a finished checkpoint folder; InputError where something is missing."""
+    """The files of a finished checkpoint folder; raises InputError where something is missing or damaged."""
+    if folder := unfinished_output(root):
+        raise InputError(
+            f"{root}: unfinished: the call that writes it still runs or was stopped ({folder} holds what is done of it); "
+            f"let it finish, or repeat it, before publishing. To publish {root} as it is, remove {folder} first"
+        )
     if not root.is_dir():
         raise InputError(f"{root}: no such folder to publish")
-    found = Folder(root).files()
-    if any(file.startswith(".partial/") for file in found):
-        raise InputError(f"{root}: unfinished (it holds .partial); make it anew before publishing")
-    files = [file for file in found if not file.startswith(".")]
-    for needed, what in (("README.md", "the card"), ("config.json", "the configuration")):
-        if needed not in files:
-            raise InputError(f"{root}: {needed} ({what}) is missing; publish a folder that align or merge finished")
-    shards = {file for file in files if file.endswith(".safetensors") and "/" not in file}
-    index = root / "model.safetensors.index.json"
-    listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else shards
-    if not shards or listed - shards:
-        raise InputError(f"{root}: {'no weights' if not shards else 'missing ' + ', '.join(sorted(listed - shards))}")
+    source = Folder(root)
+    files = [file for file in source.files() if not file.startswith(".")]
+    faults = Faults()
+    if "README.md" not in files:
+        faults.add(InputError(f"{root}: README.md (the card) is missing; publish a folder that align or merge finished"))
+    with faults.gather():
+        read_contents(source)
+    faults.check()
     return files
 
 
@@ -74,7 +74,7 @@ def push(
         The address of the commit or pull request.
 
     Raises:
-        InputError: the folder is unfinished, or has no card.
+        InputError: the folder is unfinished (a call still writes it, or was stopped), damaged, or has no card.
         HubError: the Hub cannot be reached, or refused.
 
     Example:
@@ -87,7 +87,7 @@ def push(
     root = Path(folder)
     files = _finished_files(root)
     api = HfApi(token=token)
-    with _hub_errors(repo_id, writing=True):
+    with hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(created.repo_id, branch=revision, exist_ok=True)

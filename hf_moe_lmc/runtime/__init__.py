@@ -1,1 +1,1 @@
-"""Processes, memory, progress bars."""
+"""Processes, memory, progress bars, warnings."""

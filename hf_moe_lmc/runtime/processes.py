@@ -1,13 +1,13 @@
-"""Several processes on one job: who this one is, what falls to it, and how results and failures reach the others.
+"""Several processes on one job: their ranks, their shares of the work, and the exchange of results and failures.
 
-`torchrun` (or whatever sets RANK and WORLD_SIZE) starts the processes; every one of them calls the same function with the
-same arguments. They speak in rounds: each `Team.exchange` is one round, and a process that fails anywhere takes part in the
-round that the others come to next, with its error. So nobody waits for somebody who is gone, and all end with one error.
+`torchrun`, or another program that sets RANK and WORLD_SIZE, starts the processes. Each of them calls the same function with
+the same arguments. They communicate in rounds, and each `Team.exchange` is one round. A process that fails takes part in the
+next round of the others, with its error. So no process waits for one that is gone, and all end with one error.
 
-Results are those of one process, bit for bit, where each has as many threads as the one would have (OMP_NUM_THREADS, which
-torchrun sets to 1 unless it is set).
+Results are those of a single process, bit for bit, if each has as many threads (OMP_NUM_THREADS) as that would have. torchrun
+sets OMP_NUM_THREADS to 1 unless it is set.
 
-A single process starts nothing, and torch is not even imported here for it.
+A single process starts nothing, and torch is not imported for it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from hf_moe_lmc.errors import InputError, MismatchError, MoELMCError, ProcessErr
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=30)  # one process may write for hours while the others wait
-PORT = 29500  # of torchrun's meeting point, where nobody named another
+TIMEOUT = timedelta(days=30)  # one process may write for hours while the others wait
+PORT = 29500  # the usual port of torchrun's rendezvous
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An exception on its way to another process, in words."""
+    """An exception as text, for another process."""
 
     kind: str
     text: str
@@ -50,7 +50,7 @@ class _Failure:
         return cls("", f"process {rank} failed:\n{''.join(format_exception(error))}")
 
     def exception(self) -> BaseException:
-        """The same kind with the same text, so that message and exit code are those of the process that failed."""
+        """An exception of the same class with the same text. So message and exit code are those of the failed process."""
         known = getattr(errors, self.kind, None)
         if isinstance(known, type) and issubclass(known, MoELMCError):
             return known(self.text)
@@ -74,40 +74,40 @@ class Team:
     local_count: int = 1
     _group: Any = field(default=None, repr=False)
     _working: bool = field(default=False, repr=False)
-    _told: bool = field(default=False, repr=False)
+    _informed: bool = field(default=False, repr=False)  # the others know of a failure
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """What falls to this process, dealt out in turn."""
+        """The items of this process; they are dealt out in turn."""
         return list(items[self.rank :: self.count])
 
     def exchange(self, value: T) -> list[T]:
-        """The values of all processes, in their order. One round: every process has to come to it.
+        """The values of all processes, by rank. This is one round: every process has to call it.
 
         Raises:
-            the error of another process that failed on the way here.
-            ProcessError: a process has ended without a word.
+            ProcessError: a process has ended without an error.
+            Exception: the error of another process that failed before this round.
         """
         if self.count == 1:
             return [value]
         outcomes = self._round(value)
         for outcome in outcomes:
             if isinstance(outcome, _Failure):
-                self._told = True
+                self._informed = True
                 raise outcome.exception()
         return outcomes
 
     def from_main(self, value: T) -> T:
-        """The value of process 0, which the others need not have."""
+        """The value of process 0; those of the others do not count."""
         values: list[Any] = self.exchange(value if self.is_main else None)
         return cast("T", values[0])
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Process 0 goes through the block before the others do: it fills caches that they then find."""
+        """Process 0 runs the block before the others do, and fills caches for them."""
         if not self.is_main:
             self.exchange(None)
         yield
@@ -131,26 +131,26 @@ class Team:
         try:
             distributed.all_gather_object(outcomes, value, group=self._group)
         except RuntimeError as error:
-            self._told = True  # there is nobody left to tell
+            self._informed = True  # no process is left that could be
             raise ProcessError(f"another process of this run has ended; see what it said ({error})") from error
         return outcomes
 
     def _start(self) -> None:
-        """Meets the other processes. Values travel through memory (gloo) on every kind of machine."""
+        """Connects the processes. The backend is gloo: values are in main memory on every kind of machine."""
         if self._group is None:
             from accelerate import PartialState
             from huggingface_hub.utils import disable_progress_bars
             from torch import distributed
 
             PartialState()
-            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
             if not self.is_main:
                 disable_progress_bars()
 
     def _end(self, error: BaseException | None) -> None:
-        """Tells the others of a failure, then waits until all have cleaned up: torchrun ends the rest when one exits."""
+        """Sends a failure to the others, then waits until all have cleaned up: torchrun ends the rest when one exits."""
         with suppress(ProcessError):
-            if error is not None and not self._told:
+            if error is not None and not self._informed:
                 self._round(_Failure.of(error, self.rank))
             self._round(None)
 
@@ -170,7 +170,7 @@ def team() -> Team:
 
 
 def close() -> None:
-    """Leaves the other processes, if they have met; together, as torchrun ends the rest when one has exited."""
+    """Disconnects the processes, if they are connected: together, as torchrun ends the rest when one has exited."""
     global _team
     if _team is not None and _team._group is not None:
         from torch import distributed
@@ -184,11 +184,11 @@ def close() -> None:
 def together(job: Callable[P, T]) -> Callable[P, T]:
     """A function that all processes of a run call, with equal arguments.
 
-    A failure in one ends it in all, with the error of the one that failed, after process 0 has removed what it had begun.
-    SIGTERM, with which torchrun ends processes, is taken as an interrupt meanwhile, so that there too nothing is left.
+    A failure in one process ends all of them with the same error. Before that, process 0 removes unfinished files.
+    torchrun ends processes with SIGTERM. While the function runs, that is an interrupt, so that process 0 cleans up then, too.
 
     Raises:
-        InputError: several tasks of Slurm that torchrun did not start, before anything is done.
+        InputError: several Slurm tasks that torchrun did not start, before anything is done.
     """
 
     @wraps(job)
@@ -197,7 +197,7 @@ def together(job: Callable[P, T]) -> Callable[P, T]:
         mates = team()
         if mates.count == 1 or mates._working:
             return job(*args, **kwargs)
-        mates._working, mates._told = True, False
+        mates._working, mates._informed = True, False
         failure: BaseException | None = None
         with _interrupt_on_termination():
             mates._start()
@@ -235,7 +235,7 @@ def check_launch(command: Sequence[str] | None = None) -> None:
     """Refuses several Slurm tasks without torchrun: each would do all the work and write the same output.
 
     Args:
-        command: what torchrun shall run; by default the running script with its arguments.
+        command: the program that torchrun shall run; by default the running script with its arguments.
 
     Raises:
         InputError: with the command line to use instead.
@@ -259,11 +259,11 @@ def check_launch(command: Sequence[str] | None = None) -> None:
 
 def _first_number(value: str | None, default: int) -> int:
     """Slurm writes `4` and `4(x2)`."""
-    found = re.match(r"\d+", value or "")
-    return int(found[0]) if found else default
+    match = re.match(r"\d+", value or "")
+    return int(match[0]) if match else default
 
 
 def _first_host(nodes: str) -> str:
     """`node[07-09,12],other` -> `node07`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in match.groups()) if match else ""

@@ -1,4 +1,4 @@
-"""What is shown while long work runs: our progress bars on stderr; of other libraries, nothing."""
+"""Progress bars on stderr. Bars and reports of other libraries are silenced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from huggingface_hub.utils import tqdm
 
 
 def bar(*, total: int, desc: str, unit: str, initial: int = 0, quiet: bool = False) -> Any:
-    """A progress bar with rate and remaining time; in a log file, a line every few seconds."""
+    """A progress bar with rate and remaining time. In a log file it is a line every few seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -26,7 +26,7 @@ def bar(*, total: int, desc: str, unit: str, initial: int = 0, quiet: bool = Fal
 
 
 def size_of(count: float) -> str:
-    """A number of bytes in words."""
+    """A number of bytes as text: `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -36,8 +36,8 @@ def size_of(count: float) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports of transformers; what it finds is checked by the caller."""
-    import transformers  # seconds, which what only shows a bar need not wait for
+    """Silences the progress bars and load reports of transformers. The caller checks what was loaded."""
+    import transformers  # takes seconds, which a mere bar need not wait for
 
     logging = transformers.utils.logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

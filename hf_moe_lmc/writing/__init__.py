@@ -1,1 +1,1 @@
-"""Checkpoints written: streamed, interpolated, whole or not there."""
+"""Outputs on disk: checkpoints streamed and interpolated; an output appears whole or not at all."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_moe_lmc.errors import InputError, MismatchError
 
 NATIVE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # torch rounds these once
-AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`: what it makes in float32 stays in the cache
+AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`, whose float32 copies stay in the cache
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Output folders: checkpoints streamed at the speed of the disk, and reports, whole or not there at all.
+"""Output folders: checkpoints, streamed, and reports. An output appears whole or not at all.
 
-Several threads compute ranges of the shards and write each where it belongs. A shard appears under its name when it is whole
-and on disk; all of them become the output at the very end (see workplace.py).
+Several threads compute ranges of the shards and write each in its place. A shard appears under its name when it is whole and
+on disk. All files together become the output at the very end (see publication.py).
 """
 
 from __future__ import annotations
@@ -20,49 +20,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    INDEX,
-    Checkpoint,
-    Shard,
-    first_not_finite,
-    is_finite,
-    place,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, first_not_finite, format_index, is_finite
 from hf_moe_lmc.checkpoints.configuration import without_foreign_switches
+from hf_moe_lmc.checkpoints.contents import INDEX
+from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.runtime.progress import bar, size_of
-from hf_moe_lmc.writing.shard_file import _in_parallel, _ShardFile
+from hf_moe_lmc.writing.results import Kept, sync
+from hf_moe_lmc.writing.shard_file import ShardFile, run_in_parallel
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workplace import (
-    Kept,
-    Workplace,
-    at_work,
-)
+from hf_moe_lmc.writing.workplace import Workplace, at_work
 
 SPARE = 64 << 20  # bytes to be left on the disk
 
 
 class TensorStream(Protocol):
-    """A checkpoint that is computed as it is read: the names, shapes, dtypes and shards of `template`, other values."""
+    """A checkpoint that is computed as it is read. It has the names, shapes, dtypes and shards of `template`."""
 
     @property
     def template(self) -> Checkpoint: ...
 
     def spans(self, shard: Shard) -> Iterator[Span]:
-        """All bytes of one shard behind its header, in any order."""
+        """All bytes of one shard after its header, in any order."""
 
 
 class FolderWriter:
-    """Writes the files of one output; what had been written whole by a stopped call with equal facts is not written again.
+    """Writes the files of one output. Files that a stopped call with equal facts had finished are not written again.
 
     Args:
         workplace: holds the output until it is whole.
-        facts: what the shards are made from, JSON; see Workplace.kept.
-        inputs: the checkpoints behind the values, to say where a weight that is not finite comes from.
+        facts: inputs and options that the shards depend on, JSON; see Workplace.kept.
+        inputs: the checkpoints behind the values. Errors name the one that a NaN or infinite weight comes from.
         allow_nonfinite: write weights that are NaN or infinite.
-        durable: have all of it on disk at the end; no reason for what lives for a moment.
+        durable: sync all files to the disk. Temporary outputs do not need it.
     """
 
     def __init__(
@@ -75,7 +67,7 @@ class FolderWriter:
         durable: bool = True,
     ) -> None:
         self._workplace = workplace
-        self._kept: Kept = workplace.output(facts or {})
+        self._results: Kept = workplace.output(facts or {})
         self._inputs = inputs
         self._allow_nonfinite = allow_nonfinite
         self._durable = durable
@@ -84,30 +76,30 @@ class FolderWriter:
     @property
     def folder(self) -> Path:
         """Where the files stand until the output is whole."""
-        return self._kept.folder
+        return self._results.folder
 
     def path(self, file: str) -> Path:
         """Where to write `file` (relative to the output); it appears in the output when all is done."""
-        path = self._kept.path(file)
+        path = self._results.path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def fingerprint(self) -> str:
-        """Of the checkpoint that has been written so far."""
+        """The fingerprint of the checkpoint that has been written so far."""
         with Checkpoint.open(self.folder) as written:
             return written.fingerprint()
 
     def write_text(self, file: str, text: str) -> None:
-        with self._kept.new(file, durable=self._durable) as path:
+        with self._results.new(file, durable=self._durable) as path:
             path.write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, file: str) -> None:
-        """The contents of a file, through links; its mode is that of any new file."""
-        with self._kept.new(file, durable=self._durable) as path:
+        """Copies the contents of a file; links are followed. The mode is that of any new file."""
+        with self._results.new(file, durable=self._durable) as path:
             shutil.copyfile(source, path)
 
     def write_tensors(self, stream: TensorStream, *, quiet: bool = False, stop: threading.Event | None = None) -> None:
-        """All shards of the template, with their very headers; each value is cast once, to the template's dtype.
+        """Writes all shards, with the very headers of the template. Each value is cast once, to the template's dtype.
 
         Args:
             stop: ends it early once it is set.
@@ -121,27 +113,27 @@ class FolderWriter:
         left = self._left(template)
         done = template.nbytes - sum(template.tensors[name].nbytes for shard in left for name in shard.tensors)
         with bar(total=template.nbytes, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
-            files = [_ShardFile(self._kept, shard, template, durable=self._durable) for shard in left]
+            files = [ShardFile(self._results, shard, template, durable=self._durable) for shard in left]
             jobs = self._jobs(stream, files, progress.update)
-            _in_parallel(jobs, files if self._durable else [], stop or threading.Event(), threads=self._threads)
+            run_in_parallel(jobs, files if self._durable else [], stop or threading.Event(), threads=self._threads)
 
     def _left(self, template: Checkpoint) -> list[Shard]:
         """The shards that have not been written yet."""
-        whole = self._kept.files()
+        whole = self._results.files()
         return [shard for shard in template.shards.values() if shard.name not in whole]
 
     def _jobs(
-        self, stream: TensorStream, files: list[_ShardFile], tell: Callable[[int], object]
+        self, stream: TensorStream, files: list[ShardFile], report: Callable[[int], object]
     ) -> Iterator[Callable[[], None]]:
-        telling = threading.Lock()
+        reporting = threading.Lock()
 
-        def write(file: _ShardFile, span: Span) -> None:
+        def write(file: ShardFile, span: Span) -> None:
             values = span.compute().to(span.dtype)
             if not self._allow_nonfinite and not is_finite(values):
                 raise self._not_finite(file, span, values)
             file.write(span, values)
-            with telling:
-                tell(span.nbytes)
+            with reporting:
+                report(span.nbytes)
             file.release()
 
         for file in files:
@@ -151,20 +143,21 @@ class FolderWriter:
                 yield partial(write, file, span)
             yield file.release
 
-    def _not_finite(self, file: _ShardFile, span: Span, values: Tensor) -> CheckpointError:
-        """What to say of a range with a value that is not finite: the tensor, and the input that it comes from."""
+    def _not_finite(self, file: ShardFile, span: Span, values: Tensor) -> CheckpointError:
+        """The error for a range with a value that is not finite. It names the tensor and the input that the value is from."""
         first = first_not_finite(values.view(-1))
         at = span.start + first * span.dtype.itemsize
         info = file.tensor_at(at)
-        found = [
-            f"{one.name}/{one.tensors[info.name].shard}: tensor {info.name} holds NaN or infinite weights, the first at {where}"
-            for one in self._inputs
-            if info.name in one.tensors and (where := one.first_not_finite(info.name)) is not None
+        problems = [
+            f"{checkpoint.name}/{checkpoint.tensors[info.name].shard}: tensor {info.name} holds NaN or infinite weights, the "
+            f"first at {where}"
+            for checkpoint in self._inputs
+            if info.name in checkpoint.tensors and (where := checkpoint.first_not_finite(info.name)) is not None
         ]
-        if not found:
-            spot = place(info.shape, (at - info.start) // info.dtype.itemsize)
-            found = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
-        return CheckpointError("; ".join(found) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
+        if not problems:
+            spot = format_index(info.shape, (at - info.start) // info.dtype.itemsize)
+            problems = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
+        return CheckpointError("; ".join(problems) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
 
     def check_space(self, template: Checkpoint) -> None:
         """Raises OutputError where the shards of a template that are not there yet would not fit."""
@@ -176,23 +169,23 @@ class FolderWriter:
         """Configurations (without switches to foreign code), side files and an index, all as the template has them."""
         for file in ("config.json", *template.side_files()):
             path = template.source.path(file)
-            held = read_json_object(path, f"{template.name}/{file}", constants=True) if file.endswith("config.json") else None
-            plain = without_foreign_switches(held)
-            if plain == held:
+            config = read_json_object(path, f"{template.name}/{file}", constants=True) if file.endswith("config.json") else None
+            safe = without_foreign_switches(config)
+            if safe == config:
                 self.copy(path, file)
             else:
-                self.write_text(file, json.dumps(plain, indent=2) + "\n")
+                self.write_text(file, json.dumps(safe, indent=2) + "\n")
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
         self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
 
     def publish(self) -> None:
-        """Makes it the output."""
+        """Puts the files in the place of the output."""
         if self._durable:
-            for file in self._kept.files():
+            for file in self._results.files():
                 if not file.endswith(".safetensors") or "/" in file:
-                    _sync(self._kept.path(file))
-        self._workplace.publish(self._kept, last=INDEX, durable=self._durable)
+                    sync(self._results.path(file))
+        self._workplace.publish(self._results, last=INDEX, durable=self._durable)
 
 
 def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | None:
@@ -226,7 +219,7 @@ def writing(
     """A writer whose files become the output at the end of the block; None without a workplace.
 
     Raises:
-        WriteError: the system refuses to write; what is whole is kept.
+        WriteError: the system refuses to write. Finished shards are kept.
     """
     if workplace is None:
         yield None
@@ -242,8 +235,3 @@ def writing(
             f"{workplace.root}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "") + "; "
             f"nothing unfinished stands there. {whole} whole shards are kept in {workplace.folder}: {advice}, it continues"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

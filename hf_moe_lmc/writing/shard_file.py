@@ -1,4 +1,4 @@
-"""Shards on their way to disk, written by threads."""
+"""Shards that threads write to disk."""
 
 from __future__ import annotations
 
@@ -10,32 +10,26 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import (
-    Checkpoint,
-    Shard,
-    TensorInfo,
-)
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
+from hf_moe_lmc.writing.results import UNFINISHED, Kept
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workplace import (
-    UNFINISHED,
-    Kept,
-)
 
-WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of what belongs to one expert
-FLUSH_SECONDS = 0.25  # how often what has been written is sent on to the disk, which then need not be waited for at the end
+WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of one expert's matrices
+FLUSH_SECONDS = 0.25  # between two flushes to the disk, so that the end need not wait for it
 
 
-class _ShardFile:
-    """One shard on its way: whole when everybody who holds it has let go."""
+class ShardFile:
+    """One shard that is being written. It is finished when all its holders have released it."""
 
-    def __init__(self, kept: Kept, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
+    def __init__(self, results: Kept, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
         self.shard = shard
         self._infos = [template.tensors[name] for name in shard.tensors]
-        self._path = kept.path(shard.name)
+        self._path = results.path(shard.name)
         self._unfinished = self._path.with_name(self._path.name + UNFINISHED)
         self._durable = durable
         self._descriptor = -1
-        self._holders = 1  # who hands out its ranges
+        self._holders = 1  # the generator of its ranges
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -81,11 +75,11 @@ class _ShardFile:
         return next(info for info in self._infos if info.start <= position < info.start + info.nbytes)
 
 
-def _in_parallel(jobs: Iterator[Callable[[], None]], files: list[_ShardFile], stop: threading.Event, *, threads: int) -> None:
+def run_in_parallel(jobs: Iterator[Callable[[], None]], files: list[ShardFile], stop: threading.Event, *, threads: int) -> None:
     """Runs all jobs in a few threads; the first failure, an interrupt or `stop` ends them all. `files` are flushed meanwhile.
 
     Args:
-        threads: those of torch, as they are to be afterwards.
+        threads: of torch, restored at the end.
     """
     workers = worker_count()
     taking = threading.Lock()
@@ -116,8 +110,8 @@ def _in_parallel(jobs: Iterator[Callable[[], None]], files: list[_ShardFile], st
             flushing = pool.submit(flush)
             working = [pool.submit(guarded) for _ in range(workers)]
             try:
-                for one in working:
-                    one.result()
+                for future in working:
+                    future.result()
             finally:
                 stop.set()
             flushing.result()

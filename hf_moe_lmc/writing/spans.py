@@ -1,7 +1,7 @@
 """Ranges of an output shard, each computed when it is written: bytes copied, or interpolated between two checkpoints.
 
-Tensors that lie one after the other, in the output and in all that it is made from, are one range, however small they are;
-ranges are cut to a bounded size. So the work is that of the bytes, whatever the number and the size of the tensors.
+Tensors that are adjacent in the output and in all inputs are one range, however small they are. Ranges are cut to a bounded
+size. So the time depends on the number of bytes, not on the number and the sizes of the tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard, TensorInfo
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
 from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
@@ -82,24 +83,24 @@ class Interpolated:
     t: float
 
     def spans(self, names: Sequence[str]) -> Iterator[Span]:
-        of_a = [self.a.tensors[name] for name in names]
-        for run in _runs(of_a, [self.b.tensors[name] for name in names]):
+        tensors, partners = ([checkpoint.tensors[name] for name in names] for checkpoint in (self.a, self.b))
+        for run in _runs(tensors, partners):
             for first, count in _steps(run):
                 yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._blend, run, first, count))
 
     def _blend(self, run: _Run, first: int, count: int) -> Tensor:
         assert run.partner is not None
-        of_a, of_b = reused(count, run.dtype), reused(count, run.partner.dtype)
+        values_a, values_b = reused(count, run.dtype), reused(count, run.partner.dtype)
         floating = run.dtype.is_floating_point
         if self.t != 1 or not floating:
-            self.a.fill(of_a, run.shard, run.start + first * run.dtype.itemsize)
+            self.a.fill(values_a, run.shard, run.start + first * run.dtype.itemsize)
         if self.t != 0 or not floating:
-            self.b.fill(of_b, run.partner.shard, run.partner.start + first * run.partner.dtype.itemsize)
+            self.b.fill(values_b, run.partner.shard, run.partner.start + first * run.partner.dtype.itemsize)
         try:
-            interpolate_into(of_a, of_a, of_b, self.t)
+            interpolate_into(values_a, values_a, values_b, self.t)
         except MismatchError as error:
-            raise MismatchError(f"{run.locate(first, of_a, of_b)}: {error}") from error
-        return of_a
+            raise MismatchError(f"{run.locate(first, values_a, values_b)}: {error}") from error
+        return values_a
 
     def read(self, name: str) -> Tensor:
         try:
@@ -141,9 +142,9 @@ class _Run:
     count: int
     partner: TensorInfo | None
 
-    def locate(self, first: int, of_a: Tensor, of_b: Tensor) -> str:
+    def locate(self, first: int, values_a: Tensor, values_b: Tensor) -> str:
         """The tensor of the first element in which two ranges that begin at `first` differ."""
-        at = first + int((of_a != of_b.to(of_a.dtype)).nonzero()[0])
+        at = first + int((values_a != values_b.to(values_a.dtype)).nonzero()[0])
         return [name for name, before in self.members if before <= at][-1]
 
 

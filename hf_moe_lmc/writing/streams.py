@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, Shard
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.quantization import WAY_OUT
 from hf_moe_lmc.errors import CheckpointError, MismatchError
 from hf_moe_lmc.moe.action import Elements

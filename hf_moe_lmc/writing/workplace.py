@@ -1,14 +1,6 @@
-"""Where an output grows: a locked folder beside it, from which a stopped call continues and which becomes the output whole.
+"""Work on one output: a locked folder in which it grows, from which a stopped call continues.
 
-    .OUT.progress/lock          held while a call works on OUT; a process that ends, however it does, lets go of it
-    .OUT.progress/KIND-KEY/     results that belong to equal inputs and options: KEY is the hash of these
-    .OUT.progress/output-KEY/   the output itself, file by file; at the end it becomes OUT by one rename
-    .OUT.progress/replaced/     what stood at OUT before, while --overwrite puts the new output in its place
-    .OUT.progress/publication.json  what is about to become OUT, so that a publication that was stopped can be undone
-
-A file that stands under its own name is whole and on disk: it is written as NAME.unfinished, synced and renamed. The folder
-goes when OUT is whole. Where nothing can be made beside OUT (a mount point, a parent without permission), it is OUT/.progress,
-and the files move into OUT one by one, the index last. Nothing here runs code when it is read back.
+The folder goes when the output is whole; see location.py for its place and its contents.
 """
 
 from __future__ import annotations
@@ -21,76 +13,18 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError
-from torch import Tensor
 
 from hf_moe_lmc.errors import InputError, OutputError
+from hf_moe_lmc.writing.location import LOCK, OUTPUT, PLAN, check_empty, check_location, working_folder
+from hf_moe_lmc.writing.publication import Publication
+from hf_moe_lmc.writing.results import UNFINISHED, Kept
 
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "scipy")  # what can change a result
-ENDING = ".safetensors"
-UNFINISHED = ".unfinished"
-INSIDE = ".progress"
-LOCK = "lock"
-REPLACED = "replaced"
-PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
-TELLTALES = ("config.json", "report.json", "symmetry.safetensors")  # one of them is in whatever this package writes
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Whole files of one kind, all from equal inputs and options."""
-
-    folder: Path
-
-    def path(self, file: str) -> Path:
-        return self.folder / file
-
-    def files(self) -> set[str]:
-        """Names of what is whole, relative to the folder."""
-        found = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
-        return {file for file in found if not file.endswith(UNFINISHED)}
-
-    @contextmanager
-    def new(self, file: str, *, durable: bool = True) -> Iterator[Path]:
-        """A path to write to; what is there at the end takes its place as `file`, on disk if `durable`."""
-        path = self.path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + UNFINISHED)
-        yield unfinished
-        if durable:
-            sync(unfinished)
-        unfinished.replace(path)
-
-    def names(self) -> set[str]:
-        """What `write` has written here."""
-        return {file.removesuffix(ENDING) for file in self.files() if file.endswith(ENDING)}
-
-    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        with self.new(name + ENDING) as path:
-            path.write_bytes(safetensors.torch.save(dict(tensors)))
-
-    def read(self, name: str) -> dict[str, Tensor]:
-        """Raises OutputError where the file is damaged."""
-        try:
-            return safetensors.torch.load(self.path(name + ENDING).read_bytes())
-        except SafetensorError as error:
-            raise self.damaged(name, error) from error
-
-    def damaged(self, name: str, error: Exception) -> OutputError:
-        return OutputError(f"{self.path(name + ENDING)}: cannot be continued from ({error}); start afresh with --no-resume")
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 @dataclass(frozen=True)
@@ -99,13 +33,17 @@ class Workplace:
 
     Attributes:
         root: the output.
-        folder: where things are kept.
+        folder: where results are kept.
         overwrite: an output that stands at `root` is replaced, at the very end.
     """
 
     root: Path
     folder: Path
     overwrite: bool = False
+
+    @property
+    def publication(self) -> Publication:
+        return Publication(self.root, self.folder)
 
     def kept(self, kind: str, facts: Mapping[str, Any]) -> Kept:
         """Results that belong to `facts`: whatever of inputs and options a result depends on, JSON."""
@@ -117,117 +55,36 @@ class Workplace:
         Raises:
             OutputError: what an earlier call finished at `root` is made from other facts.
         """
-        kept = self.kept("output", facts)
-        plan = self._plan()
-        if plan and self._is_complete(plan):
-            if plan["from"] != kept.folder.name:
-                check_empty(self.root, self.root, overwrite=self.overwrite)
-            else:
-                self._take_back(plan)  # it was finished, but not its call
-        for path in self.folder.glob("output-*"):
-            if path != kept.folder:
+        results = self.kept(OUTPUT, facts)
+        finished = self.publication.finished()
+        if finished == results.folder.name:
+            self.publication.take_back()  # it was finished, but not its call
+        elif finished:
+            check_empty(self.root, self.root, overwrite=self.overwrite)
+        for path in self.folder.glob(f"{OUTPUT}-*"):
+            if path != results.folder:
                 shutil.rmtree(path)
-        kept.folder.mkdir(parents=True, exist_ok=True)
-        return kept
+        results.folder.mkdir(parents=True, exist_ok=True)
+        return results
 
-    @property
-    def is_beside(self) -> bool:
-        return self.folder.parent == self.root.parent
-
-    def publish(self, kept: Kept, *, last: str, durable: bool = True) -> None:
-        """Makes `kept` the output: by one rename, or, inside OUT, file by file, the one named `last` at the end."""
-        files = sorted(kept.files(), key=lambda file: (file == last, file))
-        plan = self.folder / PLAN
-        plan.with_name(plan.name + UNFINISHED).write_text(json.dumps({"from": kept.folder.name, "files": files}))
-        if durable:
-            sync_folders(kept.folder)
-            sync(plan.with_name(plan.name + UNFINISHED))
-        plan.with_name(plan.name + UNFINISHED).replace(plan)
-        if self.overwrite:
-            self._put_aside()
-        if self.is_beside:
-            kept.folder.rename(self.root)
-        else:
-            for file in files:
-                (self.root / file).parent.mkdir(parents=True, exist_ok=True)
-                kept.path(file).rename(self.root / file)
-        if durable:
-            sync(self.root)
-            sync(self.root.parent)
-
-    def _put_aside(self) -> None:
-        replaced = self.folder / REPLACED
-        if not self.root.is_dir() or not _held_in(self.root):
-            return
-        if self.is_beside:
-            self.root.rename(replaced)
-            return
-        replaced.mkdir(exist_ok=True)
-        for name in _held_in(self.root):
-            (self.root / name).rename(replaced / name)
-
-    def _plan(self) -> dict[str, Any] | None:
-        """What a call that came to publishing was about to do."""
-        path = self.folder / PLAN
-        plan: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return plan
-
-    def _is_complete(self, plan: Mapping[str, Any]) -> bool:
-        """Whether all of an output stands at `root`."""
-        kept = Kept(self.folder / plan["from"])
-        return not kept.files() and all((self.root / file).is_file() for file in plan["files"])
-
-    def _take_back(self, plan: Mapping[str, Any]) -> None:
-        """Undoes a publication, or what there is of it."""
-        kept = Kept(self.folder / plan["from"])
-        if self.is_beside:
-            self.root.rename(kept.folder)
-        else:
-            for file in plan["files"]:
-                if (self.root / file).is_file() and not kept.path(file).exists():
-                    kept.path(file).parent.mkdir(parents=True, exist_ok=True)
-                    (self.root / file).rename(kept.path(file))
-            for path in sorted({(self.root / file).parent for file in plan["files"]}, reverse=True):
-                if path != self.root:
-                    with suppress(OSError):
-                        path.rmdir()
-        (self.folder / PLAN).unlink()
-
-    def recover(self) -> None:
-        """After a publication that was stopped half-way: what stood at OUT stands there again."""
-        plan = self._plan()
-        complete = plan is not None and self._is_complete(plan)
-        if plan and not complete:
-            if self.is_beside:  # nothing of it stands there: the rename was still to come, or somebody removed the output
-                (self.folder / PLAN).unlink()
-            else:
-                self._take_back(plan)
-        replaced = self.folder / REPLACED
-        if replaced.is_dir() and not complete:
-            if self.is_beside:
-                if not self.root.exists():
-                    replaced.rename(self.root)
-            else:
-                for path in replaced.iterdir():
-                    path.rename(self.root / path.name)
-        if complete:
-            shutil.rmtree(replaced, ignore_errors=True)
+    def publish(self, results: Kept, *, last: str, durable: bool = True) -> None:
+        """Makes `results` the output, the file named `last` at the end."""
+        self.publication.publish(results, last=last, overwrite=self.overwrite, durable=durable)
 
     def check_empty(self, shown: Path) -> None:
         """As the function, but an output that an earlier call finished may stand there; `output` looks at it."""
-        plan = self._plan()
-        if not (plan and self._is_complete(plan)):
+        if not self.publication.finished():
             check_empty(self.root, shown, overwrite=self.overwrite)
 
 
 def _kept_name(kind: str, facts: Mapping[str, Any]) -> str:
-    facts = {**facts, "versions": _versions()}
+    facts = {**facts, "versions": {name: version(name) for name in PACKAGES}}
     return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
 def kept_files(output: str | os.PathLike[str], facts: Mapping[str, Any]) -> set[str]:
     """Names of the files of an output that a stopped call with equal facts has written whole."""
-    return Kept(_choose(Path(output).resolve()) / _kept_name("output", facts)).files()
+    return Kept(working_folder(Path(output).resolve()) / _kept_name(OUTPUT, facts)).files()
 
 
 @contextmanager
@@ -264,14 +121,14 @@ def at_work(
         raise OutputError(f"{shown}: cannot be written ({error.strerror}); choose another output") from error
     workplace = Workplace(root, folder, overwrite)
     try:
-        workplace.recover()
+        workplace.publication.recover()
         workplace.check_empty(shown)
         if not resume:
             _empty(folder)
         _sweep(folder)
         yield workplace
     except BaseException as error:
-        workplace.recover()
+        workplace.publication.recover()
         _sweep(folder)
         mistaken = fresh and isinstance(error, InputError)
         done = any(path.is_dir() and any(path.iterdir()) for path in folder.iterdir()) or (folder / PLAN).exists()
@@ -318,52 +175,19 @@ def _why_not_writable(folder: Path) -> str | None:
 
 
 def _places(shown: Path, inputs: Sequence[Path], *, overwrite: bool) -> tuple[Path, Path]:
-    """The output and its workplace, as far as both can be where they are."""
+    """The output and the folder in which it grows, as far as both can be where they are."""
     if shown.is_symlink() and not shown.exists():
         raise OutputError(f"{shown}: a link to nothing; name a folder, or remove the link")
     root = shown.resolve()
-    check_place(root, inputs, shown, overwrite=overwrite)
-    folder = _choose(root)
+    check_location(root, inputs, shown, overwrite=overwrite)
+    folder = working_folder(root)
     if folder.is_symlink():
         raise OutputError(f"{folder}: a link, where this package keeps its progress; remove it")
     return root, folder
 
 
-def check_place(root: Path, inputs: Sequence[Path], shown: Path, *, overwrite: bool) -> None:
-    """Raises OutputError for an output inside an input or the Hub's cache, through links or not, and for a file."""
-    if root.exists() and not root.is_dir():
-        raise OutputError(f"{shown}: expected a new or empty folder for the output, found a file")
-    cache = Path(HF_HUB_CACHE).expanduser().resolve()
-    if cache == root or cache in root.parents:
-        raise OutputError(f"{shown}: lies inside the cache of the Hub; choose an output elsewhere")
-    for held in (path.resolve() for path in inputs):
-        if held == root or held in root.parents:
-            raise OutputError(f"{shown}: lies inside the input {held}; choose an output elsewhere")
-        if overwrite and root in held.parents:
-            raise OutputError(f"{shown}: holds the input {held}, so it cannot be overwritten; choose an output elsewhere")
-
-
-def check_empty(root: Path, shown: Path, *, overwrite: bool) -> None:
-    """Raises OutputError for a folder that holds something, or with `overwrite` something that is not ours."""
-    found = _held_in(root) if root.is_dir() else []
-    if found and not overwrite:
-        raise OutputError(
-            f"{shown}: the output folder is not empty (it holds {found[0]}); name a new one, empty it, or replace what "
-            "this package wrote there before with --overwrite"
-        )
-    if found and not any(file in found for file in TELLTALES):
-        raise OutputError(
-            f"{shown}: not overwritten: it holds {found[0]}, but none of {', '.join(TELLTALES)}, so this package did not "
-            "write it; name a new folder"
-        )
-
-
-def _held_in(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.name != INSIDE)
-
-
 def _remove(folder: Path) -> None:
-    """Removes a workplace: the lock last, and before it the word that its output is whole."""
+    """Removes a working folder: the lock last, and before it the plan, which says that its output is whole."""
     _empty(folder)
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == PLAN)):
         path.unlink()
@@ -374,30 +198,6 @@ def _sweep(folder: Path) -> None:
     """Removes what is unfinished."""
     for path in folder.rglob(f"*{UNFINISHED}"):
         path.unlink()
-
-
-def sync(path: Path) -> None:
-    """Has a file or folder on disk when it returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folders(root: Path) -> None:
-    for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        sync(path)
-
-
-def _choose(root: Path) -> Path:
-    """The folder beside `root`, or inside where a rename could not put it in place."""
-    beside, inside = root.parent / f".{root.name}.progress", root / INSIDE
-    if inside.is_dir():  # a call that was stopped had to choose it
-        return inside
-    if root.exists() and (os.path.ismount(root) or not os.access(root.parent, os.W_OK)):
-        return inside
-    return beside
 
 
 def _locked(folder: Path, root: Path) -> FileLock:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_moe_lmc.checkpoints.checkpoint import INDEX, Checkpoint
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.contents import INDEX
 from hf_moe_lmc.errors import CheckpointError
 from tests import tiny
 

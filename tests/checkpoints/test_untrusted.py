@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_moe_lmc.checkpoints.checkpoint import INDEX, Checkpoint
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.contents import INDEX
 from hf_moe_lmc.checkpoints.untrusted import parse_json
 from hf_moe_lmc.errors import CheckpointError, MoELMCError, SymmetryError
 from hf_moe_lmc.moe.reading import read_model

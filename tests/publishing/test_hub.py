@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from hf_moe_lmc.checkpoints.checkpoint import INDEX
+from hf_moe_lmc.checkpoints.contents import INDEX
 from tests import tiny
 from tests.conftest import TOKEN
 from tests.hub_server import ATTRIBUTES, Commit, HubServer, Request
@@ -252,9 +252,9 @@ def test_push_is_refused_without_a_good_token(
 
 @pytest.mark.parametrize(
     ("missing", "complaint"),
-    [("README.md", "the card"), ("config.json", "the configuration"), ("model.safetensors", "no weights")],
+    [("README.md", "the card"), ("config.json", "is missing"), ("model.safetensors", "expected model.safetensors")],
 )
-def test_push_refuses_an_unfinished_folder_before_any_request(
+def test_push_refuses_an_incomplete_folder_before_any_request(
     hub: HubServer, run: Callable[..., Ran], finished: Path, tmp_path: Path, missing: str, complaint: str
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "folder"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.verbs.merge import merge
-from hf_moe_lmc.writing import output, spans, workplace
+from hf_moe_lmc.writing import output, results, spans
 from hf_moe_lmc.writing.workplace import at_work
 from tests import tiny
 from tests.scripts import script
@@ -257,7 +257,7 @@ def test_a_full_disk(
     said = capsys.readouterr().err
     assert "No space left on device" in said and "repeat the same call" in said and "Traceback" not in said
     assert [path.name for path in disk.iterdir()] == [".out.progress"]
-    assert not list(disk.rglob(f"*{workplace.UNFINISHED}")) and len(list(disk.rglob("*.safetensors"))) == 2
+    assert not list(disk.rglob(f"*{results.UNFINISHED}")) and len(list(disk.rglob("*.safetensors"))) == 2
     subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     assert main(arguments) == 0
     assert [path.name for path in disk.iterdir()] == ["out"] and loaded(disk / "out").keys() == big.keys()
@@ -298,4 +298,4 @@ def test_an_error_of_the_system_says_what_is_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "pwrite", broken)
     with pytest.raises(WriteError, match=r"Input/output error; nothing unfinished stands there\. 0 whole shards"):
         merge(a, b, tmp_path / "out", align=False)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob(f"*{workplace.UNFINISHED}"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob(f"*{results.UNFINISHED}"))
