@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 
+from hf_moe_lmc.perplexity import figures
 from tests import tiny
 from tests.hub_server import HubServer
 from tests.interpreter import Interpreter
@@ -98,3 +99,9 @@ def interpreter(environment: dict[str, str], home: Path) -> Iterator[Interpreter
     """Runs programs in processes of their own that have everything imported."""
     with Interpreter(environment, home) as interpreter:
         yield interpreter
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are left out: on small models, drawing takes longer than measuring."""
+    monkeypatch.setattr(figures, "save", lambda *_: None)

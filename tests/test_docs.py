@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import hf_moe_lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.matching import assignment, certificate, expert_costs, units
+from hf_moe_lmc.moe import registry
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.perplexity import bootstrap
@@ -122,13 +124,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[MoEFamily]:
-    """Puts a reader with the inputs into a folder of their own; the families that an example registers go to the list."""
+def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[MoEFamily]]:
+    """Puts a reader with the inputs into a folder of their own; returns what gives the families that an example registers."""
     for path in inputs.iterdir():
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
-    registered: list[MoEFamily] = []
-    monkeypatch.setattr("hf_moe_lmc.moe.registry.register", registered.append)
+    known = registry.families()
+    monkeypatch.setattr(registry, "_FAMILIES", dict(known))
     monkeypatch.setattr("hf_moe_lmc.publishing.push.HfApi", StandIn)
     monkeypatch.setenv("HF_TOKEN", "of a reader")
     monkeypatch.setattr(StandIn, "commits", [], raising=False)
@@ -138,7 +140,7 @@ def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
             path.with_suffix(suffix).touch()
 
     monkeypatch.setattr("hf_moe_lmc.perplexity.figures.save", save)
-    return registered
+    return lambda: [family for model_type, family in registry.families().items() if model_type not in known]
 
 
 def substituted(text: str) -> str:
@@ -175,7 +177,7 @@ EXAMPLES = [page for page in PAGES if page not in GENERATED and prose.code(read(
 @pytest.mark.filterwarnings("ignore:(naive|aligned) path. the barrier may be higher")  # few points, to be quick
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_examples_of_a_page_run_in_their_order(
-    page: str, reader: list[MoEFamily], capsys: pytest.CaptureFixture[str]
+    page: str, reader: Callable[[], list[MoEFamily]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in prose.code(read(page)):
@@ -195,14 +197,16 @@ def test_what_stands_for_an_example_is_needed() -> None:
     assert not [begin for begin in EXCEPTED if not any(line.startswith(begin) for line in lines)]
 
 
-def test_an_example_that_fails_is_seen(reader: list[MoEFamily], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_that_fails_is_seen(reader: Callable[[], list[MoEFamily]], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError, match="no-such-model: no such folder"):
         run_commands("hf-moe-lmc inspect ./no-such-model", capsys)
     with pytest.raises(AssertionError, match="rm -r"):
         run_commands("rm -r model-a", capsys)
 
 
-def test_publishing_in_the_examples_publishes(reader: list[MoEFamily], capsys: pytest.CaptureFixture[str]) -> None:
+def test_publishing_in_the_examples_publishes(
+    reader: Callable[[], list[MoEFamily]], capsys: pytest.CaptureFixture[str]
+) -> None:
     run_commands("hf-moe-lmc merge model-a model-b --no-align -o merged/ --push-to-hub me/merged", capsys)
     (commit,) = StandIn.commits
     assert commit["repo_id"] == "me/merged" and {"README.md", "config.json"} < set(commit["files"])
@@ -227,7 +231,7 @@ def wrong_examples(module: ModuleType) -> str:
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
-def test_the_examples_in_docstrings_are_true(module: str, reader: list[MoEFamily]) -> None:
+def test_the_examples_in_docstrings_are_true(module: str, reader: Callable[[], list[MoEFamily]]) -> None:
     assert wrong_examples(importlib.import_module(module)) == ""
 
 
@@ -344,10 +348,10 @@ def test_pages_quote_the_numbers_of_the_code() -> None:
     assert max(2, min(shard_file.WORKERS, 64)) == 4  # the threads that memory.md counts
 
 
-def test_the_example_of_a_family_is_one(reader: list[MoEFamily]) -> None:
+def test_the_example_of_a_family_is_one(reader: Callable[[], list[MoEFamily]]) -> None:
     (example,) = [block.text for block in prose.code(read("docs/adding_a_family.md")) if block.language == "python"]
     exec(example, {})
-    (family,) = reader
+    (family,) = reader()
     config = SimpleNamespace(n_routed_experts=8, zero_expert_num=2, moe_intermediate_size=4, hidden_size=6, use_bias=True)
     facts = family.at(config, 0)
     assert family.banks == ("", "zero") and facts.units["zero"].name == "rigid" and facts.sizes["zero.expert"] == 2

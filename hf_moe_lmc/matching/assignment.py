@@ -16,38 +16,46 @@ ROUNDS = 12  # of added candidates, before the dense solver has to do
 
 
 def assign(cost: Tensor) -> Tensor:
-    """The permutation that minimises sum_i cost[i, order[i]].
+    """The permutation that minimises sum_i cost[i, permutation[i]].
+
+    First each column's minimum is subtracted. If the cheapest entries of all rows then fall on different columns, they are
+    the optimum: dual feasible with zero gap. So it is for related weights, and the solver is skipped.
 
     Args:
         cost: [n, n], finite; its own storage may be used as scratch.
 
     Returns:
-        order, int64 [n], on the CPU.
+        int64 [n], on the CPU.
 
-    Where the cheapest entry of every row, after each column's minimum has been subtracted, falls on a different column,
-    that is the optimum already (dual feasible with zero gap); so it is for related weights, and the solver is skipped.
+    Example:
+        >>> assign(torch.tensor([[1.0, 0.0, 9.0], [2.0, 9.0, 9.0], [9.0, 0.0, 1.0]])).tolist()
+        [1, 0, 2]
     """
     values = cost.to("cpu", torch.float32 if len(cost) > SPARSE and cost.dtype == torch.float32 else torch.float64)
     values -= values.amin(dim=0, keepdim=True)
-    order = values.argmin(dim=1)
-    if len(order.unique()) == len(order):
-        return order
+    permutation = values.argmin(dim=1)
+    if len(permutation.unique()) == len(permutation):
+        return permutation
     if len(values) > SPARSE:
         return _assign_sparse(values)
     return torch.from_numpy(linear_sum_assignment(values.numpy())[1])
 
 
-def prices(cost: Tensor, order: Tensor) -> Tensor:
-    """Column prices v <= 0, float64 [n], with cost[i, j] - v[j] >= cost[i, order[i]] - v[order[i]]: that `order` is optimal.
+def prices(cost: Tensor, permutation: Tensor) -> Tensor:
+    """Column prices that prove an assignment optimal: cost[i, j] - v[j] >= cost[i, p[i]] - v[p[i]] for all i and j.
 
     Args:
-        cost: float64 [n, n]; order: an optimal assignment, so that the relaxation below ends (Bellman and Ford's, from 0).
+        cost: float64 [n, n].
+        permutation: p, an optimal assignment; for others the relaxation (Bellman and Ford's, from 0) does not settle.
+
+    Returns:
+        v <= 0, float64 [n].
     """
-    own = cost.gather(1, order[:, None])[:, 0]
+    own = cost.gather(1, permutation[:, None])[:, 0]
     tolerance = 1e-12 * float(cost.abs().max()) if cost.numel() else 0.0
     price = torch.zeros(len(cost), dtype=torch.float64)
     for _ in range(len(cost)):
-        lower = (cost + (price[order] - own)[:, None]).amin(dim=0)
+        lower = (cost + (price[permutation] - own)[:, None]).amin(dim=0)
         if bool((lower >= price - tolerance).all()):
             break
         price = torch.minimum(price, lower)
@@ -55,7 +63,7 @@ def prices(cost: Tensor, order: Tensor) -> Tensor:
 
 
 def _assign_sparse(values: Tensor) -> Tensor:
-    """The optimum over all entries, found on few of them: those that the prices of a round show to be missing are added.
+    """The optimum over all entries, computed on few of them: each round adds those that its prices show to be missing.
 
     Optimal up to n times the rounding of the prices, 1e-9 of the largest entry; ties are broken by the solver, always alike.
     """
@@ -73,11 +81,11 @@ def _assign_sparse(values: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         row, column = known // count, known % count
         weight = values.view(-1)[known].double()
-        order = _solve(row, column, weight, count)
-        price, of_row = _sparse_prices(row, column, weight, order, values)
-        added = torch.cat([_missing(block, first, price, of_row, tolerance) for first, block in _blocks(values)])
+        permutation = _solve(row, column, weight, count)
+        price, row_price = _sparse_prices(row, column, weight, permutation, values)
+        added = torch.cat([_missing(block, first, price, row_price, tolerance) for first, block in _blocks(values)])
         if not len(added):
-            return order
+            return permutation
         known = torch.cat([known, added]).unique()
     return torch.from_numpy(linear_sum_assignment(values.double().numpy())[1])
 
@@ -88,53 +96,55 @@ def _blocks(values: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def _solve(row: Tensor, column: Tensor, weight: Tensor, count: int) -> Tensor:
-    graph = csr_array(
-        ((weight + 1).numpy(), (row.numpy(), column.numpy())), shape=(count, count)
-    )  # a weight 0 would be no edge
-    of_rows, of_columns = min_weight_full_bipartite_matching(graph)
-    order = np.empty(count, dtype=np.int64)
-    order[of_rows] = of_columns
-    return torch.from_numpy(order)
+    weights = (weight + 1).numpy()  # a weight 0 would be no edge
+    graph = csr_array((weights, (row.numpy(), column.numpy())), shape=(count, count))
+    rows, columns = min_weight_full_bipartite_matching(graph)
+    permutation = np.empty(count, dtype=np.int64)
+    permutation[rows] = columns
+    return torch.from_numpy(permutation)
 
 
-def _sparse_prices(row: Tensor, column: Tensor, weight: Tensor, order: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Prices of columns and rows that prove `order` on the known entries."""
-    own = values.gather(1, order[:, None])[:, 0].double()
-    price = torch.zeros(len(order), dtype=torch.float64)
-    for _ in range(len(order)):
-        lower = price.scatter_reduce(0, column, weight + (price[order] - own)[row], "amin")
+def _sparse_prices(row: Tensor, column: Tensor, weight: Tensor, permutation: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Prices of columns and rows that prove `permutation` on the known entries."""
+    own = values.gather(1, permutation[:, None])[:, 0].double()
+    price = torch.zeros(len(permutation), dtype=torch.float64)
+    for _ in range(len(permutation)):
+        lower = price.scatter_reduce(0, column, weight + (price[permutation] - own)[row], "amin")
         if bool((lower >= price - 1e-12).all()):
             break
         price = lower
-    return price, own - price[order]
+    return price, own - price[permutation]
 
 
-def _missing(block: Tensor, first: int, price: Tensor, of_row: Tensor, tolerance: float) -> Tensor:
+def _missing(block: Tensor, first: int, price: Tensor, row_price: Tensor, tolerance: float) -> Tensor:
     """Places, in the whole matrix, of the entries of a block of rows that cost less than their prices.
 
     A look in the entries' own precision leaves few to be looked at in float64.
     """
-    reduced = (block - price.to(block.dtype)).sub_(of_row[first : first + len(block), None].to(block.dtype))
-    coarse = tolerance + 8 * torch.finfo(block.dtype).eps * float(block.max() + price.abs().max() + of_row.abs().max())
+    reduced = (block - price.to(block.dtype)).sub_(row_price[first : first + len(block), None].to(block.dtype))
+    coarse = tolerance + 8 * torch.finfo(block.dtype).eps * float(block.max() + price.abs().max() + row_price.abs().max())
     suspects = (reduced.amin(dim=1) < coarse).nonzero()[:, 0]
     row, column = (reduced[suspects] < coarse).nonzero(as_tuple=True)
     row = suspects[row]
-    exact = block[row, column].double() - price[column] - of_row[first + row]
+    exact = block[row, column].double() - price[column] - row_price[first + row]
     return ((first + row) * len(price) + column)[exact < -tolerance]
 
 
 def assign_groups(cost: Tensor, groups: int) -> Tensor:
-    """The cheapest order that permutes whole groups and the members inside each group.
+    """The cheapest permutation that permutes whole groups and the members inside each group.
+
+    Two levels, both exact: the best assignment of the members for every pair of groups, then of the groups.
 
     Args:
         cost: [n, n], with n / groups consecutive members in each group.
 
-    Two levels, both exact: the best assignment of the members for every pair of groups, then of the groups.
+    Returns:
+        int64 [n], on the CPU.
     """
     members = len(cost) // groups
     blocks = cost.to("cpu", torch.float64).view(groups, members, groups, members).transpose(1, 2)
     within = [[assign(blocks[p, q].clone()) for q in range(groups)] for p in range(groups)]
     rows = torch.arange(members)
     between = [blocks[p, q][rows, within[p][q]].sum() for p in range(groups) for q in range(groups)]
-    order = assign(torch.stack(between).view(groups, groups))
-    return torch.cat([within[p][int(q)] + int(q) * members for p, q in enumerate(order)])
+    permutation = assign(torch.stack(between).view(groups, groups))
+    return torch.cat([within[p][int(q)] + int(q) * members for p, q in enumerate(permutation)])

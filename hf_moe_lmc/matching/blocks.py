@@ -2,17 +2,17 @@
 
 Two stages, each a linear assignment problem and without data:
 
-1. the order of the experts, from the router rows (`gate`, Eq. 10) or from Gram matrices that no symmetry of the hidden
-   units changes (`expert`, Eq. 11 generalised to gate, up and down): see `candidates`;
-2. for each matched pair of experts, the order of the hidden units (Git Re-Basin's weight matching), and with `scaled`
-   units the sign and scale of the linear branch as well: see `units`.
+1. A permutation of the experts (`candidates`). `gate` matches router rows (Eq. 10). `expert` matches Gram matrices, which are
+   invariant to the symmetry of the hidden units (Eq. 11, generalised to gate, up and down).
+2. For each matched pair of experts, a permutation of the hidden units (`units`): Git Re-Basin's weight matching. With `scaled`
+   units, the sign and scale of the linear branch as well.
 
 The two stages are not the joint optimum over both; nothing here claims that they are. Further banks of experts are
-matched in the same way, each for itself. Where a table names the expert of each token, it decides the order.
+matched in the same way, each for itself. Where a table names the expert of each token, it decides stage 1.
 
-Experts of more than SMALL units are first surveyed along the gate order: each is read once, its units are matched from sketches
-where that comes with a proof (`certificate`), and what the Gram order needs is estimated from the same sketches. Only what is
-left without a proof is matched by its full similarity. `exact` does without sketches.
+Experts of more than SMALL units are first surveyed along the `gate` permutation. Each is read once. Its units are matched from
+sketches where that comes with a proof (`certificate`), and the Gram costs are estimated from the same sketches. Pairs without
+a proof are matched by their full similarity. `exact` does without sketches.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def match_layer(
         CheckpointError: weights that are NaN or infinite; the message names the expert, the tensor and the place.
 
     Example:
-        `a` and `b` are models, `b` is `a` in the coordinates of a random symmetry `g`. Layer 1 is matched without a rest:
-
+        >>> from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+        >>> from hf_moe_lmc.moe.reading import read_model
+        >>> a, b = (read_model(Checkpoint.open(folder)) for folder in ("model-a", "model-b"))
         >>> matching = match_layer(a.layers[1], b.layers[1], WeightMatching())
-        >>> matching.symmetry.isclose(g.layers[1].inverse())
-        True
-        >>> matching.first.distance_after_units < 1e-5 < matching.first.distance_before
+        >>> matching.symmetry.sizes
+        {'expert': 6, 'unit': 24, 'shared': 0}
+        >>> matching.first.distance_after_units < 0.1 * matching.first.distance_before
         True
         >>> matching.first.order_method, set(matching.first.certificates)
         ('gate', {'small'})
@@ -89,28 +90,28 @@ def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: t
         check_router(bank)
     has_units = a.unit_count > 0  # else there is nothing but router rows
     pairs = ExpertPairs(a, b, method.units, device, method.exact)
-    found = candidates(pairs, groups, method.order)
+    choice = candidates(pairs, groups, method.order)
     distances = {
         name: sum(pairs.match(i, int(j)).squared_after for i, j in enumerate(permutation)) ** 0.5 if has_units else 0.0
-        for name, permutation in found.permutations.items()
+        for name, permutation in choice.permutations.items()
     }
     best = min(distances, key=lambda name: distances[name])
-    permutation = found.permutations[best]
+    permutation = choice.permutations[best]
     matches = [pairs.match(i, int(j)) for i, j in enumerate(permutation)] if has_units else []
     router_a, router_b = a.values("router").double(), b.values("router").double()
     return BankMatching(
         symmetry=_bank_symmetry(permutation, matches),
         order_method=best,
         candidates=distances,
-        expert_cost_form=found.form,
+        expert_cost_form=choice.form,
         norm=sum(match.squared_norm for match in matches) ** 0.5,
         distance_before=sum(pairs.squared_before(i) for i in range(a.experts)) ** 0.5 if has_units else 0.0,
         distance_after_order=sum(match.squared_before for match in matches) ** 0.5,
         distance_after_units=distances[best],
         router_distance_before=float((router_a - router_b).norm()),
         router_distance_after=float((router_a - router_b[permutation]).norm()),
-        order_decided=found.decided,
-        order_margin=found.margin,
+        order_decided=choice.decided,
+        order_margin=choice.margin,
         certificates=[match.certificate for match in matches],
     )
 
@@ -120,19 +121,19 @@ def _bank_symmetry(permutation: Tensor, matches: Sequence[UnitMatch]) -> BankSym
         return replace(BankSymmetry.identity(len(permutation), 0), expert_order=permutation)
     return BankSymmetry(
         expert_order=permutation,
-        unit_order=torch.stack([match.order for match in matches]),
-        unit_scale=torch.stack([match.scale for match in matches]),
+        unit_order=torch.stack([match.symmetry.order for match in matches]),
+        unit_scale=torch.stack([match.symmetry.scale for match in matches]),
     )
 
 
 def _match_shared(a: SharedExpert, b: SharedExpert, method: WeightMatching, device: torch.device) -> SharedMatching:
     rows_a, rows_b = finite_rows(a, None, device), finite_rows(b, None, device)
     match = None
-    if not method.exact and rows_a.kind.order and is_wide(rows_a.count):
+    if not method.exact and rows_a.kind.permutation and is_wide(rows_a.count):
         match = match_sketched(Sketched(rows_a, method.units), Sketched(rows_b, method.units))
     match = match or match_units(rows_a, rows_b, method.units)
     return SharedMatching(
-        symmetry=UnitSymmetry(match.order, match.scale),
+        symmetry=match.symmetry,
         distance_before=match.squared_before**0.5,
         distance_after=match.squared_after**0.5,
         certificate=match.certificate,

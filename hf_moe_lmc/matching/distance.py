@@ -38,7 +38,7 @@ class OutsideDistance:
 
 
 def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False) -> OutsideDistance:
-    """Compares the tensors outside the MoE blocks that both models have, streaming; quantised ones do not count.
+    """Compares the tensors outside the MoE blocks that both models have, streaming; quantized ones do not count.
 
     Raises:
         CheckpointError: a weight that is NaN or infinite, unless allowed: then its tensor does not count.
@@ -49,13 +49,13 @@ def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False)
     for name in tqdm([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
         info = a.checkpoint.tensors[name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
-            continue  # quantised values mean nothing without their scales
+            continue  # quantized values mean nothing without their scales
         if b.checkpoint.tensors[name].shape != info.shape:
             continue  # a vocabulary that grew
-        found = _moments(a.checkpoint, b.checkpoint, name, allow_nonfinite=allow_nonfinite)
-        if found is None:
+        moments = _moments(a.checkpoint, b.checkpoint, name, allow_nonfinite=allow_nonfinite)
+        if moments is None:
             continue
-        distance, norm_a, norm_b, inner = found
+        distance, norm_a, norm_b, inner = moments
         total, total_norm = total + distance, total_norm + norm_a
         relative[name] = math.sqrt(distance / (norm_a or norm_b or 1.0))
         if len(info.shape) > 1 and norm_a and norm_b:
@@ -75,20 +75,20 @@ def _moments(
     sums = torch.zeros(4, dtype=torch.float64)
     room = [reused(min(BLOCK, a.tensors[name].numel), dtype) for _ in range(2)]  # of each block in turn
     for first, values in a.chunks(name):
-        for of_a, of_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
-            x, y = (memory[: len(of)].copy_(of) for memory, of in zip(room, (of_a, of_b), strict=True))
+        for block_a, block_b in zip(values.split(BLOCK), b.read(name, first, len(values)).split(BLOCK), strict=True):
+            x, y = (memory[: len(block)].copy_(block) for memory, block in zip(room, (block_a, block_b), strict=True))
             parts = [torch.dot(left, right) for left, right in ((x, x), (y, y), (x, y))]
             x.sub_(y)
             sums += torch.stack([torch.dot(x, x), *parts]).double()
     if not bool(sums.isfinite().all()):
         for checkpoint in (a, b):
-            at = checkpoint.first_not_finite(name)
-            if at and allow_nonfinite:
+            place = checkpoint.first_not_finite(name)
+            if place and allow_nonfinite:
                 return None
-            if at:
+            if place:
                 raise CheckpointError(
                     f"{checkpoint.name}/{checkpoint.tensors[name].shard}: tensor {name} holds NaN or infinite weights, the "
-                    f"first at {at}. Repair the checkpoint, or write it as it is with --allow-nonfinite"
+                    f"first at {place}. Repair the checkpoint, or write it as it is with --allow-nonfinite"
                 )
         if dtype != torch.float64:  # squares beyond the range of float32
             return _moments(a, b, name, allow_nonfinite=allow_nonfinite, dtype=torch.float64)

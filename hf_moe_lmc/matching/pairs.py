@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.matching.certificate import COLUMNS, WIDER, Sketched, certified_order
+from hf_moe_lmc.matching.certificate import COLUMNS, WIDER, Sketched, certified_permutation
 from hf_moe_lmc.matching.expert_costs import sketched_expert_cost
 from hf_moe_lmc.matching.finite import check_rows, finite_rows
 from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.matching.units import UnitMatch, UnitRows, is_wide, match_units
 from hf_moe_lmc.moe.experts import Bank
+from hf_moe_lmc.symmetry.elements import UnitSymmetry
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ExpertPairs:
     @property
     def wide(self) -> bool:
         """Whether sketches come first."""
-        return not self.exact and self.a.kind.order and is_wide(self.a.unit_count)
+        return not self.exact and self.a.kind.permutation and is_wide(self.a.unit_count)
 
     def match(self, i: int, j: int) -> UnitMatch:
         """The match of A's expert i with B's expert j."""
@@ -131,12 +132,11 @@ class ExpertPairs:
 
 def match_sketched(a: Sketched, b: Sketched) -> UnitMatch | None:
     """The match of two experts where sketches prove it; None where they do not."""
-    certified = certified_order(a, b)
+    certified = certified_permutation(a, b)
     if certified is None:
         return None
     pairs, certificate = certified
-    is_identity = torch.equal(pairs.order, torch.arange(len(pairs.order))) and bool((pairs.sign == 1).all())
-    if is_identity:
+    if UnitSymmetry(pairs.permutation, pairs.sign) == UnitSymmetry.identity(len(pairs.sign)):
         before = float((pairs.gate + pairs.up + pairs.down).sum()) + a.rows.bias_distance(b.rows)
     else:
         before = a.rows.squared_distance(b.rows)

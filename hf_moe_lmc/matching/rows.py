@@ -4,7 +4,7 @@ Whatever the layout on disk, a canonical matrix is a view: its rows may be conti
 Blocks follow the layout, so that nothing is copied as a whole. Sums come back in float64, one for each unit.
 
 The arithmetic is float32 over at most `model` terms, in whatever order, then float64; `sum_error` bounds it. On the CPU the
-matrix is cut into a fixed number of strips, each the work of one thread, so that results do not depend on their number.
+matrix is cut into a fixed number of strips, each the work of one thread. So results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -76,57 +76,63 @@ def _pool(count: int) -> ThreadPoolExecutor:
 
 def squares(x: Tensor) -> Tensor:
     """Squared norm of each row, float64 [unit], on the CPU."""
-    return _sums(x, 1, lambda place, block: (block.square_(),))[0]
+    return _sums(x, lambda place, block: block.square_())
 
 
-def distances(x: Tensor, y: Tensor, order: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """||x_k - factor_k y_order[k]||^2 for each unit k, from differences; float64 [unit], on the CPU.
+def distances(x: Tensor, y: Tensor, permutation: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """||x_k - factor_k y_p(k)||^2 for each unit k, from differences; float64 [unit], on the CPU.
 
     Args:
         x, y: [unit, model].
-        order: int64 [unit]; None: as they are.
+        permutation: p, int64 [unit]; None: the identity.
         factor: [unit]; None: 1.
     """
-    order = None if order is None or bool((order.diff() == 1).all()) else order.to(x.device)
+    permutation = None if permutation is None or bool((permutation.diff() == 1).all()) else permutation.to(x.device)
     minus = None if factor is None or bool((factor == 1).all()) else -factor.to(x.device, torch.float32)
 
-    def terms(place: _Place, of_x: Tensor) -> tuple[Tensor]:
-        of_y = _partner(x, y, place, order)
+    def terms(place: _Place, block: Tensor) -> Tensor:
+        partner = _partner(x, y, place, permutation)
         if minus is None:
-            return (of_x.sub_(of_y).square_(),)
-        return (of_x.addcmul_(of_y, minus[place.part, None] if place.by_unit else minus).square_(),)
+            return block.sub_(partner).square_()
+        return block.addcmul_(partner, minus[place.part, None] if place.by_unit else minus).square_()
 
-    return _sums(x, 1, terms)[0]
+    return _sums(x, terms)
 
 
-def project(x: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """x times a matrix of signs, float32 [unit, columns], and the squared norms of x's rows, float64 [unit], on the CPU.
+def project(x: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """x times a matrix of entries +-1.
 
     Each entry is a sum of float32 sums of at most TERMS terms: its error is at most `projection_error` times the row's norm.
-    """
-    columns = signs.shape[1]
-    if _by_unit(x):
-        result = signs.new_zeros(x.shape[0], columns)
 
-        def of_units(place: _Place, block: Tensor) -> tuple[Tensor]:
+    Args:
+        projection: float32 [model, columns].
+
+    Returns:
+        The product, float32 [unit, columns], and the squared norms of x's rows, float64 [unit], on the CPU.
+    """
+    columns = projection.shape[1]
+    if _by_unit(x):
+        result = projection.new_zeros(x.shape[0], columns)
+
+        def of_units(place: _Place, block: Tensor) -> Tensor:
             rows = result[place.part]
             for first in range(0, x.shape[1], TERMS):
-                rows.addmm_(block[:, first : first + TERMS], signs[first : first + TERMS])
-            return (block.square_(),)
+                rows.addmm_(block[:, first : first + TERMS], projection[first : first + TERMS])
+            return block.square_()
 
-        return result, _sums(x, 1, of_units)[0]
+        return result, _sums(x, of_units)
     parts: dict[int, Tensor] = {}
 
-    def of_columns(place: _Place, block: Tensor) -> tuple[Tensor]:
+    def of_columns(place: _Place, block: Tensor) -> Tensor:
         for first in range(0, len(block), TERMS):
             some = block[first : first + TERMS]
             start = place.part.start + first
-            found = some.T @ signs[start : start + len(some)]
-            parts[place.strip] = parts[place.strip].add_(found) if place.strip in parts else found
-        return (block.square_(),)
+            product = some.T @ projection[start : start + len(some)]
+            parts[place.strip] = parts[place.strip].add_(product) if place.strip in parts else product
+        return block.square_()
 
-    norms = _sums(x, 1, of_columns)[0]
-    return sum((parts[strip] for strip in sorted(parts)), signs.new_zeros(x.shape[0], columns)), norms
+    norms = _sums(x, of_columns)
+    return sum((parts[strip] for strip in sorted(parts)), projection.new_zeros(x.shape[0], columns)), norms
 
 
 def projection_error(x: Tensor) -> float:
@@ -154,28 +160,31 @@ class _Place:
     strip: int
 
 
-def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor, ...]]) -> Tensor:
-    """Sums over the rows of x of what `terms` makes of each of its blocks (float32, its to change); float64 [kind, unit]."""
+def _sums(x: Tensor, terms: Callable[[_Place, Tensor], Tensor]) -> Tensor:
+    """Sums over the rows of x of what `terms` makes of each of its blocks, float64 [unit].
+
+    Args:
+        terms: place and block (float32, a copy that it may change) -> a block of the same shape.
+    """
     by_unit = _by_unit(x)
     whole = x if by_unit else x.T
     on_cpu = x.device.type == "cpu"
     step = max(1, (BLOCK if on_cpu else BLOCK_ON_DEVICE) // max(1, whole.shape[1]))
     ones = torch.ones(max(*x.shape, 1), device=x.device)
-    result = torch.zeros(kinds, x.shape[0], dtype=torch.float64)
-    sums: dict[int, Tensor] = {}
+    result = torch.zeros(x.shape[0], dtype=torch.float64)
+    sums: dict[int, Tensor] = {}  # by strip of columns
 
     def work(strip: slice) -> None:
-        own = torch.zeros(kinds, x.shape[0], dtype=torch.float64)
+        own = torch.zeros(x.shape[0], dtype=torch.float64)
         room = reused((min(step, strip.stop - strip.start), whole.shape[1]), torch.float32, x.device)  # of each block in turn
         for first in range(strip.start, strip.stop, step):
             part = slice(first, min(first + step, strip.stop))
             place = _Place(by_unit, part, strip.start)
-            found = terms(place, room[: part.stop - part.start].copy_(whole[part]))
-            for kind, block in enumerate(found):
-                if by_unit:
-                    result[kind, part] = (block @ ones[: block.shape[1]]).cpu().double()
-                else:
-                    own[kind] += (ones[: len(block)] @ block).cpu().double()
+            block = terms(place, room[: part.stop - part.start].copy_(whole[part]))
+            if by_unit:
+                result[part] = (block @ ones[: block.shape[1]]).cpu().double()
+            else:
+                own += (ones[: len(block)] @ block).cpu().double()
         if not by_unit:
             sums[strip.start] = own
 
@@ -186,20 +195,20 @@ def _sums(x: Tensor, kinds: int, terms: Callable[[_Place, Tensor], tuple[Tensor,
     return result
 
 
-def _partner(x: Tensor, y: Tensor, place: _Place, order: Tensor | None) -> Tensor:
-    """The block of y, float32, that belongs to x's; its units in the given order."""
+def _partner(x: Tensor, y: Tensor, place: _Place, permutation: Tensor | None) -> Tensor:
+    """The block of y, float32, that belongs to x's; its units permuted."""
     here = (y if place.by_unit else y.T)[place.part]
     block = reused(here.shape, torch.float32, here.device)
-    if order is None:
+    if permutation is None:
         return block.copy_(here)
     if place.by_unit:
-        chosen = order[place.part]
+        chosen = permutation[place.part]
         return block.copy_(torch.index_select(y, 0, chosen, out=reused(here.shape, y.dtype, here.device)))
     block.copy_(here)
     ordered = reused(here.shape, torch.float32, here.device)
     if x.device.type != "cpu":
-        return torch.index_select(block, 1, order, out=ordered)
-    np.take(block.numpy(), order.numpy(), axis=1, out=ordered.numpy(), mode="clip")  # within rows, much faster than torch
+        return torch.index_select(block, 1, permutation, out=ordered)
+    np.take(block.numpy(), permutation.numpy(), axis=1, out=ordered.numpy(), mode="clip")  # within rows, much faster than torch
     return ordered
 
 

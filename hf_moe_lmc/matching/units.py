@@ -6,7 +6,7 @@ negative, or of any magnitude, or neither.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from hf_moe_lmc.matching import rows
 from hf_moe_lmc.matching.assignment import SPARSE, assign
 from hf_moe_lmc.matching.options import UnitMethod
-from hf_moe_lmc.moe.experts import Bank, SharedExpert
+from hf_moe_lmc.moe.experts import MATRICES, Bank, SharedExpert
 from hf_moe_lmc.moe.notation import UNIT_KINDS, UnitKind
+from hf_moe_lmc.symmetry.elements import UnitSymmetry
 
 SCALE_GAIN = 0.01  # scales are kept where they lower an expert's remaining squared distance by more than this share
 BLOCK = 32 << 20  # bytes of one row block of a unit cost matrix
@@ -74,7 +75,7 @@ class UnitRows:
     @cached_property
     def squares(self) -> dict[str, Tensor]:
         """Squared norms of the rows of gate, up and down, float64 [unit], on the CPU."""
-        return {role: rows.squares(getattr(self, role)) for role in ("gate", "up", "down")}
+        return {role: rows.squares(getattr(self, role)) for role in MATRICES}
 
     @cached_property
     def norm_ratio(self) -> Tensor:
@@ -88,7 +89,7 @@ class UnitRows:
 
     def squared_distance(self, other: UnitRows) -> float:
         """Squared Frobenius distance, from differences."""
-        total = sum(float(rows.distances(getattr(self, role), getattr(other, role)).sum()) for role in ("gate", "up", "down"))
+        total = sum(float(rows.distances(getattr(self, role), getattr(other, role)).sum()) for role in MATRICES)
         return total + self.bias_distance(other)
 
     def bias_distance(self, other: UnitRows) -> float:
@@ -102,20 +103,18 @@ class UnitMatch:
     """The hidden units of B's expert in A's coordinates.
 
     Attributes:
-        order: int64 [unit]; scale: float32 [unit], exactly +-1 unless `scaled`.
+        symmetry: acts on B's units; its scales are exactly +-1 unless they pay.
         squared_norm: squared Frobenius norm of A's expert.
         squared_before: squared distance with the units as they were.
         squared_after: the remaining squared distance.
-        certificate: how the order was found and why it is optimal; a key of `certificate.CERTIFICATES`.
+        certificate: why the permutation is optimal; a key of `certificate.CERTIFICATES`.
     """
 
-    order: Tensor
-    scale: Tensor
-    scaled: bool
+    symmetry: UnitSymmetry
     squared_norm: float
     squared_before: float
     squared_after: float
-    certificate: str = "small"
+    certificate: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Paired:
     """Two experts with their units paired, and the distances that this leaves. All [unit], on the CPU.
 
     Attributes:
-        order: of B's units, int64.
+        permutation: of B's units, int64.
         sign: +-1, float32: the better one of each unit without scales, where the kind and the method allow signs.
         gate, up, down: squared distances of the rows with these signs, float64.
     """
@@ -131,29 +130,23 @@ class Paired:
     a: UnitRows
     b: UnitRows
     units: UnitMethod
-    order: Tensor
+    permutation: Tensor
     sign: Tensor
     gate: Tensor
     up: Tensor
     down: Tensor
 
     @classmethod
-    def of(cls, a: UnitRows, b: UnitRows, units: UnitMethod, order: Tensor) -> Paired:
-        order = order.cpu()
-        sign = torch.ones(len(order))
-        if a.kind.sign and units == "scaled":
-            place = order.to(b.up.device)
-
-            def probe(x: Tensor, y: Tensor) -> Tensor:
-                return (x[:, :PROBE].float() * y[:, :PROBE][place].float()).sum(dim=1)
-
-            sign = _sign(probe(a.up, b.up) + probe(a.down, b.down)).cpu()
+    def of(cls, a: UnitRows, b: UnitRows, units: UnitMethod, permutation: Tensor) -> Paired:
+        permutation = permutation.cpu()
+        signed = a.kind.sign and units == "scaled"
+        sign = _probed_sign(a, b, permutation) if signed else torch.ones(len(permutation))
         gate, up, down = (
-            rows.distances(getattr(a, role), getattr(b, role), order, None if role == "gate" else sign)
-            for role in ("gate", "up", "down")
+            rows.distances(getattr(a, role), getattr(b, role), permutation, None if role == "gate" else sign)
+            for role in MATRICES
         )
-        found = cls(a, b, units, order, sign, gate, up, down)
-        return found._corrected() if a.kind.sign and units == "scaled" else found
+        pairs = cls(a, b, units, permutation, sign, gate, up, down)
+        return pairs._corrected() if signed else pairs
 
     @property
     def signed(self) -> bool:
@@ -166,8 +159,8 @@ class Paired:
     @cached_property
     def squares(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """||u||^2, ||u'||^2, ||d||^2, ||d'||^2."""
-        of_a, of_b = self.a.squares, self.b.squares
-        return of_a["up"], of_b["up"][self.order], of_a["down"], of_b["down"][self.order]
+        a, b = self.a.squares, self.b.squares
+        return a["up"], b["up"][self.permutation], a["down"], b["down"][self.permutation]
 
     @cached_property
     def inner(self) -> tuple[Tensor, Tensor]:
@@ -182,18 +175,18 @@ class Paired:
             return self
         sign, up, down = self.sign.clone(), self.up.clone(), self.down.clone()
         sign[wrong] *= -1
-        for role, found in (("up", up), ("down", down)):
+        for role, distances in (("up", up), ("down", down)):
             x, y = (getattr(side, role) for side in (self.a, self.b))
-            places = wrong.to(x.device), self.order[wrong].to(x.device)
-            found[wrong] = rows.distances(x[places[0]].float(), y[places[1]].float(), None, sign[wrong])
-        return Paired(self.a, self.b, self.units, self.order, sign, self.gate, up, down)
+            places = wrong.to(x.device), self.permutation[wrong].to(x.device)
+            distances[wrong] = rows.distances(x[places[0]].float(), y[places[1]].float(), None, sign[wrong])
+        return replace(self, sign=sign, up=up, down=down)
 
     @cached_property
     def ratio(self) -> Tensor:
         """The magnitude of the scale that balances norms; 1 where a norm is 0, or where none is allowed."""
         if not self.scalable:
-            return torch.ones(len(self.order), dtype=torch.float64)
-        return (self.a.norm_ratio / self.b.norm_ratio[self.order]).nan_to_num(nan=1.0)
+            return torch.ones(len(self.permutation), dtype=torch.float64)
+        return (self.a.norm_ratio / self.b.norm_ratio[self.permutation]).nan_to_num(nan=1.0)
 
     @cached_property
     def scaled_parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,48 +197,59 @@ class Paired:
         u, u2, d, d2 = self.squares
         on_up, on_down = self.inner
         s, power = self.ratio, self.a.kind.power
-        kept = (s * on_up + on_down / s**power >= 0) if self.signed else torch.ones(len(s), dtype=torch.bool)
-        found = []
+        same_sign = (s * on_up + on_down / s**power >= 0) if self.signed else torch.ones(len(s), dtype=torch.bool)
+        scaled = []
         for x, y, inner, distance, factor in ((u, u2, on_up, self.up, s), (d, d2, on_down, self.down, s**-power)):
             more = factor - 1
             near = distance - more * (x - y - distance) + more.square() * y
-            found.append(torch.where(kept, near, x + factor.square() * y + 2 * factor * inner))
-        return found[0], found[1], kept
+            scaled.append(torch.where(same_sign, near, x + factor.square() * y + 2 * factor * inner))
+        return scaled[0], scaled[1], same_sign
 
     def cost(self) -> tuple[Tensor, Tensor]:
         """The cost of each pair (see `unit_cost`, constants included), and a bound on its error; float64 [unit]."""
-        up, down, _ = self.scaled_parts
+        up, down, same_sign = self.scaled_parts
         u, u2, d, d2 = self.squares
         s, t = self.ratio, self.ratio**-self.a.kind.power
         width = max(self.a.up.shape[1], self.a.gate.shape[1])
         terms = self.gate + self.up + self.down
         terms = terms + 2 * (s - 1).abs() * (u + u2 + self.up) + 2 * (t - 1).abs() * (d + d2 + self.down)
         terms = terms + s.square() * u2 * (s - 1).square() + t.square() * d2 * (t - 1).square()
-        terms = terms + torch.where(self.scaled_parts[2], 0.0, u + d + s.square() * u2 + t.square() * d2)
+        terms = terms + torch.where(same_sign, 0.0, u + d + s.square() * u2 + t.square() * d2)
         return self.gate + up + down, 4 * rows.sum_error(width) * terms
 
     def match(self, certificate: str, squared_before: float) -> UnitMatch:
         """Decides about the scales.
 
         Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
-        without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN, and by more than three
-        times what one free scale per unit gains on pure noise, 1 / (3 model). Where the kind of the units allows no scales,
-        or with `plain`, there are none.
+        without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN of it, and by more than
+        1 / model of it. On pure noise, one free scale per unit gains a third of the latter. Where the kind of the units allows
+        no scales, or with `plain`, there are none.
         """
         gate = float(self.gate.sum()) + self.a.bias_distance(self.b)
         after, norm = gate + float(self.up.sum() + self.down.sum()), self.a.squared_norm
         least = (1 - max(SCALE_GAIN, 1 / self.a.down.shape[1])) * after
-        up, down, kept = self.scaled_parts
+        up, down, same_sign = self.scaled_parts
         if self.scalable and gate + float(up.sum() + down.sum()) < least:
-            scale = (torch.where(kept, 1, -1) * self.sign * self.ratio).float()
+            scale = (torch.where(same_sign, 1, -1) * self.sign * self.ratio).float()
             exact = (
-                rows.distances(getattr(self.a, role), getattr(self.b, role), self.order, factor)
+                rows.distances(getattr(self.a, role), getattr(self.b, role), self.permutation, factor)
                 for role, factor in (("up", scale), ("down", 1 / scale**self.a.kind.power))
             )
             scaled = gate + sum(float(distance.sum()) for distance in exact)
             if scaled < least:
-                return UnitMatch(self.order, scale, True, norm, squared_before, scaled, certificate)
-        return UnitMatch(self.order, self.sign, False, norm, squared_before, after, certificate)
+                return UnitMatch(UnitSymmetry(self.permutation, scale), norm, squared_before, scaled, certificate)
+        return UnitMatch(UnitSymmetry(self.permutation, self.sign), norm, squared_before, after, certificate)
+
+
+def _probed_sign(a: UnitRows, b: UnitRows, permutation: Tensor) -> Tensor:
+    """A first guess of the sign of each pair, from few columns; float32 [unit]."""
+    place = permutation.to(b.up.device)
+
+    def probe(x: Tensor, y: Tensor) -> Tensor:
+        return (x[:, :PROBE].float() * y[:, :PROBE][place].float()).sum(dim=1)
+
+    inner = probe(a.up, b.up) + probe(a.down, b.down)
+    return torch.where(inner < 0, -1.0, 1.0).cpu()
 
 
 def is_wide(count: int) -> bool:
@@ -256,16 +260,25 @@ def is_wide(count: int) -> bool:
 def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     """Matches the hidden units of two experts by one linear assignment problem over all of `unit_cost`.
 
-    What scales the match keeps: see `Paired.match`. Where the kind allows no order, units stay where they are.
+    Which scales the match keeps: see `Paired.match`. Where the kind allows no permutation, units stay where they are.
+
+    Example:
+        B's units are A's in reverse, with other signs:
+
+        >>> a = UnitRows(*torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)))
+        >>> b = UnitRows(a.gate.flip(0), -a.up.flip(0), -a.down.flip(0))
+        >>> match = match_units(a, b, "scaled")
+        >>> match.symmetry.order.tolist(), match.symmetry.scale.tolist(), match.squared_after
+        ([3, 2, 1, 0], [-1.0, -1.0, -1.0, -1.0], 0.0)
     """
-    if a.kind.order:
-        order, certificate = assign(unit_cost(a, b, units)), "exact" if is_wide(a.count) else "small"
+    if not a.kind.permutation:
+        permutation, certificate = torch.arange(a.count), "fixed"
     else:
-        order, certificate = torch.arange(a.count), "fixed"
-    return Paired.of(a, b, units, order).match(certificate, a.squared_distance(b))
+        permutation, certificate = assign(unit_cost(a, b, units)), "exact" if is_wide(a.count) else "small"
+    return Paired.of(a, b, units, permutation).match(certificate, a.squared_distance(b))
 
 
-def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None = None) -> Tensor:
+def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, subset: Tensor | None = None) -> Tensor:
     """Cost of matching A's unit k with B's unit l, [unit, unit], up to constants of each row and column.
 
     plain:  ||g - g'||^2 + ||u - u'||^2 + ||d - d'||^2.
@@ -274,7 +287,7 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None =
     allows no scale), and p the kind's power.
 
     Args:
-        some: int64 [few]; only these units of A.
+        subset: int64 [few]; only these units of A.
 
     Returns:
         float64, or float32 if it has more than SPARSE rows. Computed in blocks of rows: besides the result, B's expert in
@@ -282,7 +295,7 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None =
     """
     count, power, device = b.count, a.kind.power, a.up.device
     signed, scalable = a.kind.sign and units == "scaled", a.kind.scale and units == "scaled"
-    wanted = torch.arange(a.count) if some is None else some.cpu()
+    wanted = torch.arange(a.count) if subset is None else subset.cpu()
     cost = torch.empty(len(wanted), count, dtype=torch.float32 if len(wanted) > SPARSE else torch.float64)
     to_gate, to_up, to_down = b.gate.float(), b.up.float(), b.down.float()
     up, down = (b.squares[role].to(device, torch.float32) for role in ("up", "down"))
@@ -290,7 +303,7 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None =
     step = max(1, BLOCK // (4 * count))
     for first in range(0, len(wanted), step):
         places = slice(first, first + step)
-        chosen = places if some is None else wanted[places].to(device)
+        chosen = places if subset is None else wanted[places].to(device)
         block = (a.gate[chosen].float() @ to_gate.T).mul_(-2)
         on_up, on_down = a.up[chosen].float() @ to_up.T, a.down[chosen].float() @ to_down.T
         if scalable:
@@ -305,7 +318,3 @@ def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, some: Tensor | None =
             block.add_(torch.mul(scale, up, out=on_up)).add_(torch.div(down, scale.pow_(power), out=on_down))
         cost[places] = block.to("cpu", cost.dtype)
     return cost
-
-
-def _sign(values: Tensor) -> Tensor:
-    return torch.where(values < 0, -1.0, 1.0)

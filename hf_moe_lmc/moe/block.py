@@ -11,7 +11,7 @@ from hf_moe_lmc.checkpoints.header import TensorInfo
 from hf_moe_lmc.checkpoints.quantization import (
     Quantization,
 )
-from hf_moe_lmc.moe.family import LayerFacts, MoEFamily, Template
+from hf_moe_lmc.moe.family import LayerConfig, MoEFamily, Template
 from hf_moe_lmc.moe.notation import (
     TensorSpec,
     bank_size,
@@ -21,7 +21,7 @@ from hf_moe_lmc.moe.notation import (
 
 @dataclass(frozen=True)
 class Part:
-    """What a tensor is to the quantised weight that it belongs to.
+    """What a tensor is to the quantized weight that it belongs to.
 
     Attributes:
         weight: the name that the weight has, or would have.
@@ -44,7 +44,7 @@ class Claim:
         template: the rule; spec: what it says of this tensor's axes.
         segment: the bank that the key's number falls into; None where the tensor holds all of its template's.
         expert: number within that bank of the expert that the key names.
-        part: where it is a part of a quantised weight; its own spec is then opaque, with the axis `packed`.
+        part: where it is a part of a quantized weight; its own spec is then opaque, with the axis `packed`.
     """
 
     name: str
@@ -67,17 +67,18 @@ class Claim:
 
     @property
     def weight_roles(self) -> tuple[str, ...]:
-        """Of a part of a quantised weight, the roles of the weight."""
+        """Of a part of a quantized weight, the roles of the weight."""
         return self.part.spec.segments[self.segment or 0] if self.part else ()
 
 
 @dataclass(frozen=True)
 class Block:
-    """The tensors under one MoE block, and what is known of it.
+    """The tensors under one MoE block, and what they are to be held against.
 
     Attributes:
         prefix: what stands before the keys of its layer.
         names: tensor names under the block, by their key below the layer.
+        config: what the configuration says of the layer.
     """
 
     checkpoint: Checkpoint
@@ -85,23 +86,23 @@ class Block:
     index: int
     prefix: str
     names: Mapping[str, str]
-    facts: LayerFacts
+    config: LayerConfig
     quantization: Quantization | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:
-        """The roles that a block with these facts may hold, and the templates that may fill each."""
-        found: dict[str, list[Template]] = {}
+        """The roles that such a block may hold, and the templates that may fill each."""
+        templates: dict[str, list[Template]] = {}
         for template in self.family.templates:
             for segment, roles in enumerate(template.spec.segments):
-                if all(template.spec.axis_sizes(self.facts.sizes, segment)):
+                if all(template.spec.axis_sizes(self.config.sizes, segment)):
                     for role in roles:
-                        if self.facts.when.get(role, True) is not False:
-                            found.setdefault(role, []).append(template)
-        return found
+                        if self.config.when.get(role, True) is not False:
+                            templates.setdefault(role, []).append(template)
+        return templates
 
     def experts(self, role: str) -> int:
-        return bank_size(self.facts.sizes, split_role(role)[0], "expert")
+        return bank_size(self.config.sizes, split_role(role)[0], "expert")
 
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[name]

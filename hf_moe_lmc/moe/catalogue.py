@@ -175,7 +175,7 @@ def known_families() -> Catalogue:
 
 def freedom(kind: UnitKind) -> str:
     """What a hidden unit allows besides changing places, in a word or two."""
-    if not kind.order:
+    if not kind.permutation:
         return "fixed"
     if kind.scale:
         return "sign and scale" if kind.sign else "positive scale"
@@ -298,7 +298,7 @@ computes as it was. The columns say which ones are used:
   place of numbers; *fused*, one tensor with an axis of experts; *transposed*, inputs before outputs; *interleaved*, gate and
   up take turns; *block-stacked*, experts below each other in one matrix; *banks joined*, those of several banks in one run.
 
-Quantised checkpoints (fp8, mxfp4) are read in the layouts of their family. Whole experts change places in them, with their
+Quantized checkpoints (fp8, mxfp4) are read in the layouts of their family. Whole experts change places in them, with their
 scales and byte for byte, and nothing finer does: that would need new scales.
 """
 

@@ -18,7 +18,7 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
     split_role,
 )
-from hf_moe_lmc.moe.quantized import QUANTISED, _claim_part, _is_quantised_router, _part_problems, has_any
+from hf_moe_lmc.moe.quantized import QUANTIZED, claim_part, has_any, is_quantized_router, part_problems
 
 
 def claim_block(block: Block) -> dict[str, Claim]:
@@ -57,11 +57,14 @@ def _claim(block: Block, key: str, name: str) -> Claim | None:
     if block.quantization is None:
         return claim
     if claim is None:
-        found = block.quantization.part_of(key)
-        weight = _claim_weight(block, found[0], name.removesuffix(key) + found[0]) if found else None
-        return _claim_part(block, weight, name, found[1]) if found and weight else None
+        part = block.quantization.part_of(key)
+        if part is None:
+            return None
+        weight_key, ending = part
+        weight = _claim_weight(block, weight_key, name.removesuffix(key) + weight_key)
+        return claim_part(block, weight, name, ending) if weight else None
     packed = block.quantization.method == "fp8" and block.info(name).dtype == torch.int8
-    return _claim_part(block, claim, name, "_blocks") if packed else claim
+    return claim_part(block, claim, name, "_blocks") if packed else claim
 
 
 def _claim_weight(block: Block, key: str, name: str) -> Claim | None:
@@ -85,17 +88,17 @@ def _locate(block: Block, spec: TensorSpec, number: int) -> tuple[int, int]:
 
 
 def _orientation(block: Block, template: Template, name: str, segment: int | None) -> TensorSpec:
-    """The one of a template's specs that the shape fits, its first if none does; of several, see `_tensor_problems`."""
+    """That of a template's specs which the shape fits, its first if none does; for several, see `_tensor_problems`."""
     info = block.checkpoint.tensors.get(name)  # of a weight in MXFP4, there are only the parts
-    fitting = [spec for spec in template.specs if info and spec.shape(block.facts.sizes, segment) == info.shape]
+    fitting = [spec for spec in template.specs if info and spec.shape(block.config.sizes, segment) == info.shape]
     return fitting[0] if fitting else template.spec
 
 
 def _tensor_problems(block: Block, claim: Claim) -> list[str]:
     """What is wrong with the shape or the dtype of a claimed tensor."""
-    info, sizes = block.info(claim.name), block.facts.sizes
+    info, sizes = block.info(claim.name), block.config.sizes
     if claim.part:
-        return _part_problems(block, claim, claim.part)
+        return part_problems(block, claim, claim.part)
     if claim.spec.is_fixed:
         return []
     fitting = [spec for spec in claim.template.specs if spec.shape(sizes, claim.segment) == info.shape]
@@ -113,17 +116,17 @@ def _tensor_problems(block: Block, claim: Claim) -> list[str]:
     if split_role(claim.roles[0])[1] == "expert_table":
         return [f"{claim.name}: dtype {info.dtype}, expected integers"] if info.dtype.is_floating_point else []
     if block.quantization and block.quantization.method == "fp8" and info.dtype in FLOAT8:
-        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTISED, "router"):
+        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTIZED, "router"):
             return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
         scales = block.quantization.scales_of(claim.name)
         if not has_any(block.checkpoint, scales):
             return [f"missing: {scales[0]} (the scales of {claim.name})"]
-        if _is_quantised_router(block, claim):
-            return [f"{claim.name}: a quantised router: moving its rows would need new scales. {WAY_OUT}"]
+        if is_quantized_router(block, claim):
+            return [f"{claim.name}: a quantized router: moving its rows would need new scales. {WAY_OUT}"]
         return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
         declared = block.quantization.method if block.quantization else "no quantization"
-        return [f"{claim.name}: dtype {info.dtype} is quantised, and config.json declares {declared}; dequantize first"]
+        return [f"{claim.name}: dtype {info.dtype} is quantized, and config.json declares {declared}; dequantize first"]
     return []
 
 
@@ -132,8 +135,8 @@ def _fixed_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
     held = {claim.template.key: claim for claim in claims.values() if claim.spec.is_fixed}
     problems = []
     for template in [template for template in block.family.templates if template.spec.is_fixed and template.spec.groups]:
-        name, wanted = block.prefix + template.key, block.facts.when.get(template.key, True)
-        shape = template.spec.shape(block.facts.sizes)
+        name, wanted = block.prefix + template.key, block.config.when.get(template.key, True)
+        shape = template.spec.shape(block.config.sizes)
         if template.key not in held and wanted:
             problems.append(f"missing: {name} (fixed)")
         elif template.key in held and wanted is False:
@@ -141,29 +144,29 @@ def _fixed_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
                 f"{name}: by config.json ({block.family.when[template.key]}), layer {block.index} has no such tensor"
             )
         elif template.key in held and block.info(held[template.key].name).shape != shape:
-            found = list(block.info(held[template.key].name).shape)
-            problems.append(f"{name}: expected shape {list(shape)} ({template.spec.text}), found {found}")
+            held_shape = list(block.info(held[template.key].name).shape)
+            problems.append(f"{name}: expected shape {list(shape)} ({template.spec.text}), found {held_shape}")
     return problems
 
 
 def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
-    """Experts that are stored in another way than the first one: their tensors cannot take each other's places."""
+    """Experts in another dtype or shape than the first expert: their tensors cannot take each other's places."""
     first: dict[str, Claim] = {}
     problems = []
     for claim in [claim for claim in claims.values() if claim.expert is not None]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
         if (info.dtype, info.shape) != (expected.dtype, expected.shape):
-            way_out = WAY_OUT if block.quantization else "Bring all experts to one dtype first"
+            advice = WAY_OUT if block.quantization else "Bring all experts to one dtype first"
             problems.append(
                 f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
-                f"{expected.dtype}; they cannot change places. {way_out}"
+                f"{expected.dtype}; they cannot change places. {advice}"
             )
     held = {(claim.roles[0], claim.expert) for claim in claims.values()}
     for role, like in first.items():
-        alone = [expert for expert in range(block.experts(role)) if (role, expert) not in held]
-        if like.part and like.part.ending == "_activation_scales" and alone:  # what a block must have is in `_role_problems`
-            problems.append(f"expert {alone[0]} lacks what another has: {like.name}")
+        lacking = [expert for expert in range(block.experts(role)) if (role, expert) not in held]
+        if like.part and like.part.ending == "_activation_scales" and lacking:  # what a block must have is in `_role_problems`
+            problems.append(f"expert {lacking[0]} lacks what another has: {like.name}")
     return problems
 
 
@@ -176,10 +179,10 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
             for expert in numbers:
                 held.setdefault((role, expert), []).append(claim.name)
     problems = []
-    scaled = {(role, claim.expert) for claim in claims.values() for role in claim.weight_roles}  # see `_part_problems`
+    scaled = {(role, claim.expert) for claim in claims.values() for role in claim.weight_roles}  # see `part_problems`
     roles_held = {role for role, _ in held}
     for role, templates in block.expected.items():
-        if role == "fixed" or (block.facts.when.get(role, True) is None and role not in roles_held):
+        if role == "fixed" or (block.config.when.get(role, True) is None and role not in roles_held):
             continue
         for expert in range(block.experts(role)) if is_expert_role(role) else [None]:
             if (role, expert) not in held and not scaled & {(role, expert), (role, None)}:
@@ -191,13 +194,13 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
             problems.append(f"{role} is given twice, by {' and '.join(names)}")
         if expert is not None and expert >= block.experts(role):
             problems.append(f"{names[0]}: config.json says {block.experts(role)} experts, numbered from 0")
-        if block.facts.when.get(role, True) is False:
+        if block.config.when.get(role, True) is False:
             problems.append(f"{names[0]}: by config.json ({block.family.when[role]}), layer {block.index} has no {role}")
     return problems
 
 
 def _filled_roles(claim: Claim) -> tuple[str, ...]:
-    """Roles that a tensor fills; the values of a quantised weight stand in for it."""
+    """Roles that a tensor fills; the values of a quantized weight stand in for it."""
     return (*claim.roles, *claim.weight_roles) if claim.part and claim.part.ending == "_blocks" else claim.roles
 
 
@@ -212,6 +215,6 @@ def _key(block: Block, template: Template, role: str, expert: int | None) -> str
 def _fits_layout(template: Template, claims: Mapping[str, Claim]) -> bool:
     """Whether a template belongs to the layout of what is there (of several, a message names the likely key)."""
     present = [claim.template for claim in claims.values()]
-    holds_experts = [one.is_per_expert for one in present if is_expert_role(one.spec.roles[0])]
-    same_form = not is_expert_role(template.spec.roles[0]) or template.is_per_expert in holds_experts
-    return same_form and template.key.partition(".")[0] in {one.key.partition(".")[0] for one in present}
+    per_expert = [other.is_per_expert for other in present if is_expert_role(other.spec.roles[0])]
+    same_form = not is_expert_role(template.spec.roles[0]) or template.is_per_expert in per_expert
+    return same_form and template.key.partition(".")[0] in {other.key.partition(".")[0] for other in present}

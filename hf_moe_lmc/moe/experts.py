@@ -69,7 +69,7 @@ class Bank:
         return len(matrices) * self.unit_count * self.width if self.unit_count else 0
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
-        """The tensor of a role as BlockView.values gives it: in the stored dtype, quantised weights in float32."""
+        """The tensor of a role as BlockView.values gives it: in the stored dtype, quantized weights in float32."""
         return self.layer.values(qualified(self.name, role), expert)
 
     def problems(self, element: BankSymmetry) -> list[str]:
@@ -109,7 +109,7 @@ class SharedExpert:
         return sum(self.unit_count * self.layer.width(f"shared_{role}") for role in MATRICES if role in self.roles)
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
-        """The values of one of its roles; quantised weights in float32. `expert` is None: there is one."""
+        """The values of one of its roles; quantized weights in float32. `expert` is None: there is one."""
         return self.layer.values(f"shared_{role}", expert)
 
     def problems(self, element: UnitSymmetry) -> list[str]:
@@ -119,7 +119,7 @@ class SharedExpert:
 
 
 def _problems(where: str, kind: UnitKind, order: Tensor, scale: Tensor) -> Iterator[str]:
-    if not kind.order and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
+    if not kind.permutation and not torch.equal(order, torch.arange(order.shape[-1]).expand_as(order)):
         yield f"{where} change places, but {kind.words}"
     if not kind.sign and bool((scale < 0).any()):
         yield f"{where} change sign; allowed: {kind.words}"

@@ -88,7 +88,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class LayerConfig:
     """What a configuration says of one MoE layer.
 
     Attributes:
@@ -210,11 +210,11 @@ class MoEFamily:
         """Names of the banks, the first one first."""
         return tuple(dict.fromkeys([FIRST, *(split_role(role)[0] for t in self.templates for role in t.spec.roles)]))
 
-    def at(self, config: Any, layer: int) -> LayerFacts:
+    def at(self, config: Any, layer: int) -> LayerConfig:
         """What a configuration says of one MoE layer."""
         sizes = {word: self.number(expression, config, layer=layer) for word, expression in self.sizes.items()}
         kinds = {FIRST: self.units, SHARED: self.units, **self.bank_units}
-        return LayerFacts(
+        return LayerConfig(
             sizes=sizes,
             router=self.kind(self.router, config, ROUTER_KINDS, layer=layer),
             units={

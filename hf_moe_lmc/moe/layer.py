@@ -61,9 +61,9 @@ class MoELayer(BlockView):
                 )
 
             routed, other = drawn(bank.kind).banks[FIRST], drawn(self.shared.kind).shared
-            banks[name] = routed if bank.kind.order else replace(routed, unit_order=identity.banks[name].unit_order)
+            banks[name] = routed if bank.kind.permutation else replace(routed, unit_order=identity.banks[name].unit_order)
             if name == FIRST:
-                shared = other if self.shared.kind.order else replace(other, order=identity.shared.order)
+                shared = other if self.shared.kind.permutation else replace(other, order=identity.shared.order)
         return LayerSymmetry(banks, shared)
 
     def problems(self, symmetry: LayerSymmetry) -> list[str]:

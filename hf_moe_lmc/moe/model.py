@@ -76,8 +76,8 @@ class MoEModel:
     @cached_property
     def experts_outside(self) -> tuple[str, ...]:
         """Prefixes under which experts stand that are not of the text model's layers: other towers, prediction layers."""
-        found = (_EXPERTS_ANYWHERE.match(name) for name in self.outside)
-        return tuple(dict.fromkeys(match["prefix"] for match in found if match))
+        matches = (_EXPERTS_ANYWHERE.match(name) for name in self.outside)
+        return tuple(dict.fromkeys(match["prefix"] for match in matches if match))
 
     def is_extra(self, name: str) -> bool:
         """Whether a tensor belongs to a multi-token-prediction layer."""
@@ -116,7 +116,7 @@ class MoEModel:
         problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
         if problems and self.quantization:
             raise SymmetryError(
-                f"{where} is quantised ({self.quantization.method}): only whole experts can change places, anything else would "
+                f"{where} is quantized ({self.quantization.method}): only whole experts can change places, anything else would "
                 f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
             )
         if problems:

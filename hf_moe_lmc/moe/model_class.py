@@ -71,20 +71,20 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         FamilyError: transformers has no model for the configuration.
     """
-    found = _mapped(config, (*LANGUAGE_MODELS, *OTHERS)) or _tower(config)
-    if found is None:
+    model_class = _mapped(config, (*LANGUAGE_MODELS, *OTHERS)) or _tower(config)
+    if model_class is None:
         raise FamilyError(
             f"transformers has no model of {type(config).__name__} (model type {config.model_type!r}). Expected: a class in "
             "its auto mappings, or one in the same module. Pass the configuration of the text model or of the whole model "
             "instead."
         )
-    return found
+    return model_class
 
 
 def _mapped(config: PreTrainedConfig, mappings: Iterable[Mapping[Any, Any]]) -> type[PreTrainedModel] | None:
     for mapping in mappings:
-        found: Any = mapping.get(type(config), ())
-        for model_class in found if isinstance(found, (tuple, list)) else (found,):
+        classes: Any = mapping.get(type(config), ())
+        for model_class in classes if isinstance(classes, (tuple, list)) else (classes,):
             # wrappers are also mapped to their text model, which takes a part of the configuration
             if model_class.config_class is type(config):
                 return cast("type[PreTrainedModel]", model_class)
@@ -111,9 +111,9 @@ def language_model_class(model: MoEModel) -> type[PreTrainedModel]:
     Raises:
         InputError: there is none, so that perplexity has no meaning for it.
     """
-    found = language_model_of(model.config)
-    if found is not None:
-        return found
+    model_class = language_model_of(model.config)
+    if model_class is not None:
+        return model_class
     raise InputError(
         f"{model.checkpoint.name}: transformers has no language model of {type(model.config).__name__} that reads a text from "
         "left to right, so it has no perplexity; align, apply and merge work without one"

@@ -7,23 +7,26 @@ A family maps key templates to one line in the axis notation, `roles: axes`:
     "mlp.experts.gate_up_proj":             "gate up: expert (half unit) model"
     "mlp.experts.down_proj":                "down: expert model unit"
 
-Axis words, in the order of the axes on disk: `expert`, `unit` (hidden unit of an expert), `shared` (unit of the shared
-expert), `model` (residual width), `latent` (width that the experts see where it is another), `rank` (width of a layer
-inside the router), `token` (entry of the vocabulary), `choice` (one of the experts of a token), `half` (counts the roles
-of a tensor that holds several), `1`.
+Axis words stand in the order of the axes on disk:
+
+    expert   expert of a bank                           rank    width of a layer inside the router
+    unit     hidden unit of an expert                   token   entry of the vocabulary
+    shared   hidden unit of the shared expert           choice  place among the experts of a token
+    model    residual width                             half    counts the roles of a tensor that holds several
+    latent   width that the experts read, if another    1       an axis of one entry
+
 Parentheses join axes that are one axis on disk, the slower one first: `(half unit)` is all gate rows and then all up rows,
 `(unit half)` is interleaved. `{expert}` in a key stands for the expert's number.
 
-A block has one bank of experts, or several: a role `bank.role` belongs to a further bank, whose experts move among
-themselves only, and `expert` and `unit` then mean that bank's. `|` joins banks along the experts of one tensor, or along
+A block has one bank of experts, or several. A role `bank.role` belongs to a further bank, whose experts move among themselves
+only; `expert` and `unit` then mean that bank's. `|` joins banks along the experts of one tensor, or along
 the numbers in the key:
 
     "mlp.router.classifier.weight":         "router | zero.router: expert model"
     "mlp.experts.{expert}.up_proj.weight":  "up | vision.up: unit model"
 
 A tensor of the block that no symmetry acts on is `fixed` (`fixed: rank model`; a bare `fixed` may be there or not, in any
-shape). Where one name is found in two orientations, both are listed,
-and shapes that fit both are an error.
+shape). Where a name occurs in two orientations, both are listed; shapes that fit both are an error.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ WHOLE_ROLES = (
 
 SHARED = "shared"  # where kinds of hidden units are listed by bank: the shared expert's
 
-PACKED = ("_blocks", "_scales")  # what quantised weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
+PACKED = ("_blocks", "_scales")  # what quantized weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
 
 ROUTER_KINDS = ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer")
 
@@ -66,7 +69,7 @@ class UnitKind:
     """What a hidden unit allows besides changing places: its up row times s, its down column divided by s**power.
 
     Attributes:
-        order: whether units may change places at all.
+        permutation: whether units may change places at all.
         sign: whether s may be negative; scale: whether |s| may differ from 1.
         offset: the constant added to the up projection before it multiplies; its bias b becomes s (b + offset) - offset.
         words: the same, for people.
@@ -74,7 +77,7 @@ class UnitKind:
 
     name: str
     words: str
-    order: bool = True
+    permutation: bool = True
     sign: bool = False
     scale: bool = False
     power: int = 1
@@ -104,7 +107,7 @@ UNIT_KINDS = {
         ),
         UnitKind("relu", "the up row of each times s > 0 and its down column divided by s", scale=True),
         UnitKind("relu2", "the up row of each times s > 0 and its down column divided by s squared", scale=True, power=2),
-        UnitKind("rigid", "hidden units stay where they are", order=False),
+        UnitKind("rigid", "hidden units stay where they are", permutation=False),
     )
 }
 
@@ -167,8 +170,8 @@ class TensorSpec:
         """The shape on disk: of one segment, or of all along the experts."""
         segments = range(len(self.segments)) if segment is None else [segment]
         shapes = []
-        for one in segments:
-            known = dict(zip(self.axes, self.axis_sizes(sizes, one), strict=True))
+        for number in segments:
+            known = dict(zip(self.axes, self.axis_sizes(sizes, number), strict=True))
             shapes.append(tuple(math.prod(known[word] for word in group) for group in self.groups))
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 

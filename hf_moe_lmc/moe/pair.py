@@ -21,19 +21,19 @@ def check_pair(a: MoEModel, b: MoEModel, *, inside_only: bool = False) -> list[s
     Raises:
         MismatchError: listing every difference with both values.
     """
-    facts = [
-        f"{what}: A has {of_a}, B has {of_b}"
-        for what, of_a, of_b in (
+    differences = [
+        f"{what}: A has {in_a}, B has {in_b}"
+        for what, in_a, in_b in (
             ("family", a.family.name, b.family.name),
             ("layers", a.num_layers, b.num_layers),
             ("MoE layers", _regular(a), _regular(b)),
             ("binding expert groups", a.groups, b.groups),
             *((f"size of axis {word}", a.sizes[word], b.sizes.get(word)) for word in a.sizes),
         )
-        if of_a != of_b
+        if in_a != in_b
     ]
-    facts += _kinds(a, b)
-    problems = [facts]
+    differences += _kinds(a, b)
+    problems = [differences]
     if a.family is b.family:
         problems += [_layer_problems(a, b), *_outside_problems(a, b, inside_only)]
     if any(problems):

@@ -1,4 +1,4 @@
-"""Parts of quantised weights: codes and scales, and what they belong to."""
+"""Parts of quantized weights: codes and scales, and what they belong to."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from hf_moe_lmc.moe.notation import (
 )
 from hf_moe_lmc.symmetry.banks import qualified
 
-QUANTISED = ("gate", "up", "down")  # weights of an expert, the shared one included, whose parts move along
+QUANTIZED = ("gate", "up", "down")  # weights of an expert, the shared one included, whose parts move along
 
 
-def _claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | None:
-    """The claim on a part of a quantised weight, given the claim that is or would be the weight's."""
+def claim_part(block: Block, weight: Claim, name: str, ending: str) -> Claim | None:
+    """The claim on a part of a quantized weight, given the claim that is or would be the weight's."""
     roles = weight.roles
     if len(roles) != len(weight.spec.segments[0]):
         return None
     bank, base = split_role(roles[0])
     fused = is_expert_role(roles[0]) and weight.expert is None
-    alike = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
-    if base in ("fixed", "shared_router") or _is_quantised_router(block, weight) or alike:
+    common = ending == "_activation_scales" and fused and block.info(name).numel == 1  # one for all experts
+    if base in ("fixed", "shared_router") or is_quantized_router(block, weight) or common:
         return Claim(name, weight.template, parse_spec("fixed"), weight.segment, weight.expert)
-    if base.removeprefix("shared_") not in QUANTISED:
+    if base.removeprefix("shared_") not in QUANTIZED:
         return None
     if fused and weight.spec.groups[0] != ("expert",):
         return None  # the experts share a matrix, and so may the blocks of two experts
     joined = "_".join(split_role(role)[1].removeprefix("shared_") for role in roles)
     role = qualified(bank, ("shared_" if base.startswith("shared_") else "") + joined + ending)
     spec = TensorSpec(
-        f"{role}: a part of a quantised weight", ((role,),), (("expert",), ("packed",)) if fused else (("packed",),)
+        f"{role}: a part of a quantized weight", ((role,),), (("expert",), ("packed",)) if fused else (("packed",),)
     )
     numel = block.info(name).numel // (block.experts(role) if fused else 1)
     return Claim(name, weight.template, spec, weight.segment, weight.expert, Part(weight.name, ending, weight.spec, numel))
 
 
-def _is_quantised_router(block: Block, claim: Claim) -> bool:
+def is_quantized_router(block: Block, claim: Claim) -> bool:
     info = block.checkpoint.tensors.get(claim.name)
     return split_role(claim.roles[0])[1] == "router" and info is not None and info.dtype in FLOAT8
 
 
-def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
-    """What is wrong with a part of a quantised weight: with its shape or dtype, or with what belongs to it."""
+def part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
+    """What is wrong with a part of a quantized weight: with its shape or dtype, or with what belongs to it."""
     assert block.quantization is not None
     info, tensors = block.info(claim.name), block.checkpoint.tensors
     own = info.shape
@@ -68,7 +68,7 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
         own = own[1:]
     if part.ending == "_activation_scales":
         return []
-    shape = matrix_shape(claim, block.facts.sizes, block.quantization)
+    shape = matrix_shape(claim, block.config.sizes, block.quantization)
     if part.ending == "_blocks":
         last = (shape[1] // 2,) if block.quantization.method == "fp8" else (shape[1] // FP4_BLOCK, FP4_BLOCK // 2)
         if own != (shape[0], *last) or shape[1] % FP4_BLOCK or info.dtype not in (torch.int8, torch.uint8):
@@ -82,13 +82,13 @@ def _part_problems(block: Block, claim: Claim, part: Part) -> list[str]:
         return [f"missing: {values} (the values to {claim.name})"]
     dtype = tensors[values].dtype
     if dtype not in (*FLOAT8, torch.int8, torch.uint8):
-        return [f"{claim.name}: scales of {values}, which is not quantised ({dtype})"]
+        return [f"{claim.name}: scales of {values}, which is not quantized ({dtype})"]
     if not info.dtype.is_floating_point and info.dtype != torch.uint8:
         return [f"{claim.name}: dtype {info.dtype}, expected floats, or exponents in uint8"]
     size = block.quantization.block_of(dtype)
     if scale_grid(own, shape, size, stacked(claim, block.quantization)) is None:
-        of = f"blocks of {list(size)}" if size else "one piece"
-        return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {of}"]
+        cut = f"blocks of {list(size)}" if size else "one piece"
+        return [f"{claim.name}: {list(own)} scales an expert do not fit a weight {list(shape)} in {cut}"]
     return []
 
 
@@ -117,8 +117,8 @@ def stacked(claim: Claim, quantization: Quantization) -> int:
 
 
 def check_declared(checkpoint: Checkpoint, quantization: Quantization | None, names: Iterable[str]) -> None:
-    """Raises FamilyError where weights are quantised and no quantization is declared."""
-    found = [name for name in names if is_quantised(name, checkpoint.tensors[name].dtype)]
+    """Raises FamilyError where weights are quantized and no quantization is declared."""
+    found = [name for name in names if is_quantized(name, checkpoint.tensors[name].dtype)]
     if found and quantization is None:
         raise undeclared(checkpoint.name, found)
 
@@ -128,8 +128,8 @@ def check_scales(checkpoint: Checkpoint, quantization: Quantization | None, outs
     if quantization is None:
         check_declared(checkpoint, quantization, outside)
         return
-    quantised = [name for name in outside if is_quantised(name, checkpoint.tensors[name].dtype)]
-    scales = {name: quantization.scales_of(name.removesuffix("_blocks")) for name in quantised}
+    quantized = [name for name in outside if is_quantized(name, checkpoint.tensors[name].dtype)]
+    scales = {name: quantization.scales_of(name.removesuffix("_blocks")) for name in quantized}
     missing = [
         f"missing: {names[0]} (the scales of {name})" for name, names in scales.items() if not has_any(checkpoint, names)
     ]
@@ -141,7 +141,7 @@ def has_any(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
     return any(name in checkpoint.tensors for name in names)
 
 
-def is_quantised(name: str, dtype: torch.dtype) -> bool:
+def is_quantized(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor holds codes that need scales."""
     packed = (torch.int8, ".weight"), (torch.uint8, "_blocks")
-    return dtype in FLOAT8 or any(dtype == of and name.endswith(ending) for of, ending in packed)
+    return dtype in FLOAT8 or any(dtype == stored and name.endswith(ending) for stored, ending in packed)

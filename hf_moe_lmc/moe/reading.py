@@ -47,9 +47,33 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     family = family or get_family(model_type(config), checkpoint.name)
     check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
-    layers: dict[int, MoELayer] = {}
+    layers, towers, num_layers = _read_layers(checkpoint, family, config)
+    if not layers:
+        raise FamilyError(
+            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
+        )
+    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
+    _check_routing(checkpoint.name, text, layers, groups, top_k)
+    model = MoEModel(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        num_layers=num_layers,
+        groups=groups,
+        top_k=top_k,
+        layers=layers,
+        towers=towers,
+    )
+    check_scales(checkpoint, checkpoint.quantization, model.outside)
+    return model
+
+
+def _read_layers(
+    checkpoint: Checkpoint, family: MoEFamily, config: PreTrainedConfig
+) -> tuple[dict[int, MoELayer], tuple[str, ...], int]:
+    """The MoE layers by number, the tower of each stack, and the number of layers of all stacks."""
+    text, layers, towers, start = config.get_text_config(), dict[int, MoELayer](), list[str](), 0
     faults = Faults()
-    towers, start = [], 0
     for stack in family.stacks:
         tower = _find_tower(checkpoint, family, stack, config)
         towers.append(tower)
@@ -62,32 +86,15 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
                     index=start + index,
                     prefix=tower + stack.stem.format(layer=index),
                     names=names,
-                    facts=family.at(text, min(index, count - 1)),
+                    config=family.at(text, min(index, count - 1)),
                     quantization=checkpoint.quantization,
                 )
                 layers[block.index] = MoELayer(
-                    checkpoint, block.index, block.facts, claim_block(block), checkpoint.quantization
+                    checkpoint, block.index, block.config, claim_block(block), checkpoint.quantization
                 )
         start += count
     faults.check()
-    if not layers:
-        raise FamilyError(
-            f"{checkpoint.name}: no MoE layer in it: config.json ({family.stacks[0].moe_layers}) makes every layer dense"
-        )
-    groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
-    _check_routing(checkpoint.name, text, layers, groups, top_k)
-    model = MoEModel(
-        checkpoint=checkpoint,
-        family=family,
-        config=config,
-        num_layers=start,
-        groups=groups,
-        top_k=top_k,
-        layers=layers,
-        towers=tuple(towers),
-    )
-    check_scales(checkpoint, checkpoint.quantization, model.outside)
-    return model
+    return layers, tuple(towers), start
 
 
 def model_type(config: PreTrainedConfig) -> str:
@@ -125,19 +132,19 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def _check_routing(name: str, text: PreTrainedConfig, layers: Mapping[int, MoELayer], groups: int, top_k: int) -> None:
     """Raises FamilyError where config.json asks for a routing that there cannot be, or that no symmetry is exact for."""
-    kept = getattr(text, "topk_group", None)
+    top_groups = getattr(text, "topk_group", None)
     for index, layer in layers.items():
         experts = layer.experts
         if not 1 <= top_k <= experts:
             raise FamilyError(f"{name}: config.json asks for {top_k} experts per token, layer {index} has {experts}")
         if groups > 1 and experts % groups:
             raise FamilyError(f"{name}: config.json divides experts into {groups} groups, layer {index} has {experts}")
-        if groups > 1 and isinstance(kept, int) and not kept >= 1:
-            raise FamilyError(f"{name}: config.json keeps {kept} of {groups} expert groups; expected at least 1")
-        if groups > 1 and isinstance(kept, int) and top_k > kept * (experts // groups):
+        if groups > 1 and isinstance(top_groups, int) and not top_groups >= 1:
+            raise FamilyError(f"{name}: config.json keeps {top_groups} of {groups} expert groups; expected at least 1")
+        if groups > 1 and isinstance(top_groups, int) and top_k > top_groups * (experts // groups):
             raise FamilyError(
-                f"{name}: config.json asks for {top_k} experts per token out of {kept} groups of {experts // groups}: the rest "
-                "are ties, which depend on the order of the experts, so that no expert can change places"
+                f"{name}: config.json asks for {top_k} experts per token out of {top_groups} groups of {experts // groups}: "
+                "the rest are ties, which depend on the order of the experts, so that no expert can change places"
             )
 
 
@@ -150,19 +157,19 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     pattern = stack.pattern(None)
     experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
     endings = tuple(checkpoint.quantization.suffixes) if checkpoint.quantization else ()
-    found = set()
+    holding = set()  # towers with experts
     for name in checkpoint.tensors:
         match = pattern.fullmatch(name)
-        if match and match["tower"] not in found:
+        if match and match["tower"] not in holding:
             key = next((match["rest"].removesuffix(ending) for ending in endings if name.endswith(ending)), match["rest"])
             if any(expert.fullmatch(key) for expert in experts):
-                found.add(match["tower"])
-    if stack.tower in found:
+                holding.add(match["tower"])
+    if stack.tower in holding:
         return stack.tower
     # layers for multi-token prediction may stand beside the others under a prefix of their own
     towers = sorted(
         tower
-        for tower in found
+        for tower in holding
         if tower.startswith(family.towers.get(config.model_type, ""))
         and not any(part.startswith("mtp") for part in tower.split("."))
     )
@@ -200,14 +207,14 @@ def _blocks(
             + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}\n"
             "Fetch the checkpoint again, whole, with the config.json that these weights came with"
         )
-    # what only an MoE layer has; a shared expert may be what a dense layer has as well
-    telling = [
+    # a shared expert may be what a dense layer has as well
+    only_in_moe_layers = [
         t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES
     ]
     blocks = {}
     for index in sorted(layers):
         names = {key: name for key, name in layers[index].items() if key.startswith(family.block_prefixes)}
-        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in telling)]
+        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in only_in_moe_layers)]
         if index in moe or (index >= count and held):  # a layer for multi-token prediction may be dense
             blocks[index] = names
         elif held:

@@ -1,7 +1,7 @@
 """The named-axis view of one MoE block: the only code that interprets key names and axes on disk.
 
-Whatever the layout, an expert's matrices come out in one canonical form, [unit, model] (down transposed, so that the row
-of a hidden unit is a row everywhere), a router is [expert, model]. There are two ways to ask for a tensor:
+Whatever the layout, an expert's matrices have one canonical form, [unit, model]: down is transposed, so that a hidden unit is
+a row everywhere. A router is [expert, model]. There are two ways to ask for a tensor:
 
 - `stored(role, expert)`: as it is on disk, or is to be; in its own dtype, and of quantized weights the opaque parts;
 - `values(role, expert)`: the numbers to compute with; the same, but quantized weights are dequantized to float32.
@@ -25,7 +25,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
-from hf_moe_lmc.moe.family import LayerFacts
+from hf_moe_lmc.moe.family import LayerConfig
 from hf_moe_lmc.moe.notation import AXIS_WORDS, UNIT_KINDS, UnitKind, bank_size, is_expert_role, split_role
 from hf_moe_lmc.moe.quantized import matrix_axes, matrix_shape, stacked
 
@@ -63,25 +63,25 @@ class BlockView:
 
     Attributes:
         index: number of its layer.
-        facts: what the configuration says of it; the shapes on disk agree.
+        config: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
         quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     index: int
-    facts: LayerFacts
+    config: LayerConfig
     claims: Mapping[str, Claim]
     quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        return self.facts.sizes
+        return self.config.sizes
 
     @cached_property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank, and of the `shared` expert."""
-        return dict.fromkeys(self.facts.units, UNIT_KINDS["rigid"]) if self.quantization else self.facts.units
+        return dict.fromkeys(self.config.units, UNIT_KINDS["rigid"]) if self.quantization else self.config.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -105,7 +105,7 @@ class BlockView:
     @property
     def router(self) -> str:
         """Kind of router."""
-        return self.facts.router
+        return self.config.router
 
     @property
     def expert_roles(self) -> tuple[str, ...]:
@@ -114,13 +114,13 @@ class BlockView:
 
     @cached_property
     def value_roles(self) -> tuple[str, ...]:
-        """Roles whose values can be computed: those stored as they are, and those of quantised weights, which lie in parts."""
-        return tuple(dict.fromkeys([*self.roles, *(role for role, _ in self._quantised)]))
+        """Roles whose values can be computed: those stored as they are, and those of quantized weights, which lie in parts."""
+        return tuple(dict.fromkeys([*self.roles, *(role for role, _ in self._quantized)]))
 
     def width(self, role: str) -> int:
         """What the experts' matrices of `role` read: the residual width, or a latent one."""
         specs = [claim.spec for (held, _), (claim, _) in self.holders.items() if held == role]
-        specs += [claim.part.spec for (held, _), (_, claim) in self._quantised.items() if held == role and claim.part]
+        specs += [claim.part.spec for (held, _), (_, claim) in self._quantized.items() if held == role and claim.part]
         return next(bank_size(self.sizes, split_role(role)[0], word) for word in ("model", "latent") if word in specs[0].axes)
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
@@ -146,10 +146,10 @@ class BlockView:
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
         """The same as numbers to compute with: quantized weights are dequantized to float32."""
-        held = self._quantised.get((role, expert)) or self._quantised.get((role, None))
-        if held is None or self.quantization is None:
+        parts = self._quantized.get((role, expert)) or self._quantized.get((role, None))
+        if parts is None or self.quantization is None:
             return self.stored(role, expert)
-        return self._dequantized(role, expert, *held, self.quantization)
+        return self._dequantized(role, expert, *parts, self.quantization)
 
     def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantization) -> Tensor:
         """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
@@ -179,15 +179,15 @@ class BlockView:
         return self.checkpoint.read(claim.name, expert * count, count), shape[1:]
 
     @cached_property
-    def _quantised(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
-        """(role, expert named by the key) -> the tensor that holds its quantised values, and its scales."""
-        found = {}
+    def _quantized(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
+        """(role, expert named by the key) -> the tensor that holds its quantized values, and its scales."""
+        parts = {}
         for claim in self.claims.values():
             if claim.part and claim.part.ending == "_scales":
                 weight = self.claims.get(f"{claim.part.weight}_blocks") or self.claims[claim.part.weight]
                 for role in claim.weight_roles:
-                    found[role, claim.expert] = (weight, claim)
-        return found
+                    parts[role, claim.expert] = (weight, claim)
+        return parts
 
     def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int]) -> Tensor:
         """The tensor at the given indices of some axes, the other axes in canonical order; reads the least range."""

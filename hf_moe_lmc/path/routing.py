@@ -292,7 +292,7 @@ class RoutingObserver:
         path, layer = self._watched[lane.point].path, self.model.layers[site.layer]
         of_a, of_b = (self._references.get((end, site.layer, site.module, lane.batch)) for end in (None, path))
         experts = layer.experts if logits is None else logits.shape[-1]
-        entropy = None if logits is None else torch.special.entr(_distribution(logits, layer.facts.router)).sum()
+        entropy = None if logits is None else torch.special.entr(_distribution(logits, layer.router)).sum()
         return Tally(
             tokens=len(chosen),
             pairs=chosen.numel(),

@@ -207,7 +207,7 @@ class Translated:
 def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
     """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
     layers, identity = model.layers, model.identity().layers
-    facts = next(iter(layers.values())).facts
+    first = next(iter(layers.values()))
     order, units = (
         {index: restricted(name, g.layers[index], identity[index]) for index in layers}
         for name in ("expert order", "order of hidden units")
@@ -225,11 +225,11 @@ def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Ge
     if model.groups > 1:
         torn = {i: restricted("expert order", layer.random(generator), identity[i]) for i, layer in layers.items()}
         yield Check("experts moved across their groups", acted(torn), control=True)
-    if not facts.units[FIRST].sign and facts.units[FIRST].order:
+    if not first.banks[FIRST].kind.sign and first.banks[FIRST].kind.permutation:
         flipped = {i: _flipped(layer) for i, layer in identity.items()}
         yield Check("signs that the hidden units do not allow", acted(flipped), control=True)
     translated = run({index: Translated(layer) for index, layer in layers.items()})
-    yield Check(f"router translated ({facts.router})", translated, control=facts.router != "softmax")
+    yield Check(f"router translated ({first.router})", translated, control=first.router != "softmax")
 
 
 def _flipped(layer: LayerSymmetry) -> LayerSymmetry:

@@ -109,6 +109,10 @@ class BankSymmetry:
             unit_scale=_random_scales((experts, units), signs, scale, generator),
         )
 
+    def units(self, expert: int) -> UnitSymmetry:
+        """The element of the hidden units of one (new) expert."""
+        return UnitSymmetry(self.unit_order[expert], self.unit_scale[expert])
+
     @property
     def is_lossless(self) -> bool:
         """Whether it changes no magnitude."""

@@ -1,7 +1,7 @@
 """The symmetry of MoE layers as a value: experts and hidden units permuted, hidden units flipped in sign and scaled.
 
-Convention, used everywhere: new[i] = old[permutation[i]]. A bank of experts has the wreath product of the hidden units'
-symmetries by the permutations of the experts (within and of groups, where routing is group-limited):
+Convention, used everywhere: new[i] = old[permutation[i]]. The group of a bank of experts is the wreath product of the hidden
+units' symmetries by the permutations of the experts. Where routing is group-limited, these move within and with their groups.
 
     new expert i, unit k  =  old expert e = expert_order[i], unit unit_order[i, k],
     its up row times unit_scale[i, k], its down column divided by it.

@@ -30,7 +30,7 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import writing
-from hf_moe_lmc.writing.streams import refuse_quantised
+from hf_moe_lmc.writing.streams import refuse_quantized
 from hf_moe_lmc.writing.workplace import Workplace
 
 
@@ -131,7 +131,7 @@ def barrier(
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
         model_class = language_model_class(pair.a)
         spans = layer_spans(asked.grid.layers, pair.a) if asked.grid.steps else []
         context = context_length(pair.a, asked.windows.context)

@@ -145,7 +145,7 @@ def _describe(model: MoEModel) -> Inspection:
         moe_layers=tuple(model.layers),
         experts=model.sizes["expert"],
         top_k=model.top_k,
-        router=first.facts.router,
+        router=first.router,
         expert_groups=model.groups,
         shared_units=model.sizes.get("shared", 0),
         shared_kinds=_distinct(layer.shared.kind.name for layer in every if layer.sizes.get("shared")),
@@ -204,10 +204,10 @@ def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
         same = layer.shared.kind is layer.banks[FIRST].kind
         likewise = f"hidden units of the shared expert likewise (S_{shared})"
         yield likewise if same else _units_in_words("the shared expert", shared, layer.shared.kind)
-    if layer.facts.router == "softmax":
+    if layer.router == "softmax":
         yield "one vector added to all router rows (left alone: it cannot change a barrier)"
     else:
-        yield f"no translation of the router ({layer.facts.router})"
+        yield f"no translation of the router ({layer.router})"
 
 
 def _order_in_words(bank: Bank, groups: int) -> str:
@@ -230,7 +230,7 @@ def _order_in_words(bank: Bank, groups: int) -> str:
 
 
 def _units_in_words(whose: str, number: int, kind: UnitKind) -> str:
-    if not kind.order:
+    if not kind.permutation:
         return f"hidden units of {whose} stay where they are"
     return f"hidden units of {whose} in any order (S_{number}), {kind.words}"
 

@@ -22,7 +22,7 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.streams import (
     interpolated,
-    refuse_quantised,
+    refuse_quantized,
 )
 
 
@@ -54,7 +54,7 @@ def load_interpolated(
     folder = tempfile.mkdtemp(prefix="hf_moe_lmc-")  # what the device map puts on disk lives as long as the model
     try:
         with ExitStack() as stack:
-            pair = Inputs(stack).pair(a, b, symmetry=symmetry, each=refuse_quantised)
+            pair = Inputs(stack).pair(a, b, symmetry=symmetry, each=refuse_quantized)
             model_a, model_b, given = pair.a, pair.b, pair.symmetry
             language_model_class(model_a)
             download(model_a, model_b, given=given)

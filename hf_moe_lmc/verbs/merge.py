@@ -88,9 +88,9 @@ def merge(
         plain = None if align else inputs.plain_pair(a, b)
         if plain:
             return _PlainMerge(*plain, point)
-        from hf_moe_lmc.writing.streams import refuse_quantised
+        from hf_moe_lmc.writing.streams import refuse_quantized
 
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantised)
+        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
         matched = method if align and pair.symmetry is None else None
         return _Merge(pair, point, matched)
 

@@ -1,6 +1,6 @@
 """Layers are written as soon as they have been matched, while the next ones still are.
 
-So what matching has read is rewritten before it has left the page cache, the disk works while the processors do, and a full
+What matching has read is then rewritten before it leaves the page cache, and the disk works while the processors do. A full
 disk shows before the first layer has been matched.
 
 The group element of each layer is a Future: matching sets it, and the writer asks for it when it comes to that layer.

@@ -133,8 +133,8 @@ def interpolated(a: MoEModel, b: MoEModel, elements: Elements, t: float, *, roun
     return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
 
 
-def refuse_quantised(*models: MoEModel) -> None:
-    """Raises CheckpointError where weights are quantised: points between two models would need scales of their own."""
+def refuse_quantized(*models: MoEModel) -> None:
+    """Raises CheckpointError where weights are quantized: points between two models would need scales of their own."""
     for model in models:
         if model.quantization:
             raise not_interpolated(model.checkpoint.name, model.quantization, model.checkpoint.tensors)

@@ -60,7 +60,7 @@ def test_the_unit_assignment_is_optimal_for_its_documented_cost(units: UnitMetho
         a.up[2] = 0
         b.down[4] = 0
     literal = torch.tensor([[literal_cost(a, b, k, m, units) for m in range(6)] for k in range(6)], dtype=torch.float64)
-    found = match_units(a, b, units).order
+    found = match_units(a, b, units).symmetry.order
     best = min(float(literal[range(6), list(order)].sum()) for order in permutations(range(6)))
     assert float(literal[range(6), found].sum()) == pytest.approx(best, rel=1e-6)
     cost = unit_cost(a, b, units)  # equal to the literal one up to constants of rows and columns
@@ -76,12 +76,12 @@ def test_scaled_units_find_order_sign_and_scale_and_plain_ones_do_not(scale: flo
     factor = (torch.randint(2, (40,), generator=generator) * 2.0 - 1) * scale ** (torch.rand(40, generator=generator) * 2 - 1)
     b = moved(a, order, factor)
     found = match_units(a, b, "scaled")
-    assert torch.equal(found.order, order.argsort())
-    assert torch.allclose(found.scale, (1 / factor)[order.argsort()], rtol=1e-5)
-    assert found.squared_after < 1e-8 * found.squared_before and found.scaled == (scale > 1)
+    assert torch.equal(found.symmetry.order, order.argsort())
+    assert torch.allclose(found.symmetry.scale, (1 / factor)[order.argsort()], rtol=1e-5)
+    assert found.squared_after < 1e-8 * found.squared_before and found.symmetry.is_lossless == (scale == 1)
     plain = match_units(a, b, "plain")
     assert plain.squared_after > 0.1 * plain.squared_before
-    assert torch.equal(plain.scale, torch.ones(40))
+    assert torch.equal(plain.symmetry.scale, torch.ones(40))
 
 
 def test_scales_that_do_not_pay_stay_exactly_one() -> None:
@@ -89,12 +89,16 @@ def test_scales_that_do_not_pay_stay_exactly_one() -> None:
     noise = rows(40, 16, 1)
     b = UnitRows(*(getattr(a, role) + 0.01 * getattr(noise, role) for role in ("gate", "up", "down")))
     found = match_units(a, b, "scaled")
-    assert torch.equal(found.order, torch.arange(40)) and torch.equal(found.scale, torch.ones(40)) and not found.scaled
+    assert (
+        torch.equal(found.symmetry.order, torch.arange(40))
+        and torch.equal(found.symmetry.scale, torch.ones(40))
+        and found.symmetry.is_lossless
+    )
     same = match_units(a, a, "scaled")
-    assert torch.equal(same.scale, torch.ones(40)) and same.squared_after == 0
+    assert torch.equal(same.symmetry.scale, torch.ones(40)) and same.squared_after == 0
     # the control: where scales do pay, more than SCALE_GAIN, they are kept
     found = match_units(a, moved(a, torch.arange(40), torch.full((40,), 1.5)), "scaled")
-    assert found.scaled and found.squared_after < (1 - SCALE_GAIN) * found.squared_before
+    assert not found.symmetry.is_lossless and found.squared_after < (1 - SCALE_GAIN) * found.squared_before
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)

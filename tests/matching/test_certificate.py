@@ -10,7 +10,7 @@ from hf_moe_lmc.matching.certificate import (
     COLUMNS,
     WIDER,
     Sketched,
-    certified_order,
+    certified_permutation,
     excess,
 )
 from hf_moe_lmc.matching.options import UnitMethod
@@ -104,7 +104,10 @@ def test_no_cost_lies_below_its_bound(kind: str, gated: bool, sigma: float) -> N
             for roles, columns in ((("gate",), COLUMNS), (of_a.roles, COLUMNS), (of_a.roles, WIDER)):
                 if gated or roles != ("gate",):
                     sketched = (
-                        certificate._Costs(of_a, of_b, roles, columns).block(slice(0, UNITS)).flatten(1)[:, :UNITS].double()
+                        certificate._LowerBounds(of_a, of_b, roles, columns)
+                        .block(slice(0, UNITS))
+                        .flatten(1)[:, :UNITS]
+                        .double()
                     )
                     bound = sketched / (1 + excess(columns, 2.0 * UNITS**2))
                     assert bool((bound <= exact * (1 + 1e-9) + 1e-9).all())
@@ -119,16 +122,18 @@ def test_what_is_certified_is_what_the_full_costs_give(kind: str, gated: bool, u
     for sigma in (0.0, 0.02, 0.2, 0.4, 0.55, 0.8, math.inf):
         for seed in range(2):
             a, b, planted = pair(kind, gated, sigma, seed, method=units)
-            found = certified_order(Sketched(a, units), Sketched(b, units))
+            found = certified_permutation(Sketched(a, units), Sketched(b, units))
             exact = match_units(a, b, units)
             if found is None:
                 ways.add(None)
                 continue
             matched = found[0].match(found[1], 0.0)
             ways.add(matched.certificate)
-            assert torch.equal(matched.order, exact.order) and torch.equal(matched.scale, exact.scale)
+            assert torch.equal(matched.symmetry.order, exact.symmetry.order) and torch.equal(
+                matched.symmetry.scale, exact.symmetry.scale
+            )
             assert matched.squared_after == pytest.approx(exact.squared_after, rel=1e-5, abs=1e-6)
-            assert sigma <= 0.8 and torch.equal(matched.order, planted)
+            assert sigma <= 0.8 and torch.equal(matched.symmetry.order, planted)
     assert None in ways and {"sketch", "wider sketch", "partly exact"} & ways
 
 
@@ -136,8 +141,8 @@ def test_what_is_certified_is_what_the_full_costs_give(kind: str, gated: bool, u
 def test_related_experts_are_certified(sigma: float) -> None:
     for seed in range(2):
         a, b, planted = pair(sigma=sigma, seed=seed, units=1500, width=256)
-        found = certified_order(Sketched(a, "scaled"), Sketched(b, "scaled"))
-        assert found is not None and torch.equal(found[0].order, planted)
+        found = certified_permutation(Sketched(a, "scaled"), Sketched(b, "scaled"))
+        assert found is not None and torch.equal(found[0].permutation, planted)
         assert found[1] == "sketch" if sigma <= 0.03 else found[1] in ("sketch", "wider sketch")
 
 
@@ -153,11 +158,11 @@ def test_duplicates_and_dead_units_cost_no_more_than_in_full(what: str, sigma: f
             x[20:24] = 0
         if what == "zero rows":
             a.gate[20:24], b.gate[20:24] = 0, 0
-    exact, found = match_units(a, b, "scaled"), certified_order(Sketched(a, "scaled"), Sketched(b, "scaled"))
+    exact, found = match_units(a, b, "scaled"), certified_permutation(Sketched(a, "scaled"), Sketched(b, "scaled"))
     assert found is not None
     cost = costs(a, b, "scaled")
-    assert total(cost, found[0].order) == pytest.approx(total(cost, exact.order), rel=1e-6, abs=1e-2)
-    assert torch.equal(found[0].order.sort().values, torch.arange(UNITS))
+    assert total(cost, found[0].permutation) == pytest.approx(total(cost, exact.symmetry.order), rel=1e-6, abs=1e-2)
+    assert torch.equal(found[0].permutation.sort().values, torch.arange(UNITS))
 
 
 def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +175,11 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        pairs = certified_order(*(Sketched(UnitRows(x.gate, x.up, x.down), "scaled") for x in stored))
+        pairs = certified_permutation(*(Sketched(UnitRows(x.gate, x.up, x.down), "scaled") for x in stored))
         assert pairs is not None
         found.append(pairs[0])
         assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     for other in found[1:]:
-        for name in ("order", "sign", "gate", "up", "down"):
+        for name in ("permutation", "sign", "gate", "up", "down"):
             assert torch.equal(getattr(found[0], name), getattr(other, name)), name

@@ -70,5 +70,5 @@ def test_every_kind_that_data_can_give_is_a_known_one_and_every_cell_is_filled()
             assert list(entry.cells(brief=brief)) == list(COLUMNS) and all(entry.cells(brief=brief).values()), entry
     # different words for what differs in sign, scale or order
     assert len({freedom(kind) for kind in UNIT_KINDS.values()}) == len(
-        {(kind.order, kind.sign, kind.scale) for kind in UNIT_KINDS.values()}
+        {(kind.permutation, kind.sign, kind.scale) for kind in UNIT_KINDS.values()}
     )

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: whole experts move byte for byte with everything that belongs to them, and nothing else does."""
+"""Quantized checkpoints: whole experts move byte for byte with everything that belongs to them, and nothing else does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_s
 WHOLE = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
 EXPONENTS = {**BLOCKS, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
 NOTHING = "no such name"
-RIGID = "quantised .*: whole experts change places with their scales; hidden units keep theirs"
+RIGID = "quantized .*: whole experts change places with their scales; hidden units keep theirs"
 EXPERT = re.compile(r"experts\.(\d+)\.")
 
 Parts = dict[str, Tensor]
@@ -150,17 +150,17 @@ def mxfp4(name: str, weight: Tensor) -> Parts:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which quantised experts lie on disk.
+    """A way in which quantized experts lie on disk.
 
     Attributes:
         sizes: changes of the miniature's configuration.
-        outside: ending of the names outside the MoE blocks that are quantised as well.
+        outside: ending of the names outside the MoE blocks that are quantized as well.
         hub: layout on the Hub, or as in memory.
         loads: transformers dequantizes it rightly without a GPU.
     """
 
     family: str
-    quantise: Callable[[str, Tensor], Parts]
+    quantize: Callable[[str, Tensor], Parts]
     declared: Mapping[str, Any]
     sizes: Mapping[str, int] = field(default_factory=dict)
     outside: str = "o_proj.weight"
@@ -197,15 +197,15 @@ def save(layout: Layout, folder: Path, seed: int = 0) -> Path:
         setattr(config.get_text_config(), key, value)
     build(config, seed).save_pretrained(folder, save_original_format=layout.hub)
 
-    def quantised(name: str, weight: Tensor) -> Parts:
+    def quantized(name: str, weight: Tensor) -> Parts:
         expert = re.search(r"expert|\.moe\.", name) and weight.ndim > 1 and not name.endswith(("gate.weight", "_bias"))
         if expert or name.endswith(layout.outside):
-            return layout.quantise(name, weight)
-        return {name: weight.bfloat16() if layout.quantise is mxfp4 else weight}
+            return layout.quantize(name, weight)
+        return {name: weight.bfloat16() if layout.quantize is mxfp4 else weight}
 
     def change(content: Parts) -> None:
         for name in list(content):
-            content |= quantised(name, content.pop(name))
+            content |= quantized(name, content.pop(name))
 
     tiny.edit(folder, change)
     # a configuration that transformers did not write is taken for the released Inkling 2, which declares nothing
@@ -222,11 +222,11 @@ def plain(layout: Layout, folder: Path, output: Path) -> Path:
     def value(name: str, weight: Tensor, scales: Tensor) -> Tensor:
         if weight.ndim > 2:
             return torch.stack([value(name, *pair) for pair in zip(weight, scales, strict=True)])
-        if layout.quantise in (halves, per_tensor_fused) and "gate_up" in name:
+        if layout.quantize in (halves, per_tensor_fused) and "gate_up" in name:
             return torch.cat([value("", *pair) for pair in zip(weight.chunk(2), scales.chunk(2), strict=True)])
         if scales.numel() == 1:
             return weight * scales.view(())
-        return by_blocks(weight, scales, (1, 32) if layout.quantise is inkling else BLOCK)
+        return by_blocks(weight, scales, (1, 32) if layout.quantize is inkling else BLOCK)
 
     used = set()
     for name, weight in content.items():
@@ -250,13 +250,13 @@ def plain(layout: Layout, folder: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Saved checkpoints by layout, each made once."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = save(LAYOUTS[name], tmp_path_factory.mktemp("quantised") / "model")
+            made[name] = save(LAYOUTS[name], tmp_path_factory.mktemp("quantized") / "model")
         return made[name]
 
     return get
@@ -317,9 +317,9 @@ def moved_by_hand(model: MoEModel, symmetry: ModelSymmetry) -> Parts:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_whole_experts_move_with_everything_that_belongs_to_them(
-    quantised: Callable[[str], Path], tmp_path: Path, name: str
+    quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    layout, folder = LAYOUTS[name], quantised(name)
+    layout, folder = LAYOUTS[name], quantized(name)
     model = read(folder)
     symmetry = random_orders(model)
     assert symmetry.is_lossless and symmetry != model.identity()
@@ -346,8 +346,8 @@ def test_whole_experts_move_with_everything_that_belongs_to_them(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_values_are_those_that_transformers_computes(quantised: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    layout, folder = LAYOUTS[name], quantised(name)
+def test_the_values_are_those_that_transformers_computes(quantized: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    layout, folder = LAYOUTS[name], quantized(name)
     model = read(folder)
     if layout.loads:
         load(folder).save_pretrained(tmp_path / "plain", save_original_format=False)
@@ -357,12 +357,12 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
     assert dequantized.quantization is None and model.quantization is not None
     count = 0
     for index, layer in dequantized.layers.items():
-        quantised_layer = model.layers[index]
-        pairs = [(bank, quantised_layer.banks[name], range(bank.experts)) for name, bank in layer.banks.items()]
+        quantized_layer = model.layers[index]
+        pairs = [(bank, quantized_layer.banks[name], range(bank.experts)) for name, bank in layer.banks.items()]
         for bank, other, _ in pairs:
             assert (bank.unit_count, bank.width) == (other.unit_count, other.width)
-        assert layer.shared.unit_count == quantised_layer.shared.unit_count
-        for experts, other, numbers in [*pairs, (layer.shared, quantised_layer.shared, [None])]:
+        assert layer.shared.unit_count == quantized_layer.shared.unit_count
+        for experts, other, numbers in [*pairs, (layer.shared, quantized_layer.shared, [None])]:
             assert set(experts.roles) <= set(other.roles)
             for role in [role for role in ("gate", "up", "down") if role in experts.roles]:
                 for expert in numbers:
@@ -377,8 +377,8 @@ def test_the_values_are_those_that_transformers_computes(quantised: Callable[[st
 @pytest.mark.parametrize(
     ("name", "order"), [*((name, "expert") for name in LAYOUTS), ("deepseek_v3", "gate"), ("gpt_oss", "best")]
 )
-def test_align_recovers_a_planted_order(quantised: Callable[[str], Path], tmp_path: Path, name: str, order: Any) -> None:
-    a = quantised(name)
+def test_align_recovers_a_planted_order(quantized: Callable[[str], Path], tmp_path: Path, name: str, order: Any) -> None:
+    a = quantized(name)
     planted = random_orders(read(a), seed=4)
     apply(planted, a, tmp_path / "b")
     with pytest.warns(UserWarning, match=RIGID):
@@ -392,9 +392,9 @@ def test_align_recovers_a_planted_order(quantised: Callable[[str], Path], tmp_pa
     assert report["totals"]["relative_distance_after_units"] == 0
 
 
-def test_two_layouts_of_quantised_experts_are_aligned(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_layouts_of_quantized_experts_are_aligned(quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """Blocks run on from gate to up in one and not in the other, so the weights differ a little."""
-    a = quantised("fused")
+    a = quantized("fused")
     b = save(replace(LAYOUTS["fused"], hub=True), tmp_path / "b")
     planted = random_orders(read(b), seed=6)
     apply(planted, b, tmp_path / "moved")
@@ -405,8 +405,8 @@ def test_two_layouts_of_quantised_experts_are_aligned(quantised: Callable[[str],
     assert same_bytes(b, tmp_path / "out")
 
 
-def test_what_is_compared_are_values_and_not_codes(quantised: Callable[[str], Path], tmp_path: Path) -> None:
-    a = quantised("mixtral")
+def test_what_is_compared_are_values_and_not_codes(quantized: Callable[[str], Path], tmp_path: Path) -> None:
+    a = quantized("mixtral")
     planted = random_orders(read(a), seed=5)
     apply(planted, a, tmp_path / "b")
 
@@ -424,9 +424,9 @@ def test_what_is_compared_are_values_and_not_codes(quantised: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
-def test_a_fine_tune_is_aligned_by_whole_experts_only(quantised: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_a_fine_tune_is_aligned_by_whole_experts_only(quantized: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     """Other weights, the same form: whatever order comes out, it is lossless and within the groups."""
-    a = quantised(name)
+    a = quantized(name)
     b = save(LAYOUTS[name], tmp_path / "b", seed=1)
     with pytest.warns(UserWarning, match=RIGID), pytest.warns(UserWarning, match="the two models are unrelated"):
         alignment = align(a, b, tmp_path / "out")
@@ -443,8 +443,8 @@ def tensor_dtypes(model: MoEModel, role: str) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize(("name", "quantization"), [("deepseek_v3", FineGrainedFP8Config), ("gpt_oss", Mxfp4Config)])
-def test_the_way_out_leads_out(quantised: Callable[[str], Path], tmp_path: Path, name: str, quantization: Any) -> None:
-    folder = quantised(name)
+def test_the_way_out_leads_out(quantized: Callable[[str], Path], tmp_path: Path, name: str, quantization: Any) -> None:
+    folder = quantized(name)
     model = load(folder, dtype="bfloat16", quantization_config=quantization(dequantize=True))
     model.save_pretrained(tmp_path / "way", save_original_format=False)
     way = read(tmp_path / "way")
@@ -462,22 +462,22 @@ def test_the_way_out_leads_out(quantised: Callable[[str], Path], tmp_path: Path,
     merge(tmp_path / "way", tmp_path / "moved", tmp_path / "merged")
 
 
-def test_what_transformers_gets_wrong(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_transformers_gets_wrong(quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """If this fails, transformers has mended something: the way out is wider than its words say."""
-    for name, folder in (("two", quantised("blocks cut short, two")), ("fused", quantised("fused"))):
+    for name, folder in (("two", quantized("blocks cut short, two")), ("fused", quantized("fused"))):
         config = AutoConfig.from_pretrained(folder)
         found = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32)
         right = load(plain(LAYOUTS["fused" if name == "fused" else "blocks cut short, two"], folder, tmp_path / name))
         assert tiny.relative_difference(outputs(found), outputs(right)) > 1e-2
     with pytest.raises(RuntimeError, match="automatic conversion"):
-        load(quantised("blocks cut short"))
+        load(quantized("blocks cut short"))
 
 
 def test_the_way_out_needs_the_layout_of_memory_before_transformers_5_24(
-    quantised: Callable[[str], Path], tmp_path: Path
+    quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Whose later releases save a dequantized model in the layout of the Hub as well."""
-    model = load(quantised("mixtral"))
+    model = load(quantized("mixtral"))
     if Version(transformers.__version__) < Version("5.24"):
         with pytest.raises(ValueError, match="Undefined Operation"):
             model.save_pretrained(tmp_path / "again")
@@ -517,12 +517,12 @@ def test_the_values_agree_with_transformers_own_functions() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_whatever_would_need_new_scales_is_refused_with_a_way_out(
-    quantised: Callable[[str], Path], tmp_path: Path, name: str
+    quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    folder = quantised(name)
+    folder = quantized(name)
     load(folder).save_pretrained(tmp_path / "plain", save_original_format=False)
     finer = read(tmp_path / "plain").random(torch.Generator().manual_seed(0), scale=1.0)
-    with pytest.raises(SymmetryError, match=r"(?s)is quantised .*hidden units change places.*dequantize=True") as refusal:
+    with pytest.raises(SymmetryError, match=r"(?s)is quantized .*hidden units change places.*dequantize=True") as refusal:
         apply(finer, folder, tmp_path / "out")
     assert "save_original_format=False" in str(refusal.value)
     still = {i: LayerSymmetry.identity(*layer.sizes.values()) for i, layer in finer.layers.items()}
@@ -616,8 +616,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Parts], None], str]] = {
         no_experts_weight,
         r"of torch.float8_e4m3fn, but .* of torch.bfloat16; they cannot change places",
     ),
-    "scales beside bfloat16": ("qwen3_moe", recast(r"experts.*weight$", torch.bfloat16), "which is not quantised"),
-    "a quantised router": (
+    "scales beside bfloat16": ("qwen3_moe", recast(r"experts.*weight$", torch.bfloat16), "which is not quantized"),
+    "a quantized router": (
         "qwen3_moe",
         recast(r"mlp\.gate\.weight$", torch.float8_e4m3fn),
         r"missing: .*gate\.weight_scale_inv",
@@ -625,7 +625,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Parts], None], str]] = {
     "a scaled router": (
         "qwen3_moe",
         lambda content: content.update(per_block("model.layers.0.mlp.gate.weight", content["model.layers.0.mlp.gate.weight"])),
-        "a quantised router: moving its rows would need new scales",
+        "a quantized router: moving its rows would need new scales",
     ),
     "scales of other blocks": (
         "qwen3_moe",
@@ -679,38 +679,38 @@ DAMAGE: dict[str, tuple[str, Callable[[Parts], None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named(quantised: Callable[[str], Path], tmp_path: Path, damage: str) -> None:
+def test_damage_is_named(quantized: Callable[[str], Path], tmp_path: Path, damage: str) -> None:
     name, change, message = DAMAGE[damage]
-    folder = shutil.copytree(quantised(name), tmp_path / "damaged")
+    folder = shutil.copytree(quantized(name), tmp_path / "damaged")
     tiny.edit(folder, change)
     with pytest.raises(FamilyError, match=message):
-        apply(random_orders(read(quantised(name))), folder, tmp_path / "out")
+        apply(random_orders(read(quantized(name))), folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_quantised_weights_that_are_not_declared_are_refused(
-    quantised: Callable[[str], Path], tmp_path: Path, name: str
+def test_quantized_weights_that_are_not_declared_are_refused(
+    quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    folder = shutil.copytree(quantised(name), tmp_path / "undeclared")
+    folder = shutil.copytree(quantized(name), tmp_path / "undeclared")
     tiny.edit_config(folder, quantization_config=None)
-    with pytest.raises(FamilyError, match=r"declares no quantization, but these are quantised:\n.*\n(.*\n)*Restore"):
+    with pytest.raises(FamilyError, match=r"declares no quantization, but these are quantized:\n.*\n(.*\n)*Restore"):
         read(folder)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_a_declaration_without_quantised_weights_is_passed_over(
-    quantised: Callable[[str], Path], tmp_path: Path, name: str
+def test_a_declaration_without_quantized_weights_is_passed_over(
+    quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    load(quantised(name)).save_pretrained(tmp_path / "plain", save_original_format=False)
+    load(quantized(name)).save_pretrained(tmp_path / "plain", save_original_format=False)
     tiny.edit_config(tmp_path / "plain", quantization_config=LAYOUTS[name].declared)
     with pytest.warns(MoELMCWarning, match="declares quantised weights .*, but no tensor is quantised"):
         model = read(tmp_path / "plain")
     assert model.quantization is None and not hasattr(model.config, "quantization_config")
 
 
-def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantised: Callable[[str], Path]) -> None:
-    with Checkpoint.open(quantised("qwen3_moe")) as checkpoint:
+def test_outside_the_experts_scales_are_missed_and_declared_as_well(quantized: Callable[[str], Path]) -> None:
+    with Checkpoint.open(quantized("qwen3_moe")) as checkpoint:
         name = "model.layers.0.self_attn.o_proj.weight"
         check_scales(checkpoint, checkpoint.quantization, list(checkpoint.tensors))
         with pytest.raises(FamilyError, match=rf"declares no quantization.*\n  {name}\n"):
@@ -737,11 +737,11 @@ OTHERS = pytest.mark.parametrize(
 
 @OTHERS
 @pytest.mark.parametrize("nested", [False, True])
-def test_other_methods_are_refused(quantised: Callable[[str], Path], tmp_path: Path, declared: Any, nested: bool) -> None:
-    folder = shutil.copytree(quantised("qwen3_moe"), tmp_path / "other")
+def test_other_methods_are_refused(quantized: Callable[[str], Path], tmp_path: Path, declared: Any, nested: bool) -> None:
+    folder = shutil.copytree(quantized("qwen3_moe"), tmp_path / "other")
     text = {"text_config": {"quantization_config": declared}, "quantization_config": None}
     tiny.edit_config(folder, **(text if nested else {"quantization_config": declared}))
-    with pytest.raises(CheckpointError, match=r"declares quantised weights .*Use the model that it was quantised from"):
+    with pytest.raises(CheckpointError, match=r"declares quanti[sz]ed weights .*Use the model that it was quanti[sz]ed from"):
         Checkpoint.open(folder)
 
 

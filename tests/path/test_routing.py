@@ -82,7 +82,7 @@ def test_weights_of_the_chosen_experts_are_in_the_ratio_of_their_probabilities(c
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def record(site: Any, chosen: torch.Tensor, logits: torch.Tensor) -> None:
-        seen.append((chosen, _distribution(logits, a.layers[site.layer].facts.router)))
+        seen.append((chosen, _distribution(logits, a.layers[site.layer].router)))
 
     weights: list[torch.Tensor] = []
     observer._record = record  # type: ignore[method-assign]

@@ -121,7 +121,7 @@ def same_view(written: MoELayer, derived: MoELayer, cautious: bool) -> None:
     )
     for word, size in derived.sizes.items():
         assert written.sizes.get(word, size) == size, word
-    assert (derived.facts.router == "softmax") == (written.facts.router == "softmax")
+    assert (derived.router == "softmax") == (written.router == "softmax")
     for bank in ("", "shared") if "shared_up" in written.roles else ("",):
         kinds = [replace(kind, name="", words="") for kind in (written.units[bank], derived.units[bank])]
         assert kinds[0] == kinds[1] or (cautious and derived.units[bank].allows(sign=True, scale=False)), bank

@@ -264,6 +264,7 @@ def test_align_continues_after_a_kill(
     assert contents(tmp_path / "afresh") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("memory", "after"), [(1 << 40, 2), (400_000, 7)])  # with layers: in the second pass
 def test_barrier_continues_after_a_kill(
     pair: tuple[Path, Path],
@@ -278,7 +279,6 @@ def test_barrier_continues_after_a_kill(
     arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
     out = tmp_path / "out"
     monkeypatch.setattr(evaluation, "available_memory", lambda: memory)
-    monkeypatch.setattr(figures, "save", lambda *_: None)  # drawing takes longer than measuring
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
     stop_in(
         "hf_moe_lmc.path.evaluation._fill_in",

@@ -150,6 +150,7 @@ def attempt(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[i
     return code, errors.splitlines(), printed.out
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_dry_run_finds_what_the_run_finds(

@@ -15,7 +15,6 @@ from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
-from hf_moe_lmc.perplexity import figures
 from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
 from hf_moe_lmc.proof.miniature import build, shrink
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -79,11 +78,9 @@ def trained(family: str, text: Path, folder: Path) -> Path:
     return tiny.save(model, folder, "per-expert")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("family", tiny.CONFIGS)
-def test_a_planted_symmetry_leaves_no_barrier_and_plain_units_do(
-    tmp_path: Path, text_file: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "save", lambda *_: None)  # drawing takes longer than measuring
+def test_a_planted_symmetry_leaves_no_barrier_and_plain_units_do(tmp_path: Path, text_file: Path, family: str) -> None:
     a = trained(family, text_file, tmp_path / "a")
     apply(random_symmetry(read(a), seed=2), a, tmp_path / "b")
     options = {"text": [text_file], "points": 5, "max_tokens": 256}
@@ -152,6 +149,7 @@ def test_the_plot_and_the_text_are_there_to_be_read(measured: tuple[Path, dict])
     assert "does not prove" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     measured: tuple[Path, dict], saved: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +171,7 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     assert found["matching"]["symmetry"] == str(output / "symmetry.safetensors")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overlapping_windows_of_rows_are_evaluated_alike_on_the_path_and_by_the_models(
     saved: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -190,6 +189,7 @@ def test_overlapping_windows_of_rows_are_evaluated_alike_on_the_path_and_by_the_
     assert torch.allclose(report.losses["aligned"][0], window_losses(tiny.load(a), windows, batch_size=5), atol=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_multi_token_prediction_layers_do_not_matter_to_the_path(
     copy: Callable[..., Path], saved: Callable[..., Path], tmp_path: Path, text_file: Path
 ) -> None:
