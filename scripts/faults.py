@@ -196,6 +196,26 @@ def adapter_only(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def quantised(method: str) -> Damage:
+    def damage(bench: Path) -> None:
+        config(quantization_config={"quant_method": method})(bench)
+        on_tensors(lambda held: held.update({NORM: torch.ones(16, 2, dtype=torch.uint8)}))(bench)
+
+    return damage
+
+
+def compiled(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file({f"_orig_mod.{name}": held for name, held in load_file(file).items()}, file, {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {f"_orig_mod.{name}": file for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def stale(folder: Path) -> None:
+    shutil.copy(next(folder.glob("*.safetensors")), folder / "model.safetensors")
+
+
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("*token*"):
         file.unlink()
@@ -206,7 +226,7 @@ def several(bench: Path) -> None:
         for file in sorted(folder.glob("*.safetensors"))[:2]:
             file.write_bytes(file.read_bytes()[:-7])
     mapped("model.bonus", "../secret.safetensors")(bench)
-    config(quantization_config={"quant_method": "awq"})(bench)
+    config(num_hidden_layers=10**9)(bench)
     (bench / "OUT").mkdir()
     (bench / "OUT" / "precious").touch()
 
@@ -342,9 +362,13 @@ CONFIGURATIONS = (
 KINDS = (
     Row("weights only as pickles", MERGE, b(pickles_only)),
     Row("an adapter only", MERGE, b(adapter_only)),
-    Row("quantised by GPTQ", MERGE, config(quantization_config={"quant_method": "gptq", "bits": 4})),
-    Row("quantised by AWQ", ALIGN, config(quantization_config={"quant_method": "awq"})),
-    Row("quantised by bitsandbytes", INSPECT, config(quantization_config={"quant_method": "bitsandbytes"})),
+    Row("quantised by GPTQ", MERGE, quantised("gptq")),
+    Row("quantised by AWQ", ALIGN, quantised("awq")),
+    Row("quantised by bitsandbytes", INSPECT, quantised("bitsandbytes")),
+    Row("declared as quantised, but plain", ALIGN, config(quantization_config={"quant_method": "bitsandbytes"})),
+    Row("saved while compiled", MERGE, b(compiled)),
+    Row("an adapter beside full weights", ALIGN, text("adapter_config.json", "{}")),
+    Row("an old single file beside the shards", MERGE, b(stale)),
     Row("no folder at all", "merge A ./nowhere -o OUT", nothing),
 )
 PAIRS = (

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hf_moe_lmc.checkpoints.untrusted import JSON_LIMIT, open_regular, parse_json
-from hf_moe_lmc.errors import CheckpointError, Faults, listing, shown
+from hf_moe_lmc.errors import CheckpointError, Faults, listing, shown, worded
 
 DIMENSION_LIMIT = 64
 SIZE_LIMIT = 2**62  # elements, bytes
@@ -174,10 +174,10 @@ def _parse_entry(name: str, entry: Any, shard: str, data: int) -> TensorInfo | s
     except KeyError as error:
         return f"{shown(name)}: dtype or field {shown(error)} is not one that is read here"
     except (TypeError, ValueError):
-        return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
+        return f"{shown(name)}: malformed header entry {worded(entry)}"
     numbers = (*shape, begin, end)
     if len(shape) > DIMENSION_LIMIT or any(type(number) is not int for number in numbers):
-        return f"{shown(name)}: malformed header entry {shown(repr(entry))}"
+        return f"{shown(name)}: malformed header entry {worded(entry)}"
     fits = all(abs(number) <= SIZE_LIMIT for number in numbers) and math.prod(max(1, size) for size in shape) <= SIZE_LIMIT
     if not fits or begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         return f"{shown(name)}: {shown(list(shape))} of {dtype} does not fill bytes {shown(begin)} to {shown(end)}"

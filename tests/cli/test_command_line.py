@@ -162,7 +162,7 @@ UNSEEN = ("no data file describes model type 'gpt2'", "numbered from 0", "transf
         (truncate, "model.safetensors: truncated"),
         (pickle_only, "pickles (pytorch_model.bin)"),
         (adapter_only, "adapter only"),
-        (lambda f: tiny.edit_config(f, quantization_config={"quant_method": "gptq"}), "quantised weights"),
+        (lambda f: tiny.edit(f, add("model.layers.1.mlp.experts.2.up_proj.qweight", 3)), "quantised weights"),
         (lambda f: index_with(f, model__norm__weight="../model.safetensors"), "leaves the folder"),
         (lambda f: tiny.edit_config(f, model_type="gpt2"), "no data file describes model type 'gpt2'"),
         (lambda f: tiny.edit_config(f, num_hidden_layers=2, layer_types=None), "layer 2 is one too many"),

@@ -145,8 +145,13 @@ def test_this_is_the_only_way_to_warn() -> None:
     assert found == ["notices.py"]
 
 
-@pytest.mark.parametrize("verb", [hf_moe_lmc.align, hf_moe_lmc.merge, partial(hf_moe_lmc.merge, align=False)])
-@pytest.mark.parametrize("copied", [False, True])
+PLAIN = partial(hf_moe_lmc.merge, align=False)
+
+
+@pytest.mark.parametrize(
+    ("verb", "copied"),  # a plain merge compares nothing in full, and says nothing of copies
+    [(hf_moe_lmc.align, False), (hf_moe_lmc.align, True), (hf_moe_lmc.merge, False), (hf_moe_lmc.merge, True), (PLAIN, False)],
+)
 def test_that_two_models_are_the_same_is_said_once(
     saved: Callable[..., Path], copy: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any], copied: bool
 ) -> None:
