@@ -22,6 +22,8 @@ from hf_moe_lmc.symmetry.banks import FIRST, in_bank, qualified
 
 SEEN = ("router", "router_bias", "correction_bias")  # what the selection sees of an expert
 
+MANY = 6  # experts of one tie that are listed one by one
+
 Expert = tuple[str, int]  # bank and number
 Tied = tuple[tuple[int, ...], ...]  # numbers of experts of one bank, tie by tie
 
@@ -51,12 +53,12 @@ def router_ties(layer: MoELayer, source: LayerSource | None = None) -> list[tupl
         alike: dict[tuple[bytes, ...], list[Expert]] = {}
         for name in banks:
             parts = [
-                (source or layer).stored(qualified(name, role)).contiguous() + 0  # zeros of both signs give one logit
+                _bytes((source or layer).stored(qualified(name, role)) + 0)  # zeros of both signs give one logit
                 for role in SEEN
                 if role in layer.banks[name].roles
             ]
             for expert in range(layer.banks[name].experts):
-                key = tuple(bytes(part[expert].view(-1).view(torch.uint8).numpy()) for part in parts)
+                key = tuple(part[expert].numpy().tobytes() for part in parts)
                 alike.setdefault(key, []).append((name, expert))
         ties += [tuple(experts) for experts in alike.values() if len(experts) > 1]
     return ties
@@ -105,7 +107,7 @@ def _equal(layer: MoELayer, one: Expert, other: Expert, source: LayerSource) -> 
     if one[0] != other[0]:
         return False
     pairs = zip(_weights(layer, one, source), _weights(layer, other, source), strict=True)
-    return all(torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs)
+    return all(torch.equal(_bytes(x), _bytes(y)) for x, y in pairs)
 
 
 def _weights(layer: MoELayer, expert: Expert, source: LayerSource) -> Iterator[Tensor]:
@@ -113,10 +115,16 @@ def _weights(layer: MoELayer, expert: Expert, source: LayerSource) -> Iterator[T
     name, number = expert
     bank = layer.banks[name]
     if "expert_scale" in bank.roles:
-        yield source.stored(qualified(name, "expert_scale"))[number].view(-1)
+        yield source.stored(qualified(name, "expert_scale"))[number].reshape(1)
     for role in layer.roles if bank.unit_count else ():
         if split_role(role)[0] == name and is_expert_role(role):
             yield source.stored(role, number)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """uint8 [rows, bytes of a row]."""
+    plain = values.clone(memory_format=torch.contiguous_format)
+    return plain.view(-1).view(torch.uint8).view(len(values), -1)
 
 
 def is_trivial(layer: MoELayer, bank: str, order: Sequence[int]) -> bool:
@@ -128,6 +136,17 @@ def is_trivial(layer: MoELayer, bank: str, order: Sequence[int]) -> bool:
     )
 
 
+def numbers(tie: Sequence[object], between: str) -> str:
+    """The experts of one tie, a long one shortened.
+
+    >>> numbers(range(3), ", "), numbers(range(256), " = ")
+    ('0, 1, 2', '0 = 1 = ... = 255 (256 experts)')
+    """
+    if len(tie) <= MANY:
+        return between.join(map(str, tie))
+    return f"{between.join([str(tie[0]), str(tie[1]), '...', str(tie[-1])])} ({len(tie)} experts)"
+
+
 def in_words(index: int, tied: Mapping[str, Tied]) -> str:
     """The ties of one layer: layer 3: experts 0 and 5.
 
@@ -135,7 +154,7 @@ def in_words(index: int, tied: Mapping[str, Tied]) -> str:
     'layer 3: experts 0, 5; 1, 2, 4; layer 3, bank zero: experts 7'
     """
     return "; ".join(
-        f"{in_bank(f'layer {index}', bank)}: experts {'; '.join(', '.join(map(str, tie)) for tie in ties)}"
+        f"{in_bank(f'layer {index}', bank)}: experts {'; '.join(numbers(tie, ', ') for tie in ties)}"
         for bank, ties in tied.items()
         if ties
     )
