@@ -62,10 +62,12 @@ TABLE = [(family, layout) for family in CONFIGS for layout in LAYOUTS]
 GROUPED = ("deepseek_v2", "deepseek_v3")
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model with weights large enough that every part of a block shows in the logits."""
+def make_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A model with weights large enough that every part of a block shows in the logits; `changes` of its configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.ndim > 1:

@@ -21,6 +21,7 @@ from hf_moe_lmc.matching.records import matchings, write_matching
 from hf_moe_lmc.matching.report import layer_report
 from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.ties import in_words
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
@@ -182,7 +183,14 @@ def _match_layers(
         for first in range(0, len(remaining), processes.count):  # a round: one layer for each process
             indices = remaining[first : first + processes.count]
             own = [
-                match_layer(a.layers[index], b.layers[index], method, groups=a.groups, device=device)
+                match_layer(
+                    a.layers[index],
+                    b.layers[index],
+                    method,
+                    groups=a.groups,
+                    device=device,
+                    bound=b.bound.get(index, {}),
+                )
                 for index in processes.share(indices)
             ]
             matched = [matching for of_one_process in processes.exchange(own) for matching in of_one_process]
@@ -229,6 +237,12 @@ def _warnings(
             f"experts under {', '.join(b.experts_outside)} do not belong to the text model's layers and are left as they are; "
             "a merge averages them unaligned"
         )
+    if bound := {index: b.bound[index] for index in layers if index in b.bound}:
+        yield (
+            f"in layers {sorted(bound)} of B router rows are tied between experts that differ, and top-k breaks ties by the "
+            "places of all experts: these layers keep their order, and their hidden units are matched "
+            f"({_first([in_words(index, banks) for index, banks in bound.items()])})"
+        )
     if b.quantization:
         yield (
             f"the weights are quantized ({b.quantization.method}): whole experts change places with their scales; hidden units "
@@ -243,6 +257,10 @@ def _warnings(
         )
 
 
+def _first(words: list[str], limit: int = 4) -> str:
+    return "; ".join(words[:limit]) + (f"; and {len(words) - limit} layers more" if len(words) > limit else "")
+
+
 def matching_facts(a: MoEModel, b: MoEModel, method: WeightMatching) -> dict[str, Any]:
     """What the symmetry that `align_models` finds depends on."""
     return {
@@ -252,6 +270,7 @@ def matching_facts(a: MoEModel, b: MoEModel, method: WeightMatching) -> dict[str
         "family": b.family.name,
         **method.facts(),
         "device": _device().type,
+        **({"keep_their_order": sorted(b.bound)} if b.bound else {}),
     }
 
 

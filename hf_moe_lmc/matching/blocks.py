@@ -8,7 +8,8 @@ Two stages, each a linear assignment problem and without data:
    units, the sign and scale of the linear branch as well.
 
 The two stages are not the joint optimum over both; nothing here claims that they are. Further banks of experts are
-matched in the same way, each for itself. Where a table names the expert of each token, it decides stage 1.
+matched in the same way, each for itself. Where a table names the expert of each token, it decides stage 1. Where router
+rows are tied, B's own order is the only one (see `moe.ties`), and the units are matched in it.
 
 Experts of more than SMALL units are first surveyed along the `gate` permutation. Each is read once. Its units are matched from
 sketches where that comes with a proof (`certificate`), and the Gram costs are estimated from the same sketches. Pairs without
@@ -18,21 +19,22 @@ a proof are matched by their full similarity. `exact` does without sketches.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.matching.candidates import candidates
+from hf_moe_lmc.matching.candidates import as_it_is, candidates
 from hf_moe_lmc.matching.certificate import Sketched
 from hf_moe_lmc.matching.finite import check_router, check_shared_router, finite_rows
 from hf_moe_lmc.matching.options import WeightMatching
 from hf_moe_lmc.matching.pairs import ExpertPairs, match_sketched
 from hf_moe_lmc.matching.result import BankMatching, Matching, SharedMatching
 from hf_moe_lmc.matching.units import UnitMatch, is_wide, match_units
-from hf_moe_lmc.moe.experts import Bank, SharedExpert
+from hf_moe_lmc.moe.experts import SharedExpert
 from hf_moe_lmc.moe.layer import MoELayer
+from hf_moe_lmc.moe.ties import Tied, bound_orders
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 
@@ -44,12 +46,15 @@ def match_layer(
     *,
     groups: int = 1,
     device: torch.device | None = None,
+    bound: Mapping[str, Tied] | None = None,
 ) -> Matching:
     """Algorithm 1 of the paper on one pair of blocks.
 
     Args:
         method: where both orders are asked for and agree, the units are matched once.
         groups: expert groups that bind; experts then move only within and with their groups.
+        bound: banks of `b` that keep their order, and the ties between router rows that bind them, see `ties`; by default
+            they are looked for.
 
     Memory: two experts as they are stored and, from sketches, 3 * WIDER float32 numbers for each of their units; otherwise
     one of them in float32 and one [unit, unit] matrix (float64 up to assignment.SPARSE units, then float32), and the workspace
@@ -71,6 +76,7 @@ def match_layer(
         ('gate', {'small'})
     """
     device = device or torch.device("cpu")
+    bound = bound_orders(b, groups) if bound is None else bound
     banks, seconds = {}, {}
     shared = SharedMatching(UnitSymmetry.identity(0))
     for name, bank in a.banks.items():
@@ -78,19 +84,21 @@ def match_layer(
         if name == FIRST:
             check_shared_router(a)
             check_shared_router(b)
-        banks[name] = _match_bank(bank, b.banks[name], method, groups if name == FIRST else 1, device)
+        pairs = ExpertPairs(bank, b.banks[name], method.units, device, method.exact)
+        banks[name] = _match_bank(pairs, method, groups if name == FIRST else 1, bound.get(name))
         if name == FIRST and a.shared.unit_count:
             shared = _match_shared(a.shared, b.shared, method, device)
         seconds[name] = time.perf_counter() - started
     return Matching(banks, shared, seconds)
 
 
-def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: torch.device) -> BankMatching:
+def _match_bank(pairs: ExpertPairs, method: WeightMatching, groups: int, tied: Tied | None) -> BankMatching:
+    """Matches one bank; with `tied`, in the order that it has."""
+    a, b = pairs.a, pairs.b
     for bank in (a, b):
         check_router(bank)
     has_units = a.unit_count > 0  # else there is nothing but router rows
-    pairs = ExpertPairs(a, b, method.units, device, method.exact)
-    choice = candidates(pairs, groups, method.order)
+    choice = candidates(pairs, groups, method.order) if tied is None else as_it_is(a)
     distances = {
         name: sum(pairs.match(i, int(j)).squared_after for i, j in enumerate(permutation)) ** 0.5 if has_units else 0.0
         for name, permutation in choice.permutations.items()
@@ -113,6 +121,7 @@ def _match_bank(a: Bank, b: Bank, method: WeightMatching, groups: int, device: t
         order_decided=choice.decided,
         order_margin=choice.margin,
         certificates=[match.certificate for match in matches],
+        tied=tied or (),
     )
 
 

@@ -22,7 +22,7 @@ class Candidates:
     """The permutations to choose from.
 
     Attributes:
-        permutations: by the method that found them: `gate`, `expert` or `table`.
+        permutations: by the method that found them: `gate`, `expert` or `table`; `tied` where there is but one.
         decided: how one of them is chosen, a key of `result.DECIDED`.
         form, margin: as `expert_cost_form` and `order_margin` of BankMatching.
     """
@@ -31,6 +31,11 @@ class Candidates:
     decided: str
     form: str | None = None
     margin: float | None = None
+
+
+def as_it_is(b: Bank) -> Candidates:
+    """The order that the experts have, which is the only one where router rows are tied."""
+    return Candidates({"tied": torch.arange(b.experts)}, "tied")
 
 
 def candidates(pairs: ExpertPairs, groups: int, order: OrderMethod) -> Candidates:

@@ -35,7 +35,8 @@ def _bank_report(index: int, matching: Matching, name: str) -> dict[str, Any]:
         "ways": dict(used),
     }
     values = {**numbers, **derived}
-    return {key: values[key] for key in _KEYS}
+    keys = (*_KEYS, "tied") if numbers["order_decided"] == "tied" else _KEYS
+    return {key: values[key] for key in keys}
 
 
 _KEYS = (

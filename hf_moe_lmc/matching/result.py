@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_moe_lmc.moe.ties import Tied
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
 DECIDED = {  # how the order of the experts was chosen
     "table": "by the table of token experts",
+    "tied": "router rows of B are tied between experts that differ: no order but B's own keeps the function",
     "asked": "one order was asked for, and computed in full",
     "distance": "the units were matched for both orders; the lower distance decided",
     "both": "both orders are the same",
@@ -39,7 +41,8 @@ class BankMatching:
     Distances are Frobenius norms of differences, of the experts' weights unless named otherwise.
 
     Attributes:
-        order_method: the order that was kept, `gate` or `expert`; `table` where a table of token experts decided it.
+        order_method: the order that was kept, `gate` or `expert`; `table` where a table of token experts decided it, `tied`
+            where B's own is the only one.
         candidates: distance after the units for each order that was tried.
         expert_cost_form: form and, for a sketch, number of columns of the `expert` cost; None if not computed.
         norm: Frobenius norm of A's experts.
@@ -47,6 +50,8 @@ class BankMatching:
         order_margin: largest ratio of a kept pair's sketched squared Gram cost to the others in its row and its column; None
             where it was not sketched.
         certificates: how the units of each expert of A were matched, keys of `certificate.CERTIFICATES`.
+        tied: where B's order is kept, the ties between its router rows: numbers of experts, one of a single expert being
+            with experts of another bank.
     """
 
     symmetry: BankSymmetry
@@ -62,6 +67,7 @@ class BankMatching:
     order_decided: str
     order_margin: float | None
     certificates: list[str]
+    tied: Tied = ()
 
     @property
     def scales_kept(self) -> int:
@@ -138,6 +144,7 @@ class Matching:
             "shared_way": shared.certificate,
             "order_decided": bank.order_decided,
             "order_margin": bank.order_margin,
+            **({"tied": [list(tie) for tie in bank.tied]} if bank.order_decided == "tied" else {}),
         }
 
     @classmethod
@@ -157,6 +164,7 @@ class Matching:
                     certificates=own["way"],
                     order_decided=own["order_decided"],
                     order_margin=own["order_margin"],
+                    tied=tuple(map(tuple, own["tied"])) if own["order_decided"] == "tied" else (),
                     **{field: own[field] for field in _BEFORE_SHARED},
                 )
                 for name, own in numbers.items()

@@ -17,6 +17,7 @@ from hf_moe_lmc.errors import SymmetryError, listing
 from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.layer import MoELayer
+from hf_moe_lmc.moe.ties import Tied, bound_orders, in_words, is_trivial
 from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 
@@ -121,6 +122,35 @@ class MoEModel:
             )
         if problems:
             raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
+
+    @cached_property
+    def bound(self) -> Mapping[int, Mapping[str, Tied]]:
+        """Banks whose experts ties between router rows keep in their places, by layer; see `ties`. Reads the routers.
+
+        Layers without such a bank are absent.
+        """
+        found = {index: bound_orders(layer, self.groups, self.top_k) for index, layer in self.layers.items()}
+        return {index: banks for index, banks in found.items() if banks}
+
+    def check_ties(self, symmetry: ModelSymmetry) -> None:
+        """Raises SymmetryError where a valid `symmetry` moves experts that ties between router rows keep in their places.
+
+        Experts of one tie that are equal may change places among themselves. Reads the weights.
+        """
+        broken = []
+        for index, layer in self.layers.items():
+            orders = {name: bank.expert_order for name, bank in symmetry.layers[index].banks.items()}
+            moved = {name for name, order in orders.items() if not torch.equal(order, torch.arange(len(order)))}
+            if moved and index in self.bound:
+                bound = self.bound[index]
+                if any(not is_trivial(layer, name, orders[name].tolist()) for name in moved & bound.keys()):
+                    broken.append(in_words(index, bound))
+        if broken:
+            raise SymmetryError(
+                f"{self.checkpoint.name}: the symmetry moves experts in layers whose router rows are tied:\n{listing(broken)}\n"
+                "Top-k breaks such ties by the places of all experts, so that moving any changes the function. Align again: "
+                "these layers then keep their order, and their hidden units are matched"
+            )
 
     def acted(self, elements: Elements) -> dict[int, LayerSource]:
         """The MoE layers in the coordinates that group elements give them; a read waits for an element to come."""

@@ -21,12 +21,14 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.family import MoEFamily
+from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import foreign
 from hf_moe_lmc.moe.notation import split_role
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.moe.ties import SEEN, bound_orders
 from hf_moe_lmc.moe.view import LayerSource
-from hf_moe_lmc.proof.miniature import miniature, outputs
+from hf_moe_lmc.proof.miniature import miniature, ordinary_tokens, outputs
 from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
@@ -38,6 +40,7 @@ from hf_moe_lmc.writing.workplace import at_work
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
 FAILS = 1e-3  # smallest one that counts as another function
+FEW = 16  # tokens that show what ties do
 SCALE = 3.0  # scales are drawn between 1 / 3 and 3
 COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
 LAYOUTS = {"as on the Hub": True, "as in memory": False}  # save_original_format
@@ -165,6 +168,26 @@ class Rerun:
             raise FamilyError(f"{self.model.family.name}: transformers does not know {unknown[0]}")
         return difference(outputs(self.built), self.expected)
 
+    def of_tied(self, tied: Mapping[int, Tied]) -> float:
+        """The difference that moving the experts of layers with tied router rows makes, on a few tokens and in memory."""
+        tokens = ordinary_tokens(self.built.config)[:1, :FEW]
+        self._take(tied)
+        before = outputs(self.built, tokens)
+        groups, layers = self.model.groups, self.model.layers
+        elements = {index: _rolled(layers[index].identity(), groups) for index in tied}
+        self._take({index: ActedLayer(layer, elements[index], layer.original.units) for index, layer in tied.items()})
+        return difference(outputs(self.built, tokens), before)
+
+    def _take(self, layers: Mapping[int, LayerSource]) -> None:
+        """Gives the model in memory the tensors of some layers."""
+        state = self.built.state_dict()
+        for index, source in layers.items():
+            layer = self.model.layers[index]
+            for name in layer.claims:
+                if any(True for _ in layer.pieces(name)):
+                    values = torch.cat([layer.assemble(name, piece, source) for piece in layer.pieces(name)])
+                    state[name].view(-1).copy_(values)
+
 
 def parts(model: MoEModel, g: ModelSymmetry) -> dict[str, ModelSymmetry]:
     """Each part of the group that this model has, as the element that `g` has of it."""
@@ -204,6 +227,38 @@ class Translated:
         return values + torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))
 
 
+@dataclass(frozen=True)
+class Tied:
+    """A block whose first bank has one router row for all experts, its biases included."""
+
+    original: MoELayer
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        values = self.original.stored(role, expert)
+        return values[:1].expand_as(values) if role in SEEN else values
+
+
+def _tied_layers(model: MoEModel) -> dict[int, Tied]:
+    """The layers in which tied router rows change what is selected.
+
+    Raises:
+        FamilyError: the ties are not seen, and alignment would move the experts.
+    """
+    tied = {index: Tied(layer) for index, layer in model.layers.items() if "expert_table" not in layer.roles}
+    tied = {index: one for index, one in tied.items() if model.top_k < one.original.experts}
+    for index, one in tied.items():
+        if FIRST not in bound_orders(one.original, model.groups, model.top_k, one):
+            raise FamilyError(f"{model.family.name}: layer {index}: ties between router rows are not seen")
+    return tied
+
+
+def _rolled(identity: LayerSymmetry, groups: int) -> LayerSymmetry:
+    """Each expert of the first bank goes one place on, or to the next group: no choice of some of the places survives it."""
+    bank = identity.banks[FIRST]
+    step = len(bank.expert_order) // groups if groups > 1 else 1
+    return identity.with_bank(FIRST, replace(bank, expert_order=bank.expert_order.roll(step)))
+
+
 def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Generator) -> Iterator[Check]:
     """What must change the outputs, and the translation of the router, which tells the kinds of router apart."""
     layers, identity = model.layers, model.identity().layers
@@ -228,6 +283,8 @@ def _controls(model: MoEModel, g: ModelSymmetry, run: Rerun, generator: torch.Ge
     if not first.banks[FIRST].kind.sign and first.banks[FIRST].kind.permutation:
         flipped = {i: _flipped(layer) for i, layer in identity.items()}
         yield Check("signs that the hidden units do not allow", acted(flipped), control=True)
+    if tied := _tied_layers(model):
+        yield Check("experts moved where router rows are tied", run.of_tied(tied), control=True)
     translated = run({index: Translated(layer) for index, layer in layers.items()})
     yield Check(f"router translated ({first.router})", translated, control=first.router != "softmax")
 

@@ -125,7 +125,7 @@ def outputs(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
         Logits, or the last hidden state of a base model, in float32.
     """
     reader = text_reader(model)
-    ids = _tokens(model.config) if tokens is None else tokens
+    ids = ordinary_tokens(model.config) if tokens is None else tokens
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if "decoder_input_ids" in inspect.signature(reader.forward).parameters:
         # what a decoder starts from may not be left to chance, and some see the encoder through the cache only
@@ -136,7 +136,8 @@ def outputs(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
     return values.float()
 
 
-def _tokens(config: PreTrainedConfig) -> Tensor:
+def ordinary_tokens(config: PreTrainedConfig) -> Tensor:
+    """Ids [4, 48] that no field of the configuration names."""
     special: set[int] = set()
     for part in parts(config):
         for name, value in vars(part).items():

@@ -118,6 +118,8 @@ class Inputs:
         model_a, model_b = models
         if given is not None:
             model_b.check_symmetry(given)
+            if model_b.checkpoint.is_here:
+                model_b.check_ties(given)
         return Pair(model_a, model_b, given, agreement.ids, (alone[0], alone[1]))
 
     def plain_pair(self, a: Model, b: Model) -> tuple[Checkpoint, Checkpoint, TokenIds] | None:
@@ -167,6 +169,8 @@ class Inputs:
         assert recognised is not None and given is not None
         given = given.inverse() if inverse else given
         recognised.check_symmetry(given)
+        if recognised.checkpoint.is_here:
+            recognised.check_ties(given)
         return recognised, given
 
     def _open(self, model: Model) -> Checkpoint | None:
@@ -198,9 +202,14 @@ def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
     """Fetches the weights, once everything has been checked from headers.
 
     Warns where a `given` symmetry was recorded for other weights than those of the last model, which it acts on.
+
+    Raises:
+        SymmetryError: it moves experts that ties between router rows keep in their places.
     """
     bring(*(model.checkpoint for model in models))
     model = models[-1]
+    if given is not None:
+        model.check_ties(given)
     recorded = given.metadata.get("b_fingerprint") if given else None
     if recorded is not None and recorded != model.checkpoint.fingerprint():
         warn(f"{model.checkpoint.name}: the symmetry was recorded for another checkpoint (fingerprint {recorded[:12]})")

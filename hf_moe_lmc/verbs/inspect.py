@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.joint import embedding_of
 from hf_moe_lmc.checkpoints.source import Repository
+from hf_moe_lmc.moe.counting import Parameters, count_parameters, ignored_buffers, tied_heads
 from hf_moe_lmc.moe.experts import Bank
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
@@ -18,6 +22,7 @@ from hf_moe_lmc.moe.notation import (
     UnitKind,
     is_expert_role,
 )
+from hf_moe_lmc.moe.ties import numbers, router_ties
 from hf_moe_lmc.proof.recognition import recognise
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
@@ -39,6 +44,14 @@ class Inspection:
         quantisation: method of a quantised checkpoint (`fp8`, `mxfp4`): whole experts can change places, nothing else.
         layouts: how the experts lie on disk, `per-expert` or `fused` tensors.
         dtypes: bytes by dtype.
+        parameters: numbers of them, see `Parameters`: `total`, `active` per token, those of the `input_embedding` among them,
+            and, apart, those for `multi_token_prediction`.
+        router_ties: experts whose router rows are equal, by layer; None where the weights are not here to be looked at.
+        tied_embeddings: whether the head is the input embedding, by the configuration.
+        redundant_head: whether the file of tied embeddings holds a head all the same: `equal` or `different` (transformers
+            then uses it), or `not compared` where the weights are not here; None where there is none.
+        ignored_buffers: tensors that no model reads.
+        read_as: the model type that the checkpoint is read as, where config.json has another.
     """
 
     source: str
@@ -67,9 +80,16 @@ class Inspection:
     tensors: int
     shards: int
     symmetry: tuple[str, ...]
+    parameters: Parameters
+    router_ties: Mapping[str, Sequence[Sequence[str | int]]] | None
+    tied_embeddings: bool
+    redundant_head: str | None
+    ignored_buffers: tuple[str, ...]
+    read_as: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        content = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {**content, "parameters": asdict(self.parameters)}
 
     def table(self) -> str:
         """The facts for a terminal."""
@@ -87,12 +107,17 @@ class Inspection:
             "checkpoint": self.source + (f" at {self.commit[:12]}" if self.commit else ""),
             "family": f"{self.family} (model type {of})",
             "text tower": f"{self.tower}*; everything else is copied" if self.tower else "",
+            "read as": f"{self.read_as}, which every tensor fits" if self.read_as else "",
+            "parameters": str(self.parameters),
             "MoE layers": layers + (f", and for multi-token prediction {', '.join(map(str, extra))}" if extra else ""),
             "experts": f"{self.experts}, top-{self.top_k}, {self.router} router",
             "further banks": "; ".join(banks),
             "expert groups": f"{self.expert_groups} that bind" if self.expert_groups > 1 else "none that bind",
             "hidden units": f"{self.units} per expert ({' or '.join(self.unit_kinds)}), width {self.width}",
             "shared expert": shared if self.shared_units else "none",
+            "router ties": self._ties_in_words(),
+            "embeddings": _HEADS[self.redundant_head] if self.tied_embeddings else "",
+            "buffers": _buffers_in_words(self.ignored_buffers),
             "quantisation": f"{self.quantisation}: only whole experts move" if self.quantisation else "",
             "on disk": f"{' and '.join(self.layouts)} tensors; {self.tensors} tensors in {self.shards} shard(s)",
             "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
@@ -100,6 +125,28 @@ class Inspection:
         }
         facts = [(name, value) for name, value in rows.items() if value]
         return "\n".join(aligned([*facts, *(("", line) for line in self.symmetry[1:])], least=(14,), gap=" "))
+
+    def _ties_in_words(self) -> str:
+        """Nothing where there is none."""
+        if self.router_ties is None:
+            return "not looked at: the weights are not on this machine"
+        layers = [f"layer {index}: {'; '.join(numbers(tie, ' = ') for tie in t)}" for index, t in self.router_ties.items()]
+        more = f"; and {len(layers) - SHOWN} layers more" if len(layers) > SHOWN else ""
+        return "experts with equal rows in " + "; ".join(layers[:SHOWN]) + more if layers else ""
+
+
+SHOWN = 4  # layers with ties, buffers that nothing reads
+_HEADS = {
+    None: "tied: the head is the input embedding",
+    "equal": "tied: the head is the input embedding; the file holds a copy of it",
+    "different": "tied by config.json, but the file holds another head, which transformers uses",
+    "not compared": "tied by config.json, but the file holds a head; transformers uses it where it is another",
+}
+
+
+def _buffers_in_words(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: no model reads them" if names else ""
 
 
 def inspect(model: str | os.PathLike[str]) -> Inspection:
@@ -134,11 +181,14 @@ def _describe(model: MoEModel) -> Inspection:
     }
     composite = model.text_config is not model.config
     every, first = model.layers.values(), next(iter(model.layers.values()))
+    heads = tied_heads(model)
+    head = _redundant(model, heads)
+    own_type = str(checkpoint.config["model_type"])
     return Inspection(
         source=checkpoint.name,
         commit=checkpoint.source.commit if isinstance(checkpoint.source, Repository) else None,
         family=model.family.name,
-        model_type=str(checkpoint.config["model_type"]),
+        model_type=own_type,
         text_model_type=str(model.text_config.model_type),
         tower=model.towers[0] if composite else None,
         num_layers=model.num_layers,
@@ -170,7 +220,39 @@ def _describe(model: MoEModel) -> Inspection:
         tensors=len(checkpoint.tensors),
         shards=len(checkpoint.shards),
         symmetry=_symmetry_in_words(model),
+        parameters=count_parameters(model, heads if head != "different" else ()),
+        router_ties=_ties(model) if checkpoint.is_here else None,
+        tied_embeddings=bool(getattr(model.text_config, "tie_word_embeddings", False)),
+        redundant_head=head,
+        ignored_buffers=ignored_buffers(model),
+        read_as=str(model.config.model_type) if str(model.config.model_type) != own_type else None,
     )
+
+
+def _ties(model: MoEModel) -> dict[str, list[list[str | int]]]:
+    """Experts whose router rows are equal, by layer; those of further banks with the bank's name."""
+    found = {str(index): router_ties(layer) for index, layer in model.layers.items()}
+    return {
+        index: [[number if bank == FIRST else f"{bank}.{number}" for bank, number in tie] for tie in ties]
+        for index, ties in found.items()
+        if ties
+    }
+
+
+def _redundant(model: MoEModel, heads: Sequence[str]) -> str | None:
+    """How the head that stands in the file of tied embeddings compares with them; see `Inspection.redundant_head`."""
+    checkpoint = model.checkpoint
+    embedding = embedding_of(checkpoint, model.outside)
+    if not heads or embedding is None:
+        return None
+    if not checkpoint.is_here:
+        return "not compared"
+    infos = [checkpoint.tensors[name] for name in (embedding, heads[0])]
+    if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):
+        return "different"
+    chunks = checkpoint.chunks(embedding)
+    same = all(torch.equal(values, checkpoint.read(heads[0], first, len(values))) for first, values in chunks)
+    return "equal" if same else "different"
 
 
 def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:

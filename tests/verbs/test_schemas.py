@@ -19,11 +19,16 @@ from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.barrier import barrier
+from tests import tiny
+from tests.matching.test_ties import tie
 from tests.schemas import ALIGNMENT, REPORT, check_alignment, check_report, declared, seen
 from tests.verbs.test_alignment import miniature
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:outside the MoE blocks", "ignore:.*the barrier may be higher", "ignore:.*the routing cannot be watched"
+    "ignore:outside the MoE blocks",
+    "ignore:.*router rows are tied",
+    "ignore:.*the barrier may be higher",
+    "ignore:.*the routing cannot be watched",
 )
 COMMIT = "0" * 40
 
@@ -42,6 +47,8 @@ def alignments(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         for module in ("units",):
             patch.setattr(f"hf_moe_lmc.matching.{module}.SMALL", 0)
         found.append(align(*pair, folder / "sketched", symmetry_only=True))
+    tied = tie(tiny.make_model("qwen2_moe", 1), [[1, 4]])
+    found.append(align(pair[0], tiny.save(tied, folder / "b", "per-expert"), folder / "tied", symmetry_only=True))
     from_the_hub = replace(found[0], a={**found[0].a, "commit": COMMIT}, b={**found[0].b, "commit": COMMIT})
     return [*found, replace(from_the_hub, outside=replace(found[0].outside, median_cosine=None))]
 
