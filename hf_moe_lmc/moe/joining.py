@@ -32,8 +32,10 @@ def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEM
         ids,
         tied=(tied_a, tied_b),
         is_extra=(a.is_extra, b.is_extra),
+        without_extra=a.without_extra(),
     )
-    return _on(a, joint.a), _on(b, joint.b), joint.notes
+    common = {index: layer for index, layer in b.layers.items() if index < b.num_layers or index in a.layers}
+    return _on(a, joint.a), replace(_on(b, joint.b), layers=common), joint.notes
 
 
 def _on(model: MoEModel, checkpoint: Checkpoint) -> MoEModel:
