@@ -23,6 +23,8 @@ def agreement_of_models(a: MoEModel, b: MoEModel) -> Agreement:
 
 def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEModel, tuple[str, ...]]:
     """The two with checkpoints that hold the same tensors outside, as far as could be helped, and what was done in words."""
+    # what A lacks of multi-token prediction has no part in what follows
+    b = replace(b, layers={index: layer for index, layer in b.layers.items() if index < b.num_layers or index in a.layers})
     tied_a, tied_b = (bool(getattr(model.text_config, "tie_word_embeddings", False)) for model in (a, b))
     joint = join(
         a.checkpoint,
@@ -34,8 +36,7 @@ def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEM
         is_extra=(a.is_extra, b.is_extra),
         without_extra=a.without_extra(),
     )
-    common = {index: layer for index, layer in b.layers.items() if index < b.num_layers or index in a.layers}
-    return _on(a, joint.a), replace(_on(b, joint.b), layers=common), joint.notes
+    return _on(a, joint.a), _on(b, joint.b), joint.notes
 
 
 def _on(model: MoEModel, checkpoint: Checkpoint) -> MoEModel:
