@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.mtp import MARKS, has_own_prefix
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown
+from hf_moe_lmc.moe.alias import read_as
 from hf_moe_lmc.moe.block import Block
 from hf_moe_lmc.moe.claim import claim_block
 from hf_moe_lmc.moe.family import MoEFamily, Stack
@@ -16,7 +17,7 @@ from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import is_expert_role
 from hf_moe_lmc.moe.quantized import check_declared, check_scales
-from hf_moe_lmc.moe.registry import families, get_family, refusals
+from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
 
 
 def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEModel:
@@ -96,6 +97,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         CheckpointError: transformers cannot read it, or it asks for code of its own.
     """
     folder = checkpoint.source.path("config.json").parent
+    alias = aliases().get(str(checkpoint.config.get("model_type")))
+    if alias and alias.model_type not in CONFIG_MAPPING:
+        return read_as(checkpoint, alias)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.get_text_config()
