@@ -48,7 +48,7 @@ register_alias(
         },
         equal={
             "moe_intermediate_size": "intermediate_size",
-            "attention_head_dim": "hidden_size // num_attention_heads",
+            "attention_head_dim": "head_dim or hidden_size // num_attention_heads",
         },
     )
 )  # fmt: skip

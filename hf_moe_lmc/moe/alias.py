@@ -8,6 +8,7 @@ in `proof.recognition`.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,8 +98,8 @@ def _flat(config: Mapping[str, Any], alias: Alias) -> Iterator[tuple[str, Any]]:
 
 
 def _value(expression: str, config: Mapping[str, Any]) -> Any:
-    """The value of an expression of ours over a configuration; None where it has none."""
+    """The value of an expression of ours over a configuration, whose missing keys are None; None where it has none."""
     try:
-        return eval(expression, {"__builtins__": {}}, dict(config))
-    except (NameError, TypeError, ArithmeticError):
+        return eval(expression, {"__builtins__": {}}, defaultdict(lambda: None, config))
+    except (TypeError, ArithmeticError):
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -34,7 +36,7 @@ def check_tensors(model: MoEModel) -> None:
 
 def _layouts(model: MoEModel) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes outside the MoE blocks: as on the Hub, and as in memory."""
-    whole = skeleton(model.config)
+    whole: Any = skeleton(model.config)
     tied = set(getattr(whole, "all_tied_weights_keys", None) or {})
     state = {name: value for name, value in whole.state_dict().items() if name not in tied}
     whole._weight_conversions = get_model_conversion_mapping(whole)
