@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,7 @@ def join(
     *,
     tied: tuple[bool, bool],
     is_extra: tuple[Callable[[str], bool], Callable[[str], bool]],
+    without_extra: Mapping[str, Any],
 ) -> Joint:
     """Extends two checkpoints to one set of tensors.
 
@@ -90,11 +91,13 @@ def join(
         names_a, names_b: tensors outside the MoE blocks.
         ids: their rows are those of the embeddings.
         tied: whether a head that a file lacks is the embedding.
-        is_extra: whether a tensor belongs to a multi-token-prediction layer.
+        is_extra: whether a tensor belongs to multi-token prediction.
+        without_extra: how A's configuration says that it has no multi-token prediction.
     """
     side_a, side_b = _Side(a), _Side(b)
     notes: list[str] = []
     in_a, in_b = set(names_a), set(names_b)
+    _join_extra(side_a, side_b, in_a, in_b, is_extra, without_extra, notes)
     for name in sorted(in_a - in_b):
         if IGNORED.fullmatch(name) or is_extra[0](name):
             side_b.take(name, a)
@@ -106,6 +109,33 @@ def join(
             if rows != ids.rows:
                 side.changes["vocab_size"] = ids.rows
     return Joint(side_a.extended(), side_b.extended(), tuple(notes))
+
+
+def _join_extra(
+    side_a: _Side,
+    side_b: _Side,
+    in_a: set[str],
+    in_b: set[str],
+    is_extra: tuple[Callable[[str], bool], Callable[[str], bool]],
+    without_extra: Mapping[str, Any],
+    notes: list[str],
+) -> None:
+    """Says what becomes of multi-token prediction that one has; where the two differ in it, B counts as having none."""
+    extra_a, extra_b = set(filter(is_extra[0], in_a)), set(filter(is_extra[1], in_b))
+    own_a, own_b = ({name for name in names if not _is_table(name)} for names in (extra_a, extra_b))
+    if own_a and not own_b:
+        notes.append("B lacks the multi-token-prediction layers of A: a merge has A's, as they are")
+    elif own_b and not own_a:
+        side_a.changes |= without_extra
+        set_to = "".join(f", and {key} is {value}" for key, value in without_extra.items())
+        notes.append(f"A lacks the multi-token-prediction layers of B: a merge leaves them out{set_to}")
+    elif own_a != own_b:
+        notes.append("A and B have other multi-token-prediction layers: a merge has A's, those that B lacks as they are")
+
+
+def _is_table(name: str) -> bool:
+    """Whether a tensor has a row for each token id: layers for multi-token prediction may hold copies of the model's."""
+    return bool(EMBEDDING.fullmatch(name) or HEAD.fullmatch(name))
 
 
 def _join_heads(

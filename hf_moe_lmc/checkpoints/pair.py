@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import differing, with_changes
 from hf_moe_lmc.checkpoints.joint import Joint, join, rows_of
+from hf_moe_lmc.checkpoints.mtp import has_own_prefix, uncounted
 from hf_moe_lmc.checkpoints.sizes import LAYER, text_settings
 from hf_moe_lmc.checkpoints.source import Folder, Repository
 from hf_moe_lmc.checkpoints.token_ids import Agreement, agreement_of
@@ -51,7 +52,16 @@ def join_plain(a: Checkpoint, b: Checkpoint) -> tuple[Joint, Agreement]:
     """Two checkpoints of which nothing is known but their files, brought to one set of tensors as far as could be helped."""
     agreement = agreement_of(a, b, rows_of(a, a.tensors), rows_of(b, b.tensors))
     tied = bool(text_settings(a).get("tie_word_embeddings")), bool(text_settings(b).get("tie_word_embeddings"))
-    joint = join(a, b, a.tensors, b.tensors, agreement.ids, tied=tied, is_extra=(_is_extra(a), _is_extra(b)))
+    joint = join(
+        a,
+        b,
+        a.tensors,
+        b.tensors,
+        agreement.ids,
+        tied=tied,
+        is_extra=(_is_extra(a), _is_extra(b)),
+        without_extra=uncounted(a.config),
+    )
     return joint, agreement
 
 
@@ -61,7 +71,7 @@ def _is_extra(checkpoint: Checkpoint) -> Callable[[str], bool]:
 
     def found(name: str) -> bool:
         match = LAYER.match(name)
-        return name.startswith("mtp.") or bool(match and type(count) is int and int(match[2]) >= count)
+        return has_own_prefix(name) or bool(match and type(count) is int and int(match[2]) >= count)
 
     return found
 

@@ -31,6 +31,7 @@ register(
             **SHARED_EXPERTS,
             **SHARED_EXPERTS_BIASES,
         },
+        mtp_prefixes=("mtp.{layer}.", "mtp.layers.{layer}."),
         sizes={
             "expert": "n_routed_experts",
             "unit": "moe_intermediate_size",

@@ -27,6 +27,7 @@ register(
             "model": "hidden_size",
         },
         top_k="moe_k",
+        mtp_prefixes=("mtp_block.{layer}.",),
         moe_layers="(layer + 1) % moe_layer_interval == 0 and moe_layer_start_index <= layer <= moe_layer_end_index",
         when=WHEN,
     )

@@ -79,6 +79,7 @@ register(
             "model": "hidden_size",
         },
         moe_layers=LISTED,
+        mtp_prefixes=("mtp_layers.{layer}.",),
         groups=GROUPS,
     )
 )

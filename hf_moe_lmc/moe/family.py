@@ -20,10 +20,12 @@ from functools import cached_property
 from types import CodeType
 from typing import Any
 
+from hf_moe_lmc.checkpoints.mtp import COUNTS
 from hf_moe_lmc.errors import FamilyError, shown
 from hf_moe_lmc.moe.notation import (
     ROUTER_KINDS,
     SHARED,
+    SHARED_ROLES,
     UNIT_KINDS,
     TensorSpec,
     UnitKind,
@@ -82,9 +84,13 @@ class Stack:
 
     def pattern(self, tower: str | None) -> re.Pattern[str]:
         """Matches the keys of its layers, in the given tower or in any."""
-        stem = re.escape(self.stem).replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)")
         before = r"(?P<tower>(?:.*\.)?)" if tower is None else re.escape(tower)
-        return re.compile(before + stem + "(?P<rest>.+)")
+        return re.compile(before + numbered(self.stem) + "(?P<rest>.+)")
+
+
+def numbered(prefix: str) -> str:
+    """A prefix with `{layer}` as a regular expression, the number being a group."""
+    return re.escape(prefix).replace(r"\{layer\}", "(?P<layer>0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ class MoEFamily:
         layer_prefix: what stands before every key of a layer; in a composite model, only its end has to.
         layers: number of layers, an expression.
         extra_layers: how many multi-token-prediction layers may follow the last layer, an expression.
+        mtp_prefixes: what stands before every key of such a layer where it has a prefix of its own, in any tower.
+        mtp_counts: what a configuration may call the number of these layers.
         bank_units: unit kind of further banks, and of `shared` where it is not that of the first bank.
         when: role, or key template of a fixed tensor -> whether layer number `layer` has it, an expression; None: it may be
             there or not.
@@ -166,6 +174,8 @@ class MoEFamily:
     layer_prefix: str = "model.layers.{layer}."
     layers: str = "num_hidden_layers"
     extra_layers: str = "attr('num_nextn_predict_layers', 0)"
+    mtp_prefixes: tuple[str, ...] = ("mtp.layers.{layer}.",)
+    mtp_counts: tuple[str, ...] = COUNTS
     bank_units: Mapping[str, str] = field(default_factory=dict)
     when: Mapping[str, str | None] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
@@ -204,6 +214,22 @@ class MoEFamily:
     def block_prefixes(self) -> tuple[str, ...]:
         """A tensor below one of them, in an MoE layer, belongs to the block."""
         return self.blocks or tuple(dict.fromkeys(template.key.partition(".")[0] + "." for template in self.templates))
+
+    @cached_property
+    def mtp_patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Match the keys of multi-token-prediction layers under prefixes of their own."""
+        return tuple(
+            re.compile(f"(?P<prefix>(?P<stack>(?:.*\\.)?){numbered(prefix)})(?P<rest>.+)") for prefix in self.mtp_prefixes
+        )
+
+    @cached_property
+    def telling(self) -> tuple[re.Pattern[str], ...]:
+        """Match the keys that only an MoE layer has; a shared expert may be what a dense layer has as well."""
+        return tuple(
+            template.pattern
+            for template in self.templates
+            if not template.spec.is_fixed and split_role(template.spec.roles[0])[1] not in SHARED_ROLES
+        )
 
     @cached_property
     def banks(self) -> tuple[str, ...]:

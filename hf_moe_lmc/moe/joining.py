@@ -18,6 +18,8 @@ from hf_moe_lmc.moe.model import MoEModel
 
 def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEModel, tuple[str, ...]]:
     """The two with checkpoints that hold the same tensors outside, as far as could be helped, and what was done in words."""
+    # what A lacks of multi-token prediction has no part in what follows
+    b = replace(b, layers={index: layer for index, layer in b.layers.items() if index < b.num_layers or index in a.layers})
     tied_a, tied_b = (bool(getattr(model.text_config, "tie_word_embeddings", False)) for model in (a, b))
     joint = join(
         a.checkpoint,
@@ -27,6 +29,7 @@ def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEM
         ids,
         tied=(tied_a, tied_b),
         is_extra=(a.is_extra, b.is_extra),
+        without_extra=a.without_extra(),
     )
     return _on(a, joint.a), _on(b, joint.b), joint.notes
 
@@ -34,7 +37,9 @@ def join_models(a: MoEModel, b: MoEModel, ids: TokenIds) -> tuple[MoEModel, MoEM
 def _on(model: MoEModel, checkpoint: Checkpoint) -> MoEModel:
     """A model on another checkpoint. As in transformers, a head in a file is used, whatever the configuration ties."""
     changes = dict(checkpoint.changes)
-    if getattr(model.text_config, "tie_word_embeddings", False) and any(map(HEAD.fullmatch, checkpoint.tensors)):
+    if getattr(model.text_config, "tie_word_embeddings", False) and any(
+        HEAD.fullmatch(name) and not model.is_extra(name) for name in checkpoint.tensors
+    ):
         changes["tie_word_embeddings"] = False
     if checkpoint is model.checkpoint and not changes:
         return model

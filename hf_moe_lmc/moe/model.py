@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.mtp import has_own_prefix, uncounted
 from hf_moe_lmc.checkpoints.quantization import WAY_OUT, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
 from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
@@ -33,7 +35,7 @@ class MoEModel:
         num_layers: layers of all stacks of the text model.
         groups: number of expert groups that bind (1: none).
         top_k: experts per token.
-        layers: the MoE layers by number, multi-token-prediction layers included.
+        layers: the MoE layers by number, multi-token-prediction layers included: those have numbers from num_layers on.
         towers: what stands before `layers.` (or what the family has in its place), by stack.
     """
 
@@ -76,16 +78,25 @@ class MoEModel:
 
     @cached_property
     def experts_outside(self) -> tuple[str, ...]:
-        """Prefixes under which experts stand that are not of the text model's layers: other towers, prediction layers."""
+        """Prefixes under which experts stand that are not of the text model's layers: those of other towers."""
         matches = (_EXPERTS_ANYWHERE.match(name) for name in self.outside)
         return tuple(dict.fromkeys(match["prefix"] for match in matches if match))
 
     def is_extra(self, name: str) -> bool:
-        """Whether a tensor belongs to a multi-token-prediction layer."""
+        """Whether a tensor belongs to multi-token prediction: to one of its layers, or to what they share."""
+        if has_own_prefix(name):
+            return True
         if len(self.towers) > 1:
             return False
         match = self.family.stacks[0].pattern(self.towers[0]).fullmatch(name)
         return match is not None and int(match["layer"]) >= self.num_layers
+
+    def without_extra(self) -> dict[str, Any]:
+        """Changes of the configuration that go with leaving out multi-token prediction."""
+        counts = self.family.mtp_counts
+        stated = uncounted(self.checkpoint.config, counts)
+        defaults = [key for key in counts if getattr(self.text_config, key, None)]
+        return stated or dict.fromkeys(defaults[:1], 0)
 
     def identity(self) -> ModelSymmetry:
         """The identity of this model's group."""
@@ -97,7 +108,7 @@ class MoEModel:
         return ModelSymmetry(self.family.name, self.groups, layers)
 
     def check_symmetry(self, symmetry: ModelSymmetry) -> None:
-        """Raises SymmetryError unless `symmetry` acts on this model."""
+        """Raises SymmetryError unless `symmetry` acts on this model; either may lack layers for multi-token prediction."""
         where = self.checkpoint.name
         if symmetry.family != self.family.name:
             raise SymmetryError(f"the symmetry is of family {symmetry.family}, {where} is of family {self.family.name}")
@@ -105,6 +116,7 @@ class MoEModel:
         problems = [
             f"layer {index}: {'absent from the model' if index not in expected.layers else 'absent from the symmetry'}"
             for index in sorted(symmetry.layers.keys() ^ expected.layers.keys())
+            if index < self.num_layers
         ]
         problems += [
             f"layer {index}: expected {expected.layers[index].sizes}, found {layer.sizes}"
@@ -114,7 +126,12 @@ class MoEModel:
         if problems:
             raise SymmetryError(f"the symmetry does not have the shapes of {where}:\n{listing(problems)}")
         ModelSymmetry(symmetry.family, self.groups, symmetry.layers).validate(f"the symmetry for {where}")
-        problems = [problem for index, layer in self.layers.items() for problem in layer.problems(symmetry.layers[index])]
+        problems = [
+            problem
+            for index, layer in self.layers.items()
+            if index in symmetry.layers
+            for problem in layer.problems(symmetry.layers[index])
+        ]
         if problems and self.quantization:
             raise SymmetryError(
                 f"{where} is quantized ({self.quantization.method}): only whole experts can change places, anything else would "
@@ -153,8 +170,14 @@ class MoEModel:
             )
 
     def acted(self, elements: Elements) -> dict[int, LayerSource]:
-        """The MoE layers in the coordinates that group elements give them; a read waits for an element to come."""
-        return {index: _acted(layer, elements[index]) for index, layer in self.layers.items()}
+        """The MoE layers in the coordinates that group elements give them; a read waits for an element to come.
+
+        Layers for multi-token prediction for which there is none keep their own.
+        """
+        return {
+            index: _acted(layer, elements[index]) if index in elements or index < self.num_layers else layer
+            for index, layer in self.layers.items()
+        }
 
 
 def _acted(layer: MoELayer, element: LayerSymmetry | Future[LayerSymmetry]) -> LayerSource:

@@ -15,16 +15,18 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import with_changes, without_foreign_switches
+from hf_moe_lmc.checkpoints.mtp import MARKS, has_own_prefix
 from hf_moe_lmc.checkpoints.tensor_names import check_whole
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown, worded
+from hf_moe_lmc.moe.alias import read_as
 from hf_moe_lmc.moe.block import Block
 from hf_moe_lmc.moe.claim import claim_block
 from hf_moe_lmc.moe.family import MoEFamily, Stack
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.notation import SHARED_ROLES, is_expert_role, split_role
+from hf_moe_lmc.moe.notation import is_expert_role
 from hf_moe_lmc.moe.quantized import check_declared, check_scales
-from hf_moe_lmc.moe.registry import families, get_family, refusals
+from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
 
 # Model types that have a class with a head, which a checkpoint of the base class alone lacks.
 WITH_HEAD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
@@ -89,12 +91,18 @@ def _read_layers(
                     config=family.at(text, min(index, count - 1)),
                     quantization=checkpoint.quantization,
                 )
-                layers[block.index] = MoELayer(
-                    checkpoint, block.index, block.config, claim_block(block), checkpoint.quantization
-                )
+                layers[block.index] = _layer(block)
         start += count
+    for index, (prefix, names) in _blocks_apart(checkpoint, family, max([start - 1, *layers]) + 1).items():
+        with faults.gather():
+            facts = family.at(text, count - 1)
+            layers[index] = _layer(Block(checkpoint, family, index, prefix, names, facts, checkpoint.quantization))
     faults.check()
     return layers, tuple(towers), start
+
+
+def _layer(block: Block) -> MoELayer:
+    return MoELayer(block.checkpoint, block.index, block.config, claim_block(block), block.quantization)
 
 
 def model_type(config: PreTrainedConfig) -> str:
@@ -109,6 +117,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         CheckpointError: transformers cannot read it, or it asks for code of its own.
     """
+    alias = aliases().get(str(checkpoint.config.get("model_type")))
+    if alias and alias.model_type not in CONFIG_MAPPING:
+        return read_as(checkpoint, alias)
     written = with_changes(without_foreign_switches(checkpoint.config), checkpoint.changes)
     folder = ""
     try:
@@ -199,7 +210,12 @@ def _blocks(
     # a stack with a suffix after its number (an encoder's `layer.1`) shows only some of the tensors of a layer
     expected = range(count) if stack.stem.endswith("{layer}.") else moe
     problems = [f"layer {index} is missing" for index in expected if index not in layers]
-    problems += [f"layer {index} is one too many" for index in sorted(layers) if index >= count + extra]
+    problems += [
+        f"layer {index} is one too many"
+        + ("" if index >= count + extra else ", as it holds nothing that only a layer for multi-token prediction has (eh_proj)")
+        for index in sorted(layers)
+        if index >= count + extra or (index >= count and not any(map(MARKS.fullmatch, layers[index])))
+    ]
     if problems:
         raise FamilyError(
             f"{checkpoint.name}: config.json says {count} layers"
@@ -207,18 +223,35 @@ def _blocks(
             + f"; in the shards ({tower}{stack.stem.format(layer='N')}):\n{listing(problems)}\n"
             "Fetch the checkpoint again, whole, with the config.json that these weights came with"
         )
-    # a shared expert may be what a dense layer has as well
-    only_in_moe_layers = [
-        t.pattern for t in family.templates if not t.spec.is_fixed and split_role(t.spec.roles[0])[1] not in SHARED_ROLES
-    ]
     blocks = {}
     for index in sorted(layers):
         names = {key: name for key, name in layers[index].items() if key.startswith(family.block_prefixes)}
-        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in only_in_moe_layers)]
+        held = [name for key, name in names.items() if any(pattern.fullmatch(key) for pattern in family.telling)]
         if index in moe or (index >= count and held):  # a layer for multi-token prediction may be dense
             blocks[index] = names
         elif held:
             raise FamilyError(
                 f"{checkpoint.name}: config.json ({stack.moe_layers}) makes layer {index} dense, but it holds\n" + listing(held)
             )
+    return blocks
+
+
+def _blocks_apart(checkpoint: Checkpoint, family: MoEFamily, first: int) -> dict[int, tuple[str, dict[str, str]]]:
+    """The MoE blocks for multi-token prediction under prefixes of their own: {layer: (prefix, {key below it: name})}.
+
+    Layers count from `first` on, dense ones included; those of a second stack follow the first one's.
+    """
+    stacks: dict[str, dict[int, tuple[str, dict[str, str]]]] = {}
+    for name in filter(has_own_prefix, checkpoint.tensors):
+        for match in filter(None, (pattern.fullmatch(name) for pattern in family.mtp_patterns)):
+            if match["rest"].startswith(family.block_prefixes):
+                _, names = stacks.setdefault(match["stack"], {}).setdefault(int(match["layer"]), (match["prefix"], {}))
+                names[match["rest"]] = name
+                break
+    blocks = {}
+    for _, layers in sorted(stacks.items()):
+        for number, (prefix, names) in sorted(layers.items()):
+            if any(pattern.fullmatch(key) for key in names for pattern in family.telling):
+                blocks[first + number] = prefix, names
+        first += max(layers) + 1
     return blocks

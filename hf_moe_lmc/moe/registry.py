@@ -6,10 +6,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.moe.alias import Alias
 from hf_moe_lmc.moe.family import MoEFamily
 
 _FAMILIES: dict[str, MoEFamily] = {}
 _REFUSALS: dict[str, str] = {}
+_ALIASES: dict[str, Alias] = {}
 
 
 def register(family: MoEFamily) -> MoEFamily:
@@ -44,6 +46,17 @@ def register(family: MoEFamily) -> MoEFamily:
 def refuse(model_type: str, reason: str) -> None:
     """Makes known that a model type is not supported, and why."""
     _REFUSALS[model_type] = reason
+
+
+def register_alias(alias: Alias) -> None:
+    """Makes known that a model type is one that transformers has under another name."""
+    _ALIASES[alias.model_type] = alias
+
+
+def aliases() -> dict[str, Alias]:
+    """Aliases by model type."""
+    _load_data()
+    return dict(_ALIASES)
 
 
 def families() -> dict[str, MoEFamily]:

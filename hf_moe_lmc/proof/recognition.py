@@ -12,7 +12,8 @@ from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import model_type, read_config, read_model
-from hf_moe_lmc.moe.registry import families, get_family, refusals
+from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
+from hf_moe_lmc.proof.fit import check_tensors
 from hf_moe_lmc.runtime.notices import warn
 
 if TYPE_CHECKING:
@@ -29,8 +30,16 @@ def recognise(checkpoint: Checkpoint) -> MoEModel:
         FamilyError: the model type is refused, its family cannot be derived or fails its self-test, or the tensors do not
             form the blocks that the family describes.
     """
-    family, _ = family_of(checkpoint)
-    return read_model(checkpoint, family)
+    family, config = family_of(checkpoint)
+    model = read_model(checkpoint, family)
+    found = checkpoint.config.get("model_type")
+    if config.model_type != found and found in aliases():
+        check_tensors(model)
+        warn(
+            f"{checkpoint.name}: model type {found!r} is read as {config.model_type!r}: all keys of its configuration and "
+            "all tensors fit that class; code of its own is never run"
+        )
+    return model
 
 
 def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:

@@ -96,7 +96,10 @@ class Inspection:
         extra = [index for index in self.moe_layers if index >= self.num_layers]
         layers = f"{len(self.moe_layers) - len(extra)} of {self.num_layers} layers"
         dtypes = ", ".join(f"{dtype} {size / 1e9:.3f}" for dtype, size in self.dtypes.items())
-        of = self.model_type + (f", text tower {self.text_model_type}" if self.tower is not None else "")
+        of = self.model_type + (
+            f", read as {self.text_model_type}" if self.tower is None and self.model_type != self.text_model_type else ""
+        )
+        of += f", text tower {self.text_model_type}" if self.tower is not None else ""
         banks = [
             f"{name}: {bank['experts']} expert{'s' if bank['experts'] > 1 else ''}"
             + (f", {bank['units']} units ({bank['unit_kind']})" if bank["units"] else "")

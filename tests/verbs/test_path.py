@@ -198,11 +198,8 @@ def test_multi_token_prediction_layers_do_not_matter_to_the_path(
     before = barrier(a, b, tmp_path / "before", **options).aligned.nll
     with_mtp_layer(a, 0)
     for one, other, name in ((a, b, "after"), (b, a, "swapped")):
-        if name == "swapped":
-            with pytest.warns(UserWarning, match="A lacks the multi-token"):
-                after = barrier(one, other, tmp_path / name, **options).aligned.nll[::-1]
-        else:
-            after = barrier(one, other, tmp_path / name, **options).aligned.nll
+        with pytest.warns(UserWarning, match=f"{'A' if name == 'swapped' else 'B'} lacks the multi-token"):
+            after = barrier(one, other, tmp_path / name, **options).aligned.nll[:: -1 if name == "swapped" else 1]
         assert after == pytest.approx(before, abs=1e-5)
         check_report(json.loads((tmp_path / name / "report.json").read_text()))
 
