@@ -17,7 +17,27 @@ from tests import tiny
 
 SIZE = 40_000  # characters of a text
 LEAST = 2048  # of a beginning, here
-WORDS = "the expert that answers is one of many; a router picked it, didn't it? 12,345 times — größer, naïve".split(" ")
+WORDS = [
+    "the",
+    "expert",
+    "that",
+    "answers",
+    "is",
+    "one",
+    "of",
+    "many;",
+    "a",
+    "router",
+    "picked",
+    "it,",
+    "didn't",
+    "it?",
+    "12,345",
+    "times",
+    "—",
+    "größer,",
+    "naïve",
+]
 NORMALIZED = [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
 
 
@@ -59,7 +79,7 @@ TEXTS = {
 def _trained(backend: Tokenizer, trainer: trainers.Trainer) -> PreTrainedTokenizerFast:
     backend.train_from_iterator([PROSE[:4000], LETTERS[:2000], TEXTS["chinese"][:500], "    \n\n  aaaa"], trainer)
     found = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    added = [AddedToken("<mask>", lstrip=True), AddedToken("<sep>", rstrip=True), AddedToken("<two words>"), AddedToken("   ")]
+    added = [AddedToken("<mask>", lstrip=True), AddedToken("<sep>", rstrip=True), AddedToken("<two words>")]
     found.add_tokens(added, special_tokens=False)
     return found
 

@@ -67,11 +67,21 @@ def reports(
     pair = [saved("qwen2_moe", "per-expert", seed) for seed in (0, 1)]
     rows = folder / "test.jsonl"
     rows.write_text("".join(json.dumps({"text": text_file.read_text()[:n]}) + "\n" for n in range(8, 20)))
+    long = tmp_path_factory.mktemp("long") / "long.txt"
+    long.write_text(text_file.read_text() * 200)
     align(*pair, folder / "aligned")
     options: list[dict[str, Any]] = [
-        {"text": [rows, text_file], "layers": "each,0-2", "layerwise": 1, "refine": 1, "dtype": "bfloat16", "stride": 9},
-        {"dataset": str(folder), "symmetry": folder / "aligned", "naive": False, "routing": False},
-        {"text": text_file, "symmetry": alignments[1].symmetry, "points": 2},
+        {
+            "text": [rows, text_file],
+            "join": "\n",
+            "layers": "each,0-2",
+            "layerwise": 1,
+            "refine": 1,
+            "dtype": "bfloat16",
+            "stride": 9,
+        },
+        {"dataset": str(folder), "join": "\n\n", "symmetry": folder / "aligned", "naive": False, "routing": False},
+        {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
         {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
     with pytest.MonkeyPatch.context() as patch:
