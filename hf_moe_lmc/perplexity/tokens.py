@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 
 from hf_moe_lmc.perplexity.documents import Document
@@ -46,7 +47,7 @@ def first_tokens(document: Document, tokenizer: PreTrainedTokenizerBase, limit: 
 
     A longer text may change the last tokens of its beginning, and tokenizers do not say how many. So two beginnings are
     tokenized, one a quarter shorter. What they agree on counts, less a margin. Neither ends within white space or between
-    a letter and its accents, where a change may reach far. Otherwise twice as much is read, at last the whole document.
+    a letter and its accents, where a change may reach far; with Unigram none ends within a word. Otherwise twice as much is read, at last the whole document.
     """
     if limit is None:
         return _tokens(document.whole(), True, tokenizer)
@@ -61,22 +62,33 @@ def first_tokens(document: Document, tokenizer: PreTrainedTokenizerBase, limit: 
 
 def _agrees(found: Tokens, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
     """Whether a shorter text has the same first tokens, and enough others behind them."""
-    shorter = _tokens(settled(found.text, int(SHORTER * len(found.text))), False, tokenizer)
+    shorter = _tokens(settled(found.text, int(SHORTER * len(found.text)), words=_has_ties(tokenizer)), False, tokenizer)
     count = limit + MARGIN
     if len(shorter.ids) < count + MARGIN or shorter.ids[:count] != found.ids[:count]:
         return False
     return shorter.ends is None or found.ends is None or shorter.ends[:count] == found.ends[:count]
 
 
-def settled(text: str, end: int) -> str:
+def _has_ties(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether far letters of one word decide between equally good tokens: Unigram, and others that cannot be looked into."""
+    return not tokenizer.is_fast or isinstance(tokenizer.backend_tokenizer.model, Unigram)
+
+
+def settled(text: str, end: int, *, words: bool = False) -> str:
     """At most the first `end` characters: less white space at the end, and less a letter whose accents lie beyond.
 
+    Args:
+        words: less a word that may not be whole, too.
+
     Example:
-        >>> settled("so many   words", 9), settled("cafe\u0301s", 4)
-        ('so many', 'caf')
+        >>> settled("so many   words", 9), settled("cafe\u0301s", 4), settled("so many words", 9, words=True)
+        ('so many', 'caf', 'so many')
     """
     while 0 < end < len(text) and unicodedata.combining(text[end]):
         end -= 1
+    if words:
+        while end > 0 and not text[end - 1].isspace():
+            end -= 1
     return text[:end].rstrip()
 
 

@@ -80,7 +80,7 @@ def reports(
             "dtype": "bfloat16",
             "stride": 9,
         },
-        {"dataset": str(folder), "join": "\n\n", "symmetry": folder / "aligned", "naive": False, "routing": False},
+        {"dataset": str(folder), "symmetry": folder / "aligned", "naive": False, "routing": False},
         {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
         {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
@@ -102,7 +102,7 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     first, dataset = found[:2]
     origins = {side: {**getattr(first, side), "commit": COMMIT} for side in ("a", "b")}
     metadata = {f"{side}_commit": COMMIT for side in "ab"}
-    text = {**dataset.evaluation["text"], "config": "default", "revision": "main"}
+    text = {**dataset.evaluation["text"], "config": "default", "revision": "main", "join": "\n\n"}
     yield replace(dataset, **origins, matching={**dataset.matching, **metadata}, evaluation={**first.evaluation, "text": text})
     infinite = {name: losses.clone() for name, losses in first.losses.items()}
     for losses in infinite.values():
