@@ -47,7 +47,8 @@ def first_tokens(document: Document, tokenizer: PreTrainedTokenizerBase, limit: 
 
     A longer text may change the last tokens of its beginning, and tokenizers do not say how many. So two beginnings are
     tokenized, one a quarter shorter. What they agree on counts, less a margin. Neither ends within white space or between
-    a letter and its accents, where a change may reach far; with Unigram none ends within a word. Otherwise twice as much is read, at last the whole document.
+    a letter and its accents, where a change may reach far. With Unigram the shorter one does not end within a word.
+    Otherwise twice as much is read, at last the whole document.
     """
     if limit is None:
         return _tokens(document.whole(), True, tokenizer)
