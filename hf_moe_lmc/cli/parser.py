@@ -13,6 +13,7 @@ from hf_moe_lmc import __version__
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
 
+JOIN = "\n\n"  # where --join has no separator: what perplexity recipes on WikiText do
 REFINE = 3  # halvings where --refine has no number
 
 
@@ -75,13 +76,23 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         action="append",
-        help="UTF-8 text, one document; or .jsonl or .parquet, each row a document; repeatable",
+        help="UTF-8 text, one document; or .json, .jsonl, .csv, .tsv, .parquet or .arrow, each row a document; any of them may "
+        "be compressed (.gz); repeatable",
     )
     text.add_argument("--dataset", metavar="NAME", help="dataset on the Hub or in a folder; each row is a document")
     verb.add_argument("--dataset-config", metavar="C")
     verb.add_argument("--split", metavar="S", help="(default: test)")
     verb.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
     verb.add_argument("--column", metavar="COL", help="where the text of a row stands (default: text)")
+    verb.add_argument(
+        "--join",
+        metavar="SEPARATOR",
+        type=separator,
+        nargs="?",
+        const=JOIN,
+        help="put rows together into one document, with SEPARATOR between them (an empty line if not given), in which \\n and "
+        "\\t stand for a new line and a tab",
+    )
     points = _default(GridOptions, "points")
     verb.add_argument("--points", metavar="N", type=int, help=f"grid points, both ends included (default: {points})")
     verb.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
@@ -92,7 +103,7 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--stride", metavar="N", type=int, help="let windows overlap, N tokens apart, each scored where the last ended"
     )
-    verb.add_argument("--max-tokens", metavar="N", type=int, help="tokens of text to read (default: all)")
+    verb.add_argument("--max-tokens", metavar="N", type=int, help="tokens to read of each text (default: all)")
     verb.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")
     verb.add_argument("--dtype", choices=get_args(DType), help=f"(default: {_default(ComputeOptions, 'dtype')})")
     verb.add_argument("--device", help="where the layers run (default: a GPU if there is one)")
@@ -206,6 +217,11 @@ def size(text: str) -> int:
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** (" kmgt".index(unit.lower()) if unit else 0))
+
+
+def separator(text: str) -> str:
+    r"""What stands between rows; shells do not make new lines of \n."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _matching(verb: argparse.ArgumentParser) -> None:

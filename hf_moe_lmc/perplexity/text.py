@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from hf_moe_lmc.checkpoints.source import looks_local
 from hf_moe_lmc.errors import InputError, refuse_idle
+from hf_moe_lmc.perplexity.documents import Document, joined
+from hf_moe_lmc.perplexity.rows import BOM, has_rows, only_column, read_rows, text_blocks, wrong_column
 
 DEFAULT_SPLIT = "test"
 DEFAULT_COLUMN = "text"
+
+ROWS_WITHOUT_COLUMN = 1000  # rows may lack the column; where all of so many do, its name is wrong
 
 TextFile = str | os.PathLike[str]
 
@@ -22,11 +25,14 @@ TextFile = str | os.PathLike[str]
 class Text(Protocol):
     """Documents to evaluate on."""
 
+    def texts(self) -> Iterator[Iterator[Document]]:
+        """The documents of each file, or of the dataset, in their order; each as far as it is asked for."""
+
     def documents(self) -> Iterator[str]:
-        """The documents, in their order."""
+        """All documents, whole."""
 
     def describe(self) -> dict[str, Any]:
-        """The `evaluation.text` of report.json."""
+        """The `evaluation.text` of report.json, of what was read last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +42,21 @@ class TextOptions:
     None stands for an option that was not given. Options without effect are refused.
 
     Attributes:
-        text: a UTF-8 file or several, each one document; each row of a .jsonl or .parquet file is a document.
+        text: a UTF-8 file or several, each one document; each row of a .json, .jsonl, .csv, .tsv, .parquet or .arrow file is
+            a document. Any may be compressed, named .gz.
         dataset: name on the Hub, or folder, of a dataset whose rows are documents.
         dataset_config: configuration of the dataset.
         dataset_revision: branch, tag or commit of a dataset on the Hub.
         split: of the dataset, by default DEFAULT_SPLIT.
         column: column that holds the text of a row, by default DEFAULT_COLUMN.
+        join: put between the rows of a dataset or file, which are then one document; by default each row is one.
 
     Raises:
         InputError: neither or both of text and dataset, or an option without effect.
 
     Example:
-        >>> TextOptions(dataset="Salesforce/wikitext", dataset_config="wikitext-2-raw-v1").source()
-        DatasetText(name='Salesforce/wikitext', config='wikitext-2-raw-v1', split='test', column='text', revision=None)
+        >>> TextOptions(dataset="Salesforce/wikitext", dataset_config="wikitext-2-v1").source()
+        DatasetText(name='Salesforce/wikitext', config='wikitext-2-v1', split='test', column='text', revision=None, join=None)
         >>> TextOptions(text="held_out.txt", split="train")
         Traceback (most recent call last):
         hf_moe_lmc.errors.InputError: --split would have no effect: the text is a file; leave it out
@@ -60,6 +68,7 @@ class TextOptions:
     dataset_revision: str | None = None
     split: str | None = None
     column: str | None = None
+    join: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", self.files)
@@ -68,7 +77,7 @@ class TextOptions:
         if self.files:
             self._refuse(("dataset_config", "dataset_revision", "split"), "the text is a file")
             if not any(map(has_rows, self.files)):
-                self._refuse(("column",), "the text is a plain file")
+                self._refuse(("column", "join"), "the text is a plain file")
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -84,7 +93,7 @@ class TextOptions:
         """
         column = DEFAULT_COLUMN if self.column is None else self.column
         if self.dataset is None:
-            return TextFiles.of(self.files, column)
+            return TextFiles.of(self.files, column, self.join)
         folder = Path(self.dataset).expanduser()
         if "/" in self.dataset and looks_local(self.dataset) and not folder.exists():
             raise InputError(f"{self.dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
@@ -94,19 +103,78 @@ class TextOptions:
                 "leave it out"
             )
         split = DEFAULT_SPLIT if self.split is None else self.split
-        return DatasetText(self.dataset, self.dataset_config, split, column, self.dataset_revision)
+        return DatasetText(self.dataset, self.dataset_config, split, column, self.dataset_revision, self.join)
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
         """Raises InputError if any of these options was given."""
         refuse_idle({name: getattr(self, name) for name in names}, reason)
 
 
+@dataclass
+class Reading:
+    """What the last reading of a text has met.
+
+    Attributes:
+        documents: that were read of each file.
+        rows_skipped: rows without text.
+    """
+
+    documents: list[int] = field(default_factory=list)
+    rows_skipped: int = 0
+
+    def start(self) -> None:
+        self.documents.clear()
+        self.rows_skipped = 0
+
+    def counted(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents of one more file."""
+        number = len(self.documents)
+        self.documents.append(0)
+        for document in documents:
+            self.documents[number] += 1
+            yield document
+
+    def of_rows(self, rows: Iterable[dict[str, Any]], column: str, source: str, join: str | None) -> Iterator[Document]:
+        """Each row as a document, or all of them as one.
+
+        Rows that are null, empty or white space are left out. Between joined ones only null is: perplexity recipes join
+        empty rows, too.
+        """
+        texts = self._texts(rows, column, source, blank=join is not None)
+        return iter([Document(joined(texts, join))]) if join is not None else (Document([text]) for text in texts)
+
+    def _texts(self, rows: Iterable[dict[str, Any]], column: str, source: str, blank: bool) -> Iterator[str]:
+        """Raises InputError where rows have no such column, or something else than text in it."""
+        columns: dict[str, None] = {}
+        for number, row in enumerate(rows, 1):
+            if column not in columns:
+                columns |= dict.fromkeys(row)
+                if column not in columns and number == ROWS_WITHOUT_COLUMN:
+                    break
+            text = row.get(column)
+            if text is None:
+                self.rows_skipped += 1
+                continue
+            if not isinstance(text, str):
+                raise wrong_column(source, column, row, f" (row {number} holds {type(text).__name__})")
+            text = text.removeprefix(BOM)
+            _refuse_halves(text, f"{source}, row {number}")
+            if blank or text.strip():
+                yield text
+            else:
+                self.rows_skipped += 1
+        if columns and column not in columns:
+            raise wrong_column(source, column, columns)
+
+
 @dataclass(frozen=True)
 class TextFiles:
-    """UTF-8 files, each one document; or .jsonl and .parquet files, each row a document.
+    """UTF-8 files, each one document; or files with rows, each row a document.
 
     Attributes:
         column: column that holds the text of a row.
+        join: put between the rows of a file, which are then one document; None: each row is one.
+        reading: what was read last.
 
     Example:
         >>> import tempfile
@@ -119,54 +187,74 @@ class TextFiles:
 
     paths: tuple[Path, ...]
     column: str = DEFAULT_COLUMN
+    join: str | None = None
+    reading: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     @classmethod
-    def of(cls, paths: Sequence[TextFile], column: str = DEFAULT_COLUMN) -> TextFiles:
+    def of(cls, paths: Sequence[TextFile], column: str = DEFAULT_COLUMN, join: str | None = None) -> TextFiles:
         """Raises InputError where a file is missing, is no text or is empty."""
-        files = cls(tuple(Path(path) for path in paths), column)
+        files = cls(tuple(Path(path) for path in paths), column, join)
         for path in files.paths:
             if not path.is_file():
                 raise InputError(f"{path}: no such text file")
         for path in files.paths:
-            if not any(text.strip() for text in files._read(path)):
-                raise InputError(f"{path}: the text file is empty")
+            blocks = (block for document in files._read(path) for block in document.blocks())
+            if not any(block.strip() for block in blocks):
+                skipped = f" (rows without text: {files.reading.rows_skipped})" if files.reading.rows_skipped else ""
+                raise InputError(f"{path}: the text file is empty{skipped}")
         return files
 
-    def documents(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Iterator[Document]]:
+        self.reading.start()
         for path in self.paths:
-            yield from self._read(path)
+            yield self.reading.counted(self._read(path))
 
-    def _read(self, path: Path) -> Iterator[str]:
-        try:
-            if path.suffix == ".parquet":
-                yield from _texts(_parquet_rows(path), self.column, str(path))
-            elif path.suffix == ".jsonl":
-                yield from _texts(_json_rows(path), self.column, str(path))
-            else:
-                yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    def documents(self) -> Iterator[str]:
+        return (document.whole() for text in self.texts() for document in text)
+
+    def _read(self, path: Path) -> Iterator[Document]:
+        if has_rows(path):
+            return self.reading.of_rows(read_rows(path, self.column), self.column, str(path), self.join)
+        return iter([Document(text_blocks(path))])
 
     def describe(self) -> dict[str, Any]:
         files = []
-        for path in self.paths:
+        for number, path in enumerate(self.paths):
             with path.open("rb") as file:
-                files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
-        return {"kind": "files", "files": files, **({"column": self.column} if any(map(has_rows, self.paths)) else {})}
+                found: dict[str, Any] = {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            read = {"documents": self.reading.documents[number]} if len(self.paths) > 1 and self.reading.documents else {}
+            files.append(found | read)
+        if not any(map(has_rows, self.paths)):
+            return {"kind": "files", "files": files}
+        return {"kind": "files", "files": files, "column": self.column} | _of_rows(self.join, self.reading)
 
 
 @dataclass(frozen=True)
 class DatasetText:
-    """One column of a dataset on the Hub or in a folder, as `datasets.load_dataset` takes it; each row is a document."""
+    """One column of a dataset on the Hub or in a folder, as `datasets.load_dataset` takes it; each row is a document.
+
+    Attributes:
+        join: put between the rows, which are then one document; None: each row is one.
+        reading: what was read last.
+    """
 
     name: str
     config: str | None = None
     split: str = DEFAULT_SPLIT
     column: str = DEFAULT_COLUMN
     revision: str | None = None
+    join: str | None = None
+    reading: Reading = field(default_factory=Reading, compare=False, repr=False)
+
+    def texts(self) -> Iterator[Iterator[Document]]:
+        self.reading.start()
+        yield self.reading.counted(self.reading.of_rows(self._rows(), self.column, f"dataset {self.name}", self.join))
 
     def documents(self) -> Iterator[str]:
         """Raises InputError where there is no such dataset, configuration, split, revision or column."""
+        return (document.whole() for text in self.texts() for document in text)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset  # slow to import, and text files need none of it
         from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -174,57 +262,23 @@ class DatasetText:
             # slices such as train[:100] exist only without streaming
             streaming = "[" not in self.split
             rows = load_dataset(self.name, self.config, split=self.split, streaming=streaming, revision=self.revision)
-            yield from _texts(rows, self.column, f"dataset {self.name}")
+            yield from only_column(rows, self.column, f"dataset {self.name}")
         except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ValueError) as error:
             at = f", revision {self.revision}" if self.revision else ""
             raise InputError(f"dataset {self.name}, config {self.config}, split {self.split}{at}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "dataset", **vars(self)}
+        named = {name: getattr(self, name) for name in ("name", "config", "split", "column", "revision")}
+        return {"kind": "dataset", **named} | _of_rows(self.join, self.reading)
 
 
-def has_rows(path: TextFile) -> bool:
-    """Whether each row of a text file is a document.
-
-    Example:
-        >>> has_rows("rows.jsonl"), has_rows("held_out.txt")
-        (True, False)
-    """
-    return Path(path).suffix in (".jsonl", ".parquet")
+def _of_rows(join: str | None, reading: Reading) -> dict[str, Any]:
+    """What a report says of rows; `join` only where it was asked for."""
+    return ({} if join is None else {"join": join}) | {"rows_skipped": reading.rows_skipped}
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset  # slow to import, and plain text needs none of it
-    from datasets.exceptions import DatasetGenerationError
-
+def _refuse_halves(text: str, place: str) -> None:
     try:
-        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except (DatasetGenerationError, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
-        raise InputError(f"{path}: not a parquet file that datasets can read ({error})") from error
-
-
-def _texts(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
-    """The documents in rows, without blank ones.
-
-    Raises:
-        InputError: no text in `column` of a row.
-    """
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise InputError(f"{source}: expected text in column {column!r}, found columns {', '.join(row)}; see --column")
-        if row[column].strip():
-            yield row[column]
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: half of a surrogate pair at character {error.start}; mend the row") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.perplexity.documents import Document
+from hf_moe_lmc.perplexity.tokens import Tokens, first_tokens, own_bos, tokenizer_hash
 
 POSITIONS_AT_ONCE = 512  # rows of logits that are widened to float32 at a time
 TOKENS_PER_BATCH = 4096  # default budget of one forward pass
@@ -28,7 +30,7 @@ class WindowOptions:
     Attributes:
         context: tokens that a model sees at once, a BOS included; by default the model decides.
         stride: tokens of text between the starts of windows, which then overlap; by default they do not.
-        max_tokens: tokens of text to read, by default all.
+        max_tokens: tokens to read of each text, by default all.
 
     Raises:
         InputError: a number out of range.
@@ -68,8 +70,12 @@ class Windows:
         bytes_scored: UTF-8 bytes of the scored text of each window; None where they cannot be known. They reach from the
             end of the last token before the scored ones to the end of the last scored one. So nothing counts twice, and
             spaces that a tokenizer drops count with the token behind them.
-        text_hash: SHA-256 of the documents that were read: each as its length (8 bytes, little-endian) and its UTF-8 bytes.
+        text_hash: SHA-256 of the documents that were read: each as its length (8 bytes, little-endian) and its UTF-8 bytes. Of
+            a long document that a token budget ends, what was read of it counts.
         tokenizer_hash: SHA-256 of the tokenizer, see `tokenizer_hash`.
+        read_in_part: documents of which `text_hash` covers a beginning alone.
+        ended: (number, tokens read) of each document that a token budget ended, but for the last of all: there `tokens_read`
+            tells it.
 
     Example:
         >>> windows = Windows((torch.arange(5), torch.arange(3)), (0, 0), context=5, bos=False, tokens_read=8)
@@ -87,6 +93,8 @@ class Windows:
     bytes_scored: tuple[int, ...] | None = None
     text_hash: str | None = None
     tokenizer_hash: str | None = None
+    read_in_part: int = 0
+    ended: tuple[tuple[int, int], ...] = ()
 
     @property
     def scored(self) -> Tensor:
@@ -119,6 +127,7 @@ class Windows:
             "tokens_read": self.tokens_read,
             "text": self.text_hash,
             "tokenizer": self.tokenizer_hash,
+            **({"ended": self.ended} if self.ended else {}),
         }
         return hashlib.sha256(json.dumps(convention, sort_keys=True).encode()).hexdigest()
 
@@ -140,6 +149,7 @@ class Windows:
             "text_hash": self.text_hash,
             "tokenizer_hash": self.tokenizer_hash,
             "convention_hash": self.convention_hash,
+            **({"read_in_part": self.read_in_part} if self.read_in_part else {}),
         }
 
 
@@ -159,7 +169,7 @@ class _Window(NamedTuple):
 
 
 def cut_windows(
-    documents: Iterable[str],
+    documents: Iterable[str | Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int,
@@ -177,7 +187,7 @@ def cut_windows(
 
     Args:
         context: tokens in a window, a BOS included.
-        max_tokens: tokens of text to read; None: all.
+        max_tokens: tokens of text to read; None: all. No more text is read than these need.
         stride: at most the tokens of text in a window; None: just these, so that nothing overlaps.
 
     Raises:
@@ -193,7 +203,22 @@ def cut_windows(
         >>> windows.scored.tolist()
         [3.0, 2.0, 1.0]
     """
-    bos = _own_bos(tokenizer)
+    return cut_texts([documents], tokenizer, context=context, max_tokens=max_tokens, stride=stride)
+
+
+def cut_texts(
+    texts: Iterable[Iterable[str | Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    max_tokens: int | None = None,
+    stride: int | None = None,
+) -> Windows:
+    """As `cut_windows`, for several texts of several documents: `max_tokens` counts for each text.
+
+    Documents are numbered through all texts.
+    """
+    bos = own_bos(tokenizer)
     width = context - len(bos)
     if width < 1 or context < 2:
         raise InputError(f"context {context}: expected at least {2 + len(bos)} tokens")
@@ -201,37 +226,65 @@ def cut_windows(
     if not 1 <= step <= width:
         raise InputError(f"stride {step}: expected 1 to {width}, the tokens of text in a window")
     windows: list[_Window] = []
-    digest, read, bytes_known = hashlib.sha256(), 0, True
-    for number, document in enumerate(documents):
-        if max_tokens is not None and read >= max_tokens:
-            break
-        encoded = document.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        ids, ends = _tokens(document, tokenizer, None if max_tokens is None else max_tokens - read)
-        bytes_known = bytes_known and ends is not None
-        read += len(ids)
-        windows += _windows_of(number, ids, ends, bos, width, step)
+    read = _Read()
+    for text in texts:
+        left = max_tokens
+        for document in text:
+            found = first_tokens(document if isinstance(document, Document) else Document([document]), tokenizer, left)
+            windows += _windows_of(len(read.tokens), found.ids, found.ends, bos, width, step)
+            read.add(found)
+            left = None if left is None else left - len(found.ids)
+            if left is not None and left <= 0:
+                break
     if not windows:
-        raise InputError(f"the text holds {read} tokens: nothing to predict; give more text or a larger --max-tokens")
+        raise InputError(
+            f"the text holds {sum(read.tokens)} tokens: nothing to predict; give more text or a larger --max-tokens"
+        )
     rows, owners, context_only, bytes_scored = zip(*windows, strict=True)
     return Windows(
         rows,
         owners,
         context,
         bool(bos),
-        read,
+        sum(read.tokens),
         stride=step,
         context_only=context_only if any(context_only) else (),
-        bytes_scored=bytes_scored if bytes_known else None,
-        text_hash=digest.hexdigest(),
+        bytes_scored=bytes_scored if read.bytes_known else None,
+        text_hash=read.digest.hexdigest(),
         tokenizer_hash=tokenizer_hash(tokenizer),
+        read_in_part=read.in_part,
+        ended=read.ended,
     )
 
 
-def _tokens(document: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[list[int], list[int] | None]:
-    """The first `limit` token ids of a document, and where all of its tokens end in its UTF-8 bytes; None: not known."""
-    encoding = tokenizer(document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    return encoding["input_ids"][:limit], _byte_ends(document, encoding["offset_mapping"]) if tokenizer.is_fast else None
+@dataclass
+class _Read:
+    """What was read of all documents.
+
+    Attributes:
+        tokens: of each document.
+        cut: whether a budget ended each document.
+        in_part: documents whose end was not read.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
+    in_part: int = 0
+    bytes_known: bool = True
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, found: Tokens) -> None:
+        encoded = found.text.encode()
+        self.digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        self.bytes_known = self.bytes_known and found.ends is not None
+        self.tokens.append(len(found.ids))
+        self.cut.append(found.left)
+        self.in_part += not found.whole
+
+    @property
+    def ended(self) -> tuple[tuple[int, int], ...]:
+        numbers = range(len(self.tokens) - 1)
+        return tuple((number, self.tokens[number]) for number in numbers if self.cut[number])
 
 
 def _windows_of(
@@ -256,44 +309,6 @@ def _windows_of(
         end_before = last
         if last == len(ids):
             return
-
-
-def _byte_ends(document: str, offsets: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Where each token ends in the UTF-8 bytes of its document; None where the tokenizer's offsets are not plausible.
-
-    Tokens that share a character (bytes as tokens) all end behind it: its bytes count with the first of them.
-    """
-    ends, at, size = [], 0, 0
-    for _, end in offsets:
-        if end < at:
-            return None
-        size += len(document[at:end].encode())
-        at = end
-        ends.append(size)
-    return ends if size or not document.strip() else None
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a tokenizer does, and of its special tokens.
-
-    Of a fast tokenizer the whole definition counts, without truncation and padding, which are settings of the last call. Of
-    another one class and vocabulary count.
-    """
-    if tokenizer.is_fast:
-        definition: Any = json.loads(tokenizer.backend_tokenizer.to_str())
-        definition.update(truncation=None, padding=None)
-    else:
-        definition = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    special = sorted(tokenizer.special_tokens_map.items(), key=str)
-    return hashlib.sha256(json.dumps([definition, special], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _own_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer puts one in front by itself, else []."""
-    bos = tokenizer.bos_token_id
-    with_special = tokenizer("a")["input_ids"]
-    without = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return [bos] if bos is not None and with_special[:1] == [bos] and without[:1] != [bos] else []
 
 
 def window_losses(

@@ -21,7 +21,7 @@ from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
-from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_windows
+from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import team
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -46,6 +46,7 @@ def barrier(
     dataset_revision: str | None = None,
     split: str | None = None,
     column: str | None = None,
+    join: str | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -76,14 +77,15 @@ def barrier(
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
         output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
-        text: a UTF-8 file or several, each one document, where .jsonl and .parquet files have a document in each row; or
-            `dataset`, whose rows are documents. See `TextOptions`.
+        text: a UTF-8 file or several, each one document, where .json, .jsonl, .csv, .tsv, .parquet and .arrow files have a
+            document in each row; or `dataset`, whose rows are documents. See `TextOptions`.
         dataset_config, dataset_revision, split: of the dataset; by default its split `test`.
         column: where the text of a row stands, by default `text`.
+        join: put between rows, which are then one document, such as "\\n\\n"; None: each row is a document.
         context: tokens per window, by default 2048 or the model's maximum if that is less.
         stride: tokens of text between the starts of windows, which then overlap, and each is scored only where the one before
             ended; None: no overlap.
-        max_tokens: tokens of text to read; None reads everything.
+        max_tokens: tokens to read of each file or of the dataset; None reads everything. No more text is read than they need.
         points: grid points from t = 0 to t = 1, both included, by default 25.
         naive: evaluate the path to B as it is, too (the default).
         layerwise: inner points of the paths on which some layers alone leave A for their aligned place in B; by default none,
@@ -135,8 +137,8 @@ def barrier(
         model_class = language_model_class(pair.a)
         spans = layer_spans(asked.grid.layers, pair.a) if asked.grid.steps else []
         context = context_length(pair.a, asked.windows.context)
-        windows = cut_windows(
-            asked.source.documents(),
+        windows = cut_texts(
+            asked.source.texts(),
             common_tokenizer(pair.a, pair.b),
             context=context,
             max_tokens=asked.windows.max_tokens,

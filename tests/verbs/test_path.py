@@ -15,7 +15,7 @@ from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
-from hf_moe_lmc.perplexity.windows import Windows, cut_windows, window_losses
+from hf_moe_lmc.perplexity.windows import Windows, cut_texts, cut_windows, window_losses
 from hf_moe_lmc.proof.miniature import build, shrink
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.apply import apply
@@ -99,7 +99,7 @@ def measured(
     output = tmp_path_factory.mktemp("barrier") / "out"
     a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
     with pytest.warns(UserWarning, match="outside the MoE blocks"):
-        barrier(a, b, output, text=[text_file, text_file], points=5, context=32, max_tokens=700)
+        barrier(a, b, output, text=[text_file, text_file], points=5, context=32, max_tokens=500)
     return output, json.loads((output / "report.json").read_text())
 
 
@@ -112,7 +112,7 @@ def test_the_report_holds_what_other_programs_read(measured: tuple[Path, dict], 
     assert report["a"]["source"] == str(saved("qwen2_moe")) and len(report["a"]["fingerprint"]) == 64
     evaluation = report["evaluation"]
     assert (evaluation["context"], evaluation["dtype"], evaluation["bos"]) == (32, "float32", False)
-    assert (evaluation["tokens_read"], evaluation["documents"]) == (700, 2)
+    assert (evaluation["tokens_read"], evaluation["documents"]) == (1000, 2)
     assert evaluation["attention_implementation"] and evaluation["experts_implementation"] and evaluation["device"] == ["cpu"]
     assert report["matching"]["units"] == "scaled" and len(report["matching"]["layers"]) == 2
     tokens = torch.tensor(report["windows"]["tokens"], dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_the_losses_at_the_ends_are_those_of_the_two_models(measured: tuple[Path
     _, report = measured
     text = (Path(saved("qwen2_moe")), Path(saved("qwen2_moe", "fused", 1)))
     document = "The expert that answers is the one the router picked. " * 12
-    windows = cut_windows([document, document], tiny.tokenizer(), context=32, max_tokens=700)
+    windows = cut_texts([[document], [document]], tiny.tokenizer(), context=32, max_tokens=500)
     for folder, end in zip(text, (0, -1), strict=True):
         loss = window_losses(tiny.load(folder), windows, batch_size=8).sum() / windows.scored.sum()
         assert report["paths"]["naive"]["nll"][end] == pytest.approx(loss.item(), abs=1e-5)
@@ -156,7 +156,7 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     output, report = measured
     a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
     again = barrier(
-        a, b, tmp_path / "out", text=[text_file, text_file], points=5, context=32, max_tokens=700, naive=False,
+        a, b, tmp_path / "out", text=[text_file, text_file], points=5, context=32, max_tokens=500, naive=False,
         symmetry=output / "symmetry.safetensors",
     )  # fmt: skip
     symmetry = ModelSymmetry.load(output)

@@ -74,11 +74,21 @@ def reports(
     pair = [saved("qwen2_moe", "per-expert", seed) for seed in (0, 1)]
     rows = folder / "test.jsonl"
     rows.write_text("".join(json.dumps({"text": text_file.read_text()[:n]}) + "\n" for n in range(8, 20)))
+    long = tmp_path_factory.mktemp("long") / "long.txt"
+    long.write_text(text_file.read_text() * 200)
     align(*pair, folder / "aligned")
     options: list[dict[str, Any]] = [
-        {"text": [rows, text_file], "layers": "each,0-2", "layerwise": 1, "refine": 1, "dtype": "bfloat16", "stride": 9},
+        {
+            "text": [rows, text_file],
+            "join": "\n",
+            "layers": "each,0-2",
+            "layerwise": 1,
+            "refine": 1,
+            "dtype": "bfloat16",
+            "stride": 9,
+        },
         {"dataset": str(folder), "symmetry": folder / "aligned", "naive": False, "routing": False},
-        {"text": text_file, "symmetry": alignments[1].symmetry, "points": 2},
+        {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
         {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -99,7 +109,7 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     first, dataset = found[:2]
     origins = {side: {**getattr(first, side), "commit": COMMIT} for side in ("a", "b")}
     metadata = {f"{side}_commit": COMMIT for side in "ab"}
-    text = {**dataset.evaluation["text"], "config": "default", "revision": "main"}
+    text = {**dataset.evaluation["text"], "config": "default", "revision": "main", "join": "\n\n"}
     yield replace(dataset, **origins, matching={**dataset.matching, **metadata}, evaluation={**first.evaluation, "text": text})
     infinite = {name: losses.clone() for name, losses in first.losses.items()}
     for losses in infinite.values():
