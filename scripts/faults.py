@@ -196,7 +196,7 @@ def adapter_only(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-def quantised(method: str) -> Damage:
+def quantized(method: str) -> Damage:
     def damage(bench: Path) -> None:
         config(quantization_config={"quant_method": method})(bench)
         on_tensors(lambda held: held.update({NORM: torch.ones(16, 2, dtype=torch.uint8)}))(bench)
@@ -362,10 +362,10 @@ CONFIGURATIONS = (
 KINDS = (
     Row("weights only as pickles", MERGE, b(pickles_only)),
     Row("an adapter only", MERGE, b(adapter_only)),
-    Row("quantised by GPTQ", MERGE, quantised("gptq")),
-    Row("quantised by AWQ", ALIGN, quantised("awq")),
-    Row("quantised by bitsandbytes", INSPECT, quantised("bitsandbytes")),
-    Row("declared as quantised, but plain", ALIGN, config(quantization_config={"quant_method": "bitsandbytes"})),
+    Row("quantized by GPTQ", MERGE, quantized("gptq")),
+    Row("quantized by AWQ", ALIGN, quantized("awq")),
+    Row("quantized by bitsandbytes", INSPECT, quantized("bitsandbytes")),
+    Row("declared as quantized, but plain", ALIGN, config(quantization_config={"quant_method": "bitsandbytes"})),
     Row("saved while compiled", MERGE, b(compiled)),
     Row("an adapter beside full weights", ALIGN, text("adapter_config.json", "{}")),
     Row("an old single file beside the shards", MERGE, b(stale)),

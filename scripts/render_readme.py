@@ -23,7 +23,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FAULTS = (  # a few that show the kinds
     "a truncated shard",
     "weight_map leads to ../",
-    "quantised by AWQ",
+    "quantized by AWQ",
     "another vocabulary",
     "an output that is a link into the Hub's cache",
     "faults in A, in B and in the output at once",

@@ -109,7 +109,7 @@ def _other_formats(files: set[str], top: set[str]) -> str:
     pickles = sorted(file for file in top if file.endswith(_PICKLES))
     if gguf:
         return (
-            f"weights only as GGUF ({shown(gguf[0])}), which llama.cpp reads and in which they are mostly quantised; use the "
+            f"weights only as GGUF ({shown(gguf[0])}), which llama.cpp reads and in which they are mostly quantized; use the "
             "safetensors checkpoint that it was made from"
         )
     if pickles:

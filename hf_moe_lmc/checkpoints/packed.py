@@ -1,4 +1,4 @@
-"""Whether weights are quantised: the tensors decide, whatever config.json declares."""
+"""Whether weights are quantized: the tensors decide, whatever config.json declares."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Packing:
 
     Attributes:
         quantization: one that is read; None: the weights are plain.
-        dropped: keys of config.json that declare one although no weight is quantised.
+        dropped: keys of config.json that declare one although no weight is quantized.
     """
 
     quantization: Quantization | None
@@ -52,14 +52,14 @@ def read_packing(
     tensors: Mapping[str, TensorInfo],
     described: Callable[[], Path] | None = None,
 ) -> Packing:
-    """Whether weights are quantised, and how.
+    """Whether weights are quantized, and how.
 
     Args:
         described: the path of hf_quant_config.json, where there is one.
 
     Raises:
-        CheckpointError: quantised by a method that is not read here, with the way out.
-        FamilyError: quantised as fp8 or mxfp4 are, and nothing declares it.
+        CheckpointError: quantized by a method that is not read here, with the way out.
+        FamilyError: quantized as fp8 or mxfp4 are, and nothing declares it.
     """
     codes = [one for one, info in tensors.items() if is_packed(info)]
     declared = declared_in(config)
@@ -70,7 +70,7 @@ def read_packing(
     stated = tuple(key for key in DECLARATIONS if _states(config, key))
     if stated:
         warn(
-            f"{name}: config.json declares quantised weights ({', '.join(stated)}), but no tensor is quantised: they are read "
+            f"{name}: config.json declares quantized weights ({', '.join(stated)}), but no tensor is quantized: they are read "
             "as they are, and an output's configuration leaves the entry out"
         )
     return Packing(None, stated)
@@ -108,8 +108,8 @@ def _undeclared(
 
 
 def undeclared(name: str, lines: list[str]) -> FamilyError:
-    """The error for quantised weights that nothing declares."""
+    """The error for quantized weights that nothing declares."""
     return FamilyError(
-        f"{name}: config.json declares no quantization, but these are quantised:\n{listing(lines)}\n"
+        f"{name}: config.json declares no quantization, but these are quantized:\n{listing(lines)}\n"
         "Restore quantization_config from the config.json that these weights came with, or dequantize them"
     )

@@ -86,7 +86,7 @@ class Quantization:
 
 
 def declared_in(config: Mapping[str, Any]) -> Any:
-    """What config.json says, or implies, of quantised weights; nothing that counts as true: nothing."""
+    """What config.json says, or implies, of quantized weights; nothing that counts as true: nothing."""
     text = config.get("text_config")
     inner = text if isinstance(text, Mapping) else {}
     if compression := config.get("compression_config") or inner.get("compression_config"):
@@ -125,8 +125,8 @@ def refused(name: str, what: str, where: str = "config.json") -> CheckpointError
     """The error for a quantization that is not read."""
     verb = "hold" if where == "the shards" else "declares"
     return CheckpointError(
-        f"{name}: {where} {verb} quantised weights ({what}); only transformers' fp8 and mxfp4 are read, to move whole "
-        "experts. Use the model that it was quantised from"
+        f"{name}: {where} {verb} quantized weights ({what}); only transformers' fp8 and mxfp4 are read, to move whole "
+        "experts. Use the model that it was quantized from"
     )
 
 
@@ -160,9 +160,9 @@ def way_out(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def not_interpolated(name: str, quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> CheckpointError:
-    """The error for quantised weights where points between two models are asked for."""
+    """The error for quantized weights where points between two models are asked for."""
     return CheckpointError(
-        f"{name}: config.json declares quantised weights ({quantization.method}), which cannot be interpolated; align and "
+        f"{name}: config.json declares quantized weights ({quantization.method}), which cannot be interpolated; align and "
         f"apply can move whole experts. {way_out(tensors)}"
     )
 
@@ -196,7 +196,7 @@ def _block_count(size: int, block: int) -> int:
 
 
 def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int] | None = None, halves: int = 1) -> Tensor:
-    """The matrix that a quantised one stands for, float32 [rows, columns].
+    """The matrix that a quantized one stands for, float32 [rows, columns].
 
     Args:
         weight: float8 [rows, columns], or bytes with two FP4 values each, the low one first, [rows, ...].

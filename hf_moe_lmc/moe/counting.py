@@ -17,7 +17,7 @@ from hf_moe_lmc.moe.quantized import is_quantized
 from hf_moe_lmc.moe.ties import rivals
 from hf_moe_lmc.symmetry.banks import FIRST
 
-BYTES = (torch.int8, torch.uint8)  # what two FP4 values of a quantised weight share
+BYTES = (torch.int8, torch.uint8)  # what two FP4 values of a quantized weight share
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class MoEModel:
         Experts of one tie that are equal may change places among themselves. Reads the weights.
         """
         broken = []
-        for index, layer in self.layers.items():
+        for index in symmetry.layers:
+            layer = self.layers[index]
             orders = {name: bank.expert_order for name, bank in symmetry.layers[index].banks.items()}
             moved = {name for name, order in orders.items() if not torch.equal(order, torch.arange(len(order)))}
             if moved and index in self.bound:

@@ -52,8 +52,8 @@ def _kinds(a: MoEModel, b: MoEModel) -> list[str]:
     if a.quantization == b.quantization:
         return []
     of_a, of_b = (kind_of_weights(model.quantization, model.checkpoint.tensors) for model in (a, b))
-    quantised = a if a.quantization else b
-    return [f"weights: A has {of_a}, B has {of_b}. Bring both to one kind. {way_out(quantised.checkpoint.tensors)}"]
+    quantized = a if a.quantization else b
+    return [f"weights: A has {of_a}, B has {of_b}. Bring both to one kind. {way_out(quantized.checkpoint.tensors)}"]
 
 
 def _regular(model: MoEModel) -> list[int]:

@@ -41,7 +41,7 @@ class Inspection:
         unit_kinds: what hidden units of the experts allow, of all layers; shared_kinds: those of the shared expert.
         banks: sizes and unit kind of further banks of experts, by name.
         companions: roles that move with the experts, besides their weights and router rows.
-        quantisation: method of a quantised checkpoint (`fp8`, `mxfp4`): whole experts can change places, nothing else.
+        quantisation: method of a quantized checkpoint (`fp8`, `mxfp4`): whole experts can change places, nothing else.
         layouts: how the experts lie on disk, `per-expert` or `fused` tensors.
         dtypes: bytes by dtype.
         parameters: numbers of them, see `Parameters`: `total`, `active` per token, those of the `input_embedding` among them,
@@ -180,7 +180,7 @@ def _describe(model: MoEModel) -> Inspection:
         "per-expert" if claim.template.is_per_expert else "fused"
         for layer in model.layers.values()
         for claim in layer.claims.values()
-        if is_expert_role(claim.template.spec.roles[0])  # of a quantised part: the role of its weight
+        if is_expert_role(claim.template.spec.roles[0])  # of a quantized part: the role of its weight
     }
     composite = model.text_config is not model.config
     every, first = model.layers.values(), next(iter(model.layers.values()))
@@ -300,7 +300,7 @@ def _order_in_words(bank: Bank, groups: int) -> str:
     if any(role in EXPERT_ROLES and role.endswith("_bias") for role in bank.roles):
         along.append("biases")
     if any(is_expert_role(role) and role.endswith("_scales") for role in bank.roles):
-        along.append("scales of its quantised weights")
+        along.append("scales of its quantized weights")
     along = ["router row", *along]
     each = f"each with its {', '.join(along[:-1])}{' and ' if along[1:] else ''}{along[-1]}"
     number = bank.experts

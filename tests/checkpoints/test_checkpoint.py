@@ -123,7 +123,7 @@ def adapter_only(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
-def quantised(folder: Path) -> None:
+def quantized(folder: Path) -> None:
     tiny.edit_config(folder, quantization_config={"quant_method": "gptq"})
     name = "model.layers.0.self_attn.q_proj"
     tiny.edit(folder, lambda content: content.update({f"{name}.qweight": torch.ones(2, 16, dtype=torch.int32)}))
@@ -157,7 +157,7 @@ BAD = [
     (lambda f: (f / "model.safetensors").unlink(), "found neither"),
     (pickle_only, "weights only as pickles .pytorch_model.bin"),
     (adapter_only, "holds an adapter only"),
-    (quantised, "declares quantised weights .quantization_config: .*gptq"),
+    (quantized, "declares quantized weights .quantization_config: .*gptq"),
     (two_shards, "1 safetensors files .* but no model.safetensors.index.json"),
 ]
 

@@ -85,7 +85,7 @@ def test_inspect_words_the_group_of_every_kind_of_block(
     assert ("text tower" in out) == (found["tower"] is not None) and ("further banks" in out) == bool(found["banks"])
 
 
-def test_inspect_says_that_quantised_experts_move_whole(copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_that_quantized_experts_move_whole(copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if ".experts." in name]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
@@ -98,7 +98,7 @@ def test_inspect_says_that_quantised_experts_move_whole(copy: Callable[..., Path
     found = json.loads(out)
     assert code == 0 and found["quantisation"] == "fp8" and found["unit_kinds"] == ["rigid"]
     assert found["layouts"] == ["per-expert"]
-    assert "scales of its quantised weights" in found["symmetry"][0] and "whole experts" in found["symmetry"][-1]
+    assert "scales of its quantized weights" in found["symmetry"][0] and "whole experts" in found["symmetry"][-1]
     assert not any("hidden units" in line for line in found["symmetry"])
     assert "fp8: only whole experts move" in run(capsys, "inspect", folder)[1]
 
@@ -162,7 +162,7 @@ UNSEEN = ("no data file describes model type 'gpt2'", "numbered from 0", "transf
         (truncate, "model.safetensors: truncated"),
         (pickle_only, "pickles (pytorch_model.bin)"),
         (adapter_only, "adapter only"),
-        (lambda f: tiny.edit(f, add("model.layers.1.mlp.experts.2.up_proj.qweight", 3)), "quantised weights"),
+        (lambda f: tiny.edit(f, add("model.layers.1.mlp.experts.2.up_proj.qweight", 3)), "quantized weights"),
         (lambda f: index_with(f, model__norm__weight="../model.safetensors"), "leaves the folder"),
         (lambda f: tiny.edit_config(f, model_type="gpt2"), "no data file describes model type 'gpt2'"),
         (lambda f: tiny.edit_config(f, num_hidden_layers=2, layer_types=None), "layer 2 is one too many"),
@@ -222,7 +222,7 @@ def test_other_refusals_name_what_is_wrong(
         (("demo", "-o", tmp_path / "full"), "not empty"),
         (("merge", a, b, "-o", tmp_path / "out", "-t", "1.5"), "expected a number from 0"),
         (("barrier", a, b, "-o", tmp_path / "out", "--text", tmp_path / "none.txt"), "no such text file"),
-        (("push", tmp_path / "full", "me/model"), "README.md (the card) is missing"),
+        (("push", tmp_path / "full", "me/model"), "nothing to publish: expected a checkpoint"),
         (("push", tmp_path / "none", "me/model"), "no such folder to publish"),
         (("push", tmp_path / "full", "a/b/c"), "not a Hub id to publish under"),
         (("merge", a, b, "-o", tmp_path / "out", "--no-align", "--order", "gate"), "--order would have no effect"),
@@ -235,7 +235,6 @@ def test_other_refusals_name_what_is_wrong(
             "--dataset-revision would have no effect",
         ),
         (("merge", a, b, "-o", tmp_path / "out", "--push-to-hub", "no spaces"), "not a Hub id to publish under"),
-        (("align", a, b, "-o", tmp_path / "out", "--symmetry-only", "--push-to-hub", "me/m"), "no checkpoint to publish"),
     ):
         code, _, stderr = run(capsys, *arguments)
         assert (code, stderr.startswith("error: ")) == (2, True) and message in stderr, arguments

@@ -704,7 +704,7 @@ def test_a_declaration_without_quantized_weights_is_passed_over(
 ) -> None:
     load(quantized(name)).save_pretrained(tmp_path / "plain", save_original_format=False)
     tiny.edit_config(tmp_path / "plain", quantization_config=LAYOUTS[name].declared)
-    with pytest.warns(MoELMCWarning, match="declares quantised weights .*, but no tensor is quantised"):
+    with pytest.warns(MoELMCWarning, match="declares quantized weights .*, but no tensor is quantized"):
         model = read(tmp_path / "plain")
     assert model.quantization is None and not hasattr(model.config, "quantization_config")
 
@@ -754,11 +754,11 @@ def test_the_tensors_decide_and_an_output_drops_the_entry(
     a, b = copy("mixtral"), saved("mixtral", "per-expert", 1)
     tiny.edit_config(a, **({"text_config": {"quantization_config": declared}} if nested else {"quantization_config": declared}))
     if nested:  # a configuration of one tower cannot be read with another inside
-        with pytest.warns(MoELMCWarning, match="no tensor is quantised"), Checkpoint.open(a) as checkpoint:
+        with pytest.warns(MoELMCWarning, match="no tensor is quantized"), Checkpoint.open(a) as checkpoint:
             assert with_changes(checkpoint.config, checkpoint.changes)["text_config"] == {}
         return
     for align_too in (True, False):
-        with pytest.warns(MoELMCWarning, match="copy: config.json declares quantised weights .*no tensor is quantised"):
+        with pytest.warns(MoELMCWarning, match="copy: config.json declares quantized weights .*no tensor is quantized"):
             merge(a, b, tmp_path / "out", 0.5, align=align_too)
         merge(saved("mixtral"), b, tmp_path / "expected", 0.5, align=align_too)
         assert same_bytes(tmp_path / "out", tmp_path / "expected")
@@ -805,7 +805,7 @@ def test_what_the_tensors_show_is_refused_before_any_work(
     described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (b / "hf_quant_config.json").write_text(json.dumps(described))
     for align_too in (True, False):
-        with pytest.raises(InputError, match=r"hf_quant_config.json declares quantised weights .*ModelOpt, quant_algo 'NVFP4'"):
+        with pytest.raises(InputError, match=r"hf_quant_config.json declares quantized weights .*ModelOpt, quant_algo 'NVFP4'"):
             plan_merge(a, b, tmp_path / "out", align=align_too)
 
 
@@ -819,10 +819,10 @@ def test_integers_that_are_no_codes_pass(copy: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_the_plain_merge_of_quantised_weights_says_the_way_out(
-    quantised: Callable[[str], Path], tmp_path: Path, name: str
+def test_the_plain_merge_of_quantized_weights_says_the_way_out(
+    quantized: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    folder = quantised(name)
+    folder = quantized(name)
     with pytest.raises(CheckpointError, match=r"cannot be interpolated.*dequantize=True.*about .*B of memory") as error:
         plan_merge(folder, folder, tmp_path / "out", align=False)
     assert "None" not in str(error.value) and "Quantization(" not in str(error.value)

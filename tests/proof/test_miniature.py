@@ -86,10 +86,10 @@ def test_hub_fields() -> None:
     assert small.moe_topk == [3, 3]
     # the class reads `intermediate_size` whatever else a checkpoint says
     assert small.intermediate_size == 24
-    quantised = CONFIG_MAPPING["deepseek_v3"](
+    quantized = CONFIG_MAPPING["deepseek_v3"](
         quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}, eos_token_id=[100001, 100002]
     )
-    small = shrink(quantised)
+    small = shrink(quantized)
     assert not hasattr(small, "quantization_config")
     assert small.eos_token_id == [127, 126]
 

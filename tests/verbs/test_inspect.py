@@ -31,7 +31,7 @@ def test_parameters_are_those_that_transformers_counts(saved: Callable[..., Path
     assert found.input_embedding == tiny.VOCABULARY * 16
 
 
-def test_parts_of_quantised_weights_count_as_what_they_stand_for() -> None:
+def test_parts_of_quantized_weights_count_as_what_they_stand_for() -> None:
     def counted(method: str, **tensors: tuple[torch.dtype, int]) -> list[int]:
         infos = {name.replace("__", "."): TensorInfo(name, "s", dtype, (n,), 0, 0) for name, (dtype, n) in tensors.items()}
         checkpoint = SimpleNamespace(tensors=infos, quantization=Quantization(method, None) if method else None)

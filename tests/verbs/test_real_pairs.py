@@ -30,7 +30,9 @@ def published(name: str, folder: Path, seed: int) -> Path:
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
     with Checkpoint.open(folder) as checkpoint:
         model_type, config = checkpoint.config["model_type"], read_config(checkpoint)
-    build(shrink(config), seed).save_pretrained(folder, save_original_format=True)
+    small = shrink(config)
+    small.get_text_config().vocab_size = tiny.VOCABULARY  # what the text's tokens fit into
+    build(small, seed).save_pretrained(folder, save_original_format=True)
     tiny.tokenizer().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**written, "model_type": model_type}))  # a None says something, too

@@ -23,18 +23,29 @@ from tests import tiny
 from tests.matching.test_ties import tie
 from tests.schemas import ALIGNMENT, REPORT, check_alignment, check_report, declared, seen
 from tests.verbs.test_alignment import miniature
+from tests.verbs.test_vocabularies import saved as with_vocabulary
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:outside the MoE blocks",
     "ignore:.*router rows are tied",
     "ignore:.*the barrier may be higher",
     "ignore:.*the routing cannot be watched",
+    "ignore:token ids of B alone",
 )
 COMMIT = "0" * 40
 
 
 @pytest.fixture(scope="module")
-def alignments(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Alignment]:
+def grown(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("vocabularies")
+    return [
+        with_vocabulary(folder / "a", "mixtral", 0, rows=264),
+        with_vocabulary(folder / "b", "mixtral", 1, rows=266, more=("<more>",)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alignments(saved: Callable[..., Path], grown: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Alignment]:
     """With a shared expert, with several banks, with sketches; and what no test has the checkpoints for."""
     folder = tmp_path_factory.mktemp("alignments")
     banks = [miniature("longcat_flash", folder / str(seed), seed) for seed in (0, 1)]
@@ -49,6 +60,7 @@ def alignments(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         found.append(align(*pair, folder / "sketched", symmetry_only=True))
     tied = tie(tiny.make_model("qwen2_moe", 1), [[1, 4]])
     found.append(align(pair[0], tiny.save(tied, folder / "b", "per-expert"), folder / "tied", symmetry_only=True))
+    found.append(align(*grown, folder / "vocabularies", symmetry_only=True))
     from_the_hub = replace(found[0], a={**found[0].a, "commit": COMMIT}, b={**found[0].b, "commit": COMMIT})
     return [*found, replace(from_the_hub, outside=replace(found[0].outside, median_cosine=None))]
 
@@ -67,7 +79,11 @@ def test_the_key_paths_of_alignments_are_those_of_the_schema(alignments: list[Al
 
 @pytest.fixture(scope="module")
 def reports(
-    alignments: list[Alignment], saved: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+    alignments: list[Alignment],
+    saved: Callable[..., Path],
+    grown: list[Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[BarrierReport]:
     """Real ones, which have all optional parts between them, and some with values that tests cannot bring about."""
     folder = tmp_path_factory.mktemp("reports")
@@ -100,6 +116,7 @@ def reports(
             found.append(barrier(*pair, folder / str(number), **common | more))
             assert json.loads((folder / str(number) / "report.json").read_text()) == json.loads(found[-1].to_json())
         patch.setattr("hf_moe_lmc.path.routing.ROUTERS", ("elsewhere",))
+        found.append(barrier(*grown, folder / "vocabularies", text=text_file, points=2, max_tokens=64))
         found.append(barrier(*pair, folder / "unavailable", text=text_file, points=2, max_tokens=64))
     return [*found, *without_files_to_make_them(found, alignments)]
 
@@ -117,6 +134,9 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     layers = {span: replace(alone, losses=alone.losses * math.inf) for span, alone in (first.layerwise or {}).items()}
     routing = [{**row, "entropy": None} for row in first.routing or []]
     yield replace(first, losses=infinite, layerwise=layers, routing=routing)
+    for report in found:
+        if report.own is not None:
+            yield replace(report, own={side: {**of_side, "nll": math.nan} for side, of_side in report.own.items()})
     windows = replace(first.windows, bytes_scored=None)
     high = {name: losses * (5 if name == "naive" else 1) for name, losses in first.losses.items()}
     for losses in high.values():

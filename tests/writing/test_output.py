@@ -19,6 +19,7 @@ from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing import output, results, spans
+from hf_moe_lmc.writing.shard_file import ShardFile
 from hf_moe_lmc.writing.workplace import at_work
 from tests import tiny
 from tests.scripts import script
@@ -318,8 +319,8 @@ def test_a_call_that_was_stopped_does_not_continue_with_shards_of_an_older_input
     with output.Checkpoint.open(b) as before:
         keys = before.fingerprint(), before.resume_key()
     written: list[str] = []
-    real = output._ShardFile.begin
-    monkeypatch.setattr(output._ShardFile, "begin", lambda self: (written.append(self.shard.name), real(self))[1])
+    real = ShardFile.begin
+    monkeypatch.setattr(ShardFile, "begin", lambda self: (written.append(self.shard.name), real(self))[1])
     stopped()
     assert written == []  # the control: the same inputs, nothing is written again
     of_b["w.1"][20:30] += 1
