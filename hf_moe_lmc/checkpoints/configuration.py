@@ -9,12 +9,12 @@ from typing import Any
 
 from hf_moe_lmc.errors import CheckpointError, Faults, shown, worded
 
-# Differences in these say nothing about the function that the weights compute.
+# Differences in these say nothing about the function that the weights compute, or (`vocab_size`) are told by the tables.
 COSMETIC_CONFIG = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "name_or_path", "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "router_aux_loss_coef", "torch_dtype",
     "transformers_version", "use_cache", "_attn_implementation", "_experts_implementation", "attention_dropout",
-    "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size",
+    "aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size", "vocab_size",
 }  # fmt: skip
 
 # Absent, these are on in some classes.

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*the barrier may be higher",
     "ignore:.*the routing cannot be watched",
     "ignore:token ids of B alone",
+    "ignore:the vocabulary has",
 )
 COMMIT = "0" * 40
 
