@@ -7,7 +7,7 @@ or removed, a write (half of which is done first), an fsync. n goes over the who
 After the kill the output has to be absent, or whole. Then the same call is made again. Everything in the output has to equal,
 byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left.
 
-Cases: the output beside its workplace; an empty folder that alone may be written in (so files move in one by one); an old
+Cases: the output beside its workspace; an empty folder that alone may be written in (so files move in one by one); an old
 output that is replaced.
 """
 
@@ -32,7 +32,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_moe_lmc as lmc
-from hf_moe_lmc.writing import location, spans, workplace
+from hf_moe_lmc.writing import location, spans, workspace
 
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate")
@@ -151,9 +151,9 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
     if not whole.exists():
         call(verb, a, b, whole, symmetry)
     expected, before = contents(whole), contents(old)
-    choose = workplace.working_folder
+    choose = workspace.working_folder
     if place == "inside":  # as where the output is a mount point
-        workplace.working_folder = lambda root: root / location.INSIDE
+        workspace.working_folder = lambda root: root / location.INSIDE
     try:
         number, counted = 0, folder / "counted"
         output = folder / "first" / "out"
@@ -178,14 +178,14 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             else:
                 assert state != "part", (verb, place, last, sorted(found))
             code_again = run(0, again)
-            # killed when all was done but for the workplace: the output is refused as not empty, as any finished one
+            # killed when all was done but for the workspace: the output is refused as not empty, as any finished one
             assert code_again == 0 or state == "whole", (verb, place, last, code_again)
             assert contents(output) == expected, (verb, place, last)
             assert [path.name for path in output.parent.iterdir()] == ["out"], (verb, place, last)
             yield {"event": last, "of": number, "killed": code == -signal.SIGKILL, "stood": state}
             shutil.rmtree(output.parent)
     finally:
-        workplace.working_folder = choose
+        workspace.working_folder = choose
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from hf_moe_lmc.checkpoints.untrusted import open_regular, read_json_object
 from hf_moe_lmc.checkpoints.weight_map import check_weight_map, read_weight_map
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.runtime.memory import reused
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
@@ -142,15 +142,15 @@ class Checkpoint:
         return self.source.path("config.json").parent
 
     @property
-    def is_here(self) -> bool:
+    def is_downloaded(self) -> bool:
         """Whether its weights can be read without a download."""
         return isinstance(self.source, Folder) or self.source.cached
 
     def download(self) -> None:
         """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
-        if self.is_here:
+        if self.is_downloaded:
             return
-        self.source.fetch([*self.shards, *self.side_files()])
+        self.source.download([*self.shards, *self.side_files()])
         here = Folder(self.source.path("config.json").parent)
         for name in self.shards:  # what came must be whole, and what was checked from afar
             shard, infos = _read_shard(here, name)
@@ -299,14 +299,14 @@ def format_index(shape: tuple[int, ...], element: int) -> str:
     return str([int(i) for i in torch.unravel_index(torch.tensor(element), shape)]) if shape else "[]"
 
 
-def bring(*checkpoints: Checkpoint) -> None:
+def download_checkpoints(*checkpoints: Checkpoint) -> None:
     """Brings the weights of checkpoints here, once on each machine; all processes have to see the same ones."""
-    mates = team()
-    with mates.main_first():
+    processes = process_group()
+    with processes.main_first():
         for checkpoint in checkpoints:
             checkpoint.download()
-    if mates.count > 1:
-        mates.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
+    if processes.count > 1:
+        processes.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
 
 
 def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:

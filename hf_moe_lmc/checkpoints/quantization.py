@@ -22,7 +22,7 @@ from hf_moe_lmc.checkpoints.header import TensorInfo
 from hf_moe_lmc.errors import CheckpointError, worded
 from hf_moe_lmc.runtime.progress import size_of
 
-WAY_OUT = (
+DEQUANTIZE_ADVICE = (
     "Take the model in bfloat16, or dequantize it with transformers: from_pretrained(..., dtype='bfloat16', "
     "quantization_config=FineGrainedFP8Config(dequantize=True)), or Mxfp4Config for mxfp4, then "
     "save_pretrained(..., save_original_format=False). Of fp8, transformers 5.23 and 5.24 dequantize rightly only one tensor "
@@ -154,8 +154,8 @@ def way_out(tensors: Mapping[str, TensorInfo]) -> str:
         else:
             needed += info.nbytes
     return (
-        f"{WAY_OUT}. Dequantized, the model takes about {size_of(needed)} of memory: where that is too much, take a release of "
-        "it in bfloat16, or a script that converts shard by shard"
+        f"{DEQUANTIZE_ADVICE}. Dequantized, the model takes about {size_of(needed)} of memory: where that is too much, "
+        "take a release of it in bfloat16, or a script that converts shard by shard"
     )
 
 

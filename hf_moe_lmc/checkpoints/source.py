@@ -50,7 +50,7 @@ class Folder:
     def path(self, file: str) -> Path:
         return self.root / file
 
-    def fetch(self, files: Sequence[str]) -> None:
+    def download(self, files: Sequence[str]) -> None:
         return None
 
 
@@ -74,7 +74,7 @@ class Repository:
         with hub_errors(self.repo_id):
             return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
 
-    def fetch(self, files: Sequence[str]) -> None:
+    def download(self, files: Sequence[str]) -> None:
         if self.cached:
             return
         with hub_errors(self.repo_id):

@@ -126,7 +126,7 @@ def agreement_of(a: Checkpoint, b: Checkpoint, rows_a: int, rows_b: int) -> Agre
     return compare_ids(read_vocabulary(a), read_vocabulary(b), rows_a, rows_b)
 
 
-def different(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
+def tokenizer_mismatch(a: Checkpoint, b: Checkpoint, problems: Sequence[list[str]]) -> MismatchError:
     """The error for token ids that mean different tokens."""
     details = "\n".join(listing(lines) for lines in problems)
     return MismatchError(

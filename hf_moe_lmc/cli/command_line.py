@@ -22,18 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser().parse_args(arguments))
     verb = given.pop("verb")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages: far fewer page faults
-    mates = processes.team()
+    group = processes.process_group()
 
     def complain(line: str) -> None:
-        if mates.is_main:
+        if group.is_main:
             print(escaped(line), file=sys.stderr)
 
     warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
     try:
         processes.check_launch(["-m", "hf_moe_lmc", *(sys.argv[1:] if arguments is None else arguments)])
-        if mates.count > 1 and verb not in SHARED:
+        if group.count > 1 and verb not in SHARED:
             raise InputError("this verb works in one process; start it without torchrun")
-        with _one_speaker(mates.is_main):
+        with _one_speaker(group.is_main):
             code = COMMANDS[verb](given) or 0
         sys.stdout.flush()
         return code

@@ -34,7 +34,7 @@ from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.verbs.apply import apply
 from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge
-from hf_moe_lmc.writing.workplace import check_output
+from hf_moe_lmc.writing.workspace import check_output
 
 CONFIG = MixtralConfig(
     vocab_size=1024,

@@ -23,9 +23,9 @@ from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.ties import in_words
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.workplace import Kept, Workplace
+from hf_moe_lmc.writing.workspace import ResultFolder, Workspace
 
 ALIGNMENT_VERSION = 1
 SAME = "A and B hold the same weights; the alignment is the identity"
@@ -109,12 +109,12 @@ def align_models(
     method: WeightMatching,
     *,
     allow_nonfinite: bool = False,
-    workplace: Workplace | None = None,
+    workspace: Workspace | None = None,
     deliver: Callable[[int, LayerSymmetry], None] = lambda layer, element: None,
 ) -> Alignment:
     """The symmetry that takes `b` close to `a`, computed layer by layer on accelerate's device.
 
-    Several processes take layers in turn, and each ends up with all of them. With a `workplace` (in process 0), layers that an
+    Several processes take layers in turn, and each ends up with all of them. With a `workspace` (in process 0), layers that an
     earlier call has matched are taken from there.
 
     Args:
@@ -134,10 +134,10 @@ def align_models(
         >>> totals["relative_distance_after_units"] < 0.1 * totals["relative_distance_before"]
         True
     """
-    processes = team()
+    processes = process_group()
     started = time.perf_counter()
     origins = {"a": a.checkpoint.origin(), "b": b.checkpoint.origin()}
-    layers = _match_layers(a, b, method, workplace, deliver)
+    layers = _match_layers(a, b, method, workspace, deliver)
     outside = processes.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if processes.is_main else None)
     assert outside is not None
     warnings = tuple(_warnings(a, b, method, layers, outside))
@@ -164,13 +164,13 @@ def _match_layers(
     a: MoEModel,
     b: MoEModel,
     method: WeightMatching,
-    workplace: Workplace | None,
+    workspace: Workspace | None,
     deliver: Callable[[int, LayerSymmetry], None],
 ) -> dict[int, Matching]:
     """Matches the layers that both models have, one of each process at a time; those of an earlier call are read back."""
-    processes, device = team(), _device()
+    processes, device = process_group(), _device()
     common = sorted(a.layers.keys() & b.layers.keys())
-    records = workplace.kept("matching", matching_facts(a, b, method)) if workplace else None
+    records = workspace.results("matching", matching_facts(a, b, method)) if workspace else None
     layers = _matched_before(records)
     for index, matching in layers.items():
         deliver(index, matching.symmetry)
@@ -203,9 +203,9 @@ def _match_layers(
     return dict(sorted(layers.items()))
 
 
-def _matched_before(records: Kept | None) -> dict[int, Matching]:
+def _matched_before(records: ResultFolder | None) -> dict[int, Matching]:
     """Layers that an earlier call has matched, as process 0 finds them."""
-    processes = team()
+    processes = process_group()
     in_main = dict(matchings(records)) if records else {}
     layers = {}
     for index in processes.from_main(sorted(in_main)):

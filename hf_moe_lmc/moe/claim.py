@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from hf_moe_lmc.checkpoints.quantization import (
+    DEQUANTIZE_ADVICE,
     FLOAT8,
-    WAY_OUT,
 )
 from hf_moe_lmc.errors import FamilyError, listing
 from hf_moe_lmc.moe.block import Block, Claim
@@ -122,7 +122,7 @@ def _tensor_problems(block: Block, claim: Claim) -> list[str]:
         if not has_any(block.checkpoint, scales):
             return [f"missing: {scales[0]} (the scales of {claim.name})"]
         if is_quantized_router(block, claim):
-            return [f"{claim.name}: a quantized router: moving its rows would need new scales. {WAY_OUT}"]
+            return [f"{claim.name}: a quantized router: moving its rows would need new scales. {DEQUANTIZE_ADVICE}"]
         return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
         declared = block.quantization.method if block.quantization else "no quantization"
@@ -157,7 +157,7 @@ def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
         if (info.dtype, info.shape) != (expected.dtype, expected.shape):
-            advice = WAY_OUT if block.quantization else "Bring all experts to one dtype first"
+            advice = DEQUANTIZE_ADVICE if block.quantization else "Bring all experts to one dtype first"
             problems.append(
                 f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
                 f"{expected.dtype}; they cannot change places. {advice}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.mtp import has_own_prefix, uncounted
-from hf_moe_lmc.checkpoints.quantization import WAY_OUT, Quantization
+from hf_moe_lmc.checkpoints.quantization import DEQUANTIZE_ADVICE, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
 from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
 from hf_moe_lmc.moe.family import MoEFamily
@@ -135,7 +135,7 @@ class MoEModel:
         if problems and self.quantization:
             raise SymmetryError(
                 f"{where} is quantized ({self.quantization.method}): only whole experts can change places, anything else would "
-                f"need new scales:\n{listing(problems)}\n{WAY_OUT}"
+                f"need new scales:\n{listing(problems)}\n{DEQUANTIZE_ADVICE}"
             )
         if problems:
             raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")

@@ -21,10 +21,10 @@ from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
 from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
-from hf_moe_lmc.writing.results import Kept
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.results import ResultFolder
+from hf_moe_lmc.writing.workspace import Workspace
 
 LANES = 4096  # at most at once
 IN_FLIGHT = 6  # hidden states that a paused forward holds, about
@@ -133,7 +133,7 @@ class Evaluator:
         *,
         inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
         observers: Sequence[Observer] = (),
-        progress: Workplace | None = None,
+        progress: Workspace | None = None,
     ) -> tuple[Tensor, Cost]:
         """Summed losses of each window at each point: float64 [point, window], nats.
 
@@ -162,10 +162,10 @@ class Evaluator:
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
         batches = batches_of(self.windows.rows, self.options.batch_size)
         job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode), self.options.masked)
-        kept = progress.kept("losses", _facts(job, self.options, observers)) if progress else None
+        kept = progress.results("losses", _facts(job, self.options, observers)) if progress else None
         results = _Results.begin(job, observers, kept)
-        mates = team()
-        chunks = _chunks(mates.share(results.left), plan.passes)
+        processes = process_group()
+        chunks = _chunks(processes.share(results.left), plan.passes)
         total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
         running: list[Sweep] = []
         for observer in observers:
@@ -174,9 +174,9 @@ class Evaluator:
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=total, desc="evaluating the path", unit="step", disable=not mates.is_main) as bar,
+                tqdm(total=total, desc="evaluating the path", unit="step", disable=not processes.is_main) as bar,
             ):
-                for number in range(max(mates.exchange(len(chunks)))):
+                for number in range(max(processes.exchange(len(chunks)))):
                     with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
                         running.append(sweep)
                         lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
@@ -185,8 +185,8 @@ class Evaluator:
         finally:
             for observer in observers:
                 observer.end()
-        passes = max(mates.exchange(plan.passes))
-        return results.losses, replace(plan, passes=passes, mode=mates.from_main(plan.mode))
+        passes = max(processes.exchange(plan.passes))
+        return results.losses, replace(plan, passes=passes, mode=processes.from_main(plan.mode))
 
 
 @dataclass(frozen=True)
@@ -238,23 +238,23 @@ class _Results:
     losses: Tensor
     batches: list[list[int]]
     observers: Sequence[Observer]
-    kept: Kept | None
+    kept: ResultFolder | None
     keeping: bool
     done: Tensor
     todo: list[int] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, job: _Job, observers: Sequence[Observer], kept: Kept | None) -> _Results:
+    def begin(cls, job: _Job, observers: Sequence[Observer], kept: ResultFolder | None) -> _Results:
         """With what an earlier call has left, in all processes."""
-        mates = team()
+        processes = process_group()
         losses = torch.empty(len(job.points), len(job.windows.rows), dtype=torch.float64)
         done = torch.zeros(len(job.points), len(job.batches), dtype=torch.bool)
-        found = cls(losses, job.batches, observers, kept, mates.from_main(kept is not None), done)
+        found = cls(losses, job.batches, observers, kept, processes.from_main(kept is not None), done)
         found._restore()
-        found.done = mates.from_main(found.done)
+        found.done = processes.from_main(found.done)
         if bool(found.done.any()):
-            losses.copy_(mates.from_main(losses))
+            losses.copy_(processes.from_main(losses))
         todo, found.left = ((~found.done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
         needed = {point for observer in observers for point in observer.needed} if bool(found.done.any()) and todo else ()
         found.todo = sorted({*todo, *needed})
@@ -282,17 +282,17 @@ class _Results:
 
     def take(self, lanes: Sequence[Lane]) -> None:
         """A round of all processes, each with the lanes of the same points that have come to their end."""
-        mates = team()
+        processes = process_group()
         mine = {f"{lane.point}-{lane.batch}": lane.result for lane in lanes if not lane.again}
         points = sorted({lane.point for lane in lanes})
         seen = {
-            f"{number}/{mates.rank}/{key}": value
+            f"{number}/{processes.rank}/{key}": value
             for number, observer in enumerate(self.observers if self.keeping else ())
             for key, value in observer.seen(points).items()
         }
         losses: dict[str, Tensor] = {}
         everything: dict[str, Tensor] = {}
-        for of_one, seen_by_one in mates.exchange((mine, seen)):
+        for of_one, seen_by_one in processes.exchange((mine, seen)):
             losses |= of_one
             everything |= seen_by_one
         _fill_in(self.losses, self.batches, losses)
@@ -392,17 +392,17 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
 
 def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
     """Decides how much is in memory at once."""
-    mates = team()
-    free = available_memory() // mates.local_count
+    processes = process_group()
+    free = available_memory() // processes.local_count
     of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
     everything = 2 * of_a + len(ends.symmetries) * of_b  # the one that stands in the model is as large as A
     longest = max(len(row) for row in windows.rows)
     per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
     if everything < SHARE * free if options.resident is None else options.resident:
         return Cost("resident", 1, of_a + of_b, everything, per_token * longest)
-    needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / mates.count)
+    needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / processes.count)
     budget = options.activation_memory or int(SHARE * free)
-    lanes = math.ceil(points * len(windows.rows) / mates.count)
+    lanes = math.ceil(points * len(windows.rows) / processes.count)
     passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
     return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
 

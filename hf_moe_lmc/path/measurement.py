@@ -22,9 +22,9 @@ from hf_moe_lmc.path.routing import RoutingObserver
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, Span
 from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Measurement:
     symmetries: Mapping[str, ModelSymmetry]
     grid: GridOptions
     spans: Sequence[Span]
-    progress: Workplace | None
+    progress: Workspace | None
 
     @property
     def windows(self) -> Windows:
@@ -99,7 +99,7 @@ class Measurement:
 
     def evaluate(self, points: Sequence[Point]) -> _Found:
         """Losses, and the routing where it is wanted, at some points."""
-        mates, facts = team(), dict[str, Any]()
+        processes, facts = process_group(), dict[str, Any]()
         watching = RoutingObserver(self.evaluator.a, points) if self.grid.routing else None
         losses, cost = self.evaluator.evaluate(
             self.symmetries,
@@ -111,8 +111,8 @@ class Measurement:
         at_point = dict(zip(points, losses, strict=True))
         if watching is None:
             return _Found(at_point, cost, [], facts, None)
-        for number, tallies in enumerate(mates.exchange(watching.tallies)):
-            if number != mates.rank:
+        for number, tallies in enumerate(processes.exchange(watching.tallies)):
+            if number != processes.rank:
                 watching.add(tallies)
         return _Found(at_point, cost, watching.rows(), facts, watching.problem)
 
@@ -142,7 +142,7 @@ class Measurement:
             windows=self.windows,
             losses=losses,
             t=t,
-            seconds=team().from_main(time.perf_counter() - started),
+            seconds=process_group().from_main(time.perf_counter() - started),
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=found.routing if grid.routing and not found.problem else None,
             own=own,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_moe_lmc.checkpoints.token_ids import different
+from hf_moe_lmc.checkpoints.token_ids import tokenizer_mismatch
 from hf_moe_lmc.checkpoints.vocabulary import Vocabulary, read_vocabulary
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.moe.model import MoEModel
@@ -36,7 +36,7 @@ def common_tokenizer(a: MoEModel, b: MoEModel) -> PreTrainedTokenizerBase:
         return found
     other = _tokenizer(b)
     if other is not None and found.get_vocab() != other.get_vocab():
-        raise different(a.checkpoint, b.checkpoint, [["vocabulary, as transformers loads it"]])
+        raise tokenizer_mismatch(a.checkpoint, b.checkpoint, [["vocabulary, as transformers loads it"]])
     return found
 
 
@@ -48,7 +48,7 @@ def same_opaque(a: Vocabulary | None, b: Vocabulary | None) -> bool:
 def _tokenizer(model: MoEModel) -> PreTrainedTokenizerBase | None:
     if read_vocabulary(model.checkpoint) is None:
         return None
-    model.checkpoint.source.fetch(model.checkpoint.side_files())
+    model.checkpoint.source.download(model.checkpoint.side_files())
     folder = model.checkpoint.source.path("config.json").parent
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -33,10 +33,10 @@ from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.output import writing
+from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream, rewritten, whole
-from hf_moe_lmc.writing.workplace import at_work
+from hf_moe_lmc.writing.workspace import open_workspace
 
 HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
 FAILS = 1e-3  # smallest one that counts as another function
@@ -320,7 +320,7 @@ def check_accounting(model: MoEModel, written: Path) -> None:
 
 def write(stream: ModelStream, output: Path) -> Path:
     """A whole checkpoint folder from a stream."""
-    with at_work(output) as workplace, writing(workplace, durable=False) as writer:
+    with open_workspace(output) as workspace, open_writer(workspace, durable=False) as writer:
         assert writer is not None
         writer.write_tensors(stream, quiet=True)
         writer.write_checkpoint_files(stream.template)

@@ -17,7 +17,7 @@ from hf_moe_lmc.publishing.target import Target, check_paths, check_remains, ref
 CHANGED_MEANWHILE = (409, 412)
 
 
-def check_publishable(repo_id: str | None) -> None:
+def check_repo_id(repo_id: str | None) -> None:
     """Raises InputError, before any work, for a REPO_ID that the Hub would not take; None is fine."""
     if repo_id is not None:
         try:
@@ -55,7 +55,7 @@ def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool)
         )
 
 
-def publish(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
+def push_result(output: str | os.PathLike[str], repo_id: str, *, private: bool | None) -> None:
     """`push` at the end of other work: a failure says that the work itself is done."""
     again = f"hf-moe-lmc push {output} {repo_id}{' --private' if private else ''}"
     try:
@@ -105,7 +105,7 @@ def push(
         >>> lmc.push("merged", "me/merged", private=True)
         'https://huggingface.co/me/merged/commit/...'
     """
-    check_publishable(repo_id)
+    check_repo_id(repo_id)
     whole = finished(folder)
     api = HfApi(token=token)
     with hub_errors(repo_id, writing=True):

@@ -1,8 +1,8 @@
 """Several processes on one job: their ranks, their shares of the work, and the exchange of results and failures.
 
 `torchrun`, or another program that sets RANK and WORLD_SIZE, starts the processes. Each of them calls the same function with
-the same arguments. They communicate in rounds, and each `Team.exchange` is one round. A process that fails takes part in the
-next round of the others, with its error. So no process waits for one that is gone, and all end with one error.
+the same arguments. They communicate in rounds, and each `ProcessGroup.exchange` is one round. A process that fails takes part
+in the next round of the others, with its error. So no process waits for one that is gone, and all end with one error.
 
 Results are those of a single process, bit for bit, if each has as many threads (OMP_NUM_THREADS) as that would have. torchrun
 sets OMP_NUM_THREADS to 1 unless it is set.
@@ -60,7 +60,7 @@ class _Failure:
 
 
 @dataclass
-class Team:
+class ProcessGroup:
     """The processes of a job, seen from one of them.
 
     Attributes:
@@ -155,33 +155,33 @@ class Team:
             self._round(None)
 
 
-_team: Team | None = None
+_process_group: ProcessGroup | None = None
 
 
-def team() -> Team:
+def process_group() -> ProcessGroup:
     """The processes of this run, from the environment (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE)."""
-    global _team
-    if _team is None:
+    global _process_group
+    if _process_group is None:
         number = {name: int(os.environ.get(name) or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         if "RANK" not in os.environ or number["WORLD_SIZE"] < 2:
-            return Team()
-        _team = Team(number["RANK"], number["WORLD_SIZE"], number["LOCAL_WORLD_SIZE"] or 1)
-    return _team
+            return ProcessGroup()
+        _process_group = ProcessGroup(number["RANK"], number["WORLD_SIZE"], number["LOCAL_WORLD_SIZE"] or 1)
+    return _process_group
 
 
 def close() -> None:
     """Disconnects the processes, if they are connected: together, as torchrun ends the rest when one has exited."""
-    global _team
-    if _team is not None and _team._group is not None:
+    global _process_group
+    if _process_group is not None and _process_group._group is not None:
         from torch import distributed
 
         with suppress(ProcessError):  # whoever has ended has nothing more to say
-            _team._round(None)
+            _process_group._round(None)
         distributed.destroy_process_group()
-        _team = None
+        _process_group = None
 
 
-def together(job: Callable[P, T]) -> Callable[P, T]:
+def collective(job: Callable[P, T]) -> Callable[P, T]:
     """A function that all processes of a run call, with equal arguments.
 
     A failure in one process ends all of them with the same error. Before that, process 0 removes unfinished files.
@@ -194,23 +194,23 @@ def together(job: Callable[P, T]) -> Callable[P, T]:
     @wraps(job)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         check_launch()
-        mates = team()
-        if mates.count == 1 or mates._working:
+        processes = process_group()
+        if processes.count == 1 or processes._working:
             return job(*args, **kwargs)
-        mates._working, mates._informed = True, False
+        processes._working, processes._informed = True, False
         failure: BaseException | None = None
         with _interrupt_on_termination():
-            mates._start()
+            processes._start()
             try:
                 result = job(*args, **kwargs)
-                mates.exchange(None)
+                processes.exchange(None)
                 return result
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                mates._end(failure)
-                mates._working = False
+                processes._end(failure)
+                processes._working = False
 
     return run
 

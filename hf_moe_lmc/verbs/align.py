@@ -11,15 +11,15 @@ from hf_moe_lmc.matching.alignment import Alignment, align_models, matching_fact
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.publishing.card import model_card
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.output import FolderWriter, writing
+from hf_moe_lmc.writing.output import FolderWriter, open_writer
 from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 from hf_moe_lmc.writing.streams import rewritten
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workspace import Workspace
 
 
 @verb
@@ -109,15 +109,15 @@ class _Alignment(Job[Alignment]):
         options = {"what": "align", "symmetry_only": self.symmetry_only, "allow_nonfinite": self.allow_nonfinite}
         return options | matching_facts(self.a, self.b, self.method)
 
-    def run(self, workplace: Workplace | None) -> Alignment:
+    def run(self, workspace: Workspace | None) -> Alignment:
         download(self.a, self.b)
         inputs = [self.b.checkpoint]
-        with writing(workplace, self.facts(), inputs=inputs, allow_nonfinite=self.allow_nonfinite) as writer:
+        with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.allow_nonfinite) as writer:
             elements = pending(self.b.layers)
             stream = rewritten(self.b, elements)
             with written_meanwhile(None if self.symmetry_only else writer, stream, elements) as deliver:
                 alignment = align_models(
-                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workplace=workplace, deliver=deliver
+                    self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workspace=workspace, deliver=deliver
                 )
             if self.symmetry_only:
                 if writer:
@@ -125,7 +125,7 @@ class _Alignment(Job[Alignment]):
                 return alignment
             if writer:
                 writer.write_checkpoint_files(self.b.checkpoint)
-            alignment = alignment.with_output(team().from_main(writer.fingerprint() if writer else ""))
+            alignment = alignment.with_output(process_group().from_main(writer.fingerprint() if writer else ""))
             if writer:
                 writer.write_text("README.md", align_card(self.a, self.b, alignment))
                 write_alignment(writer, alignment, "alignment/")

@@ -15,9 +15,9 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.output import writing
+from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.streams import rewritten
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workspace import Workspace
 
 
 @verb
@@ -86,10 +86,10 @@ class _Application(Job[Path]):
         of_inputs = {"b": self.model.checkpoint.resume_key(), "symmetry": digest(self.symmetry)}
         return {"what": "apply", "allow_nonfinite": self.allow_nonfinite, **of_inputs}
 
-    def run(self, workplace: Workplace | None) -> Path:
+    def run(self, workspace: Workspace | None) -> Path:
         checkpoint = self.model.checkpoint
         download(self.model, given=self.symmetry)
-        with writing(workplace, self.facts(), inputs=[checkpoint], allow_nonfinite=self.allow_nonfinite) as writer:
+        with open_writer(workspace, self.facts(), inputs=[checkpoint], allow_nonfinite=self.allow_nonfinite) as writer:
             if writer:
                 writer.write_tensors(rewritten(self.model, self.symmetry.layers))
                 writer.write_checkpoint_files(checkpoint)

@@ -23,15 +23,15 @@ from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Inputs, Pair, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.output import writing
+from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.streams import refuse_quantized
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workspace import Workspace
 
 
 @verb
@@ -204,15 +204,15 @@ class _Barrier(Job[BarrierReport]):
             evaluated=self.evaluator.cost(self.paths, points),
         )
 
-    def run(self, workplace: Workplace | None) -> BarrierReport:
+    def run(self, workspace: Workspace | None) -> BarrierReport:
         a, b = self.evaluator.a, self.evaluator.b
-        with writing(workplace) as writer:
+        with open_writer(workspace) as writer:
             started = time.perf_counter()
             download(a, b, given=self.pair.symmetry)
-            team().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
-            aligned, matching = self._aligned(workplace)
+            process_group().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
+            aligned, matching = self._aligned(workspace)
             symmetries = {"aligned": aligned, **({"naive": b.identity()} if self.asked.grid.naive else {})}
-            measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workplace)
+            measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
             report = measurement.report(self.asked.source.describe(), matching, started, self._own())
             _warn(report)
             if writer:
@@ -222,12 +222,12 @@ class _Barrier(Job[BarrierReport]):
                 report.plot(writer.path("barrier.png"))
         return report
 
-    def _aligned(self, workplace: Workplace | None) -> tuple[ModelSymmetry, dict[str, Any]]:
+    def _aligned(self, workspace: Workspace | None) -> tuple[ModelSymmetry, dict[str, Any]]:
         """What B is aligned with, and what a report says of it."""
         given = self.pair.symmetry
         if given is not None:
             return given, {"symmetry": self.file, **given.metadata}
-        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workplace=workplace)
+        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workspace=workspace)
         return alignment.symmetry, alignment.to_dict()
 
     def _own(self) -> dict[str, dict[str, Any]] | None:

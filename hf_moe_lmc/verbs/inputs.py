@@ -8,16 +8,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.joint import rows_of
 from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_place
 from hf_moe_lmc.checkpoints.quantization import not_interpolated
 from hf_moe_lmc.checkpoints.sizes import check_headed, check_sizes
-from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, different
+from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, tokenizer_mismatch
 from hf_moe_lmc.errors import Faults
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import team
-from hf_moe_lmc.writing.workplace import check_output
+from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.writing.workspace import check_output
 
 # Models are recognised with transformers, which takes seconds to import and a plain merge does without.
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Inputs:
                 agreement = agreement_of(checkpoints[0], checkpoints[1], *(rows_of(one, one.tensors) for one in checkpoints))
                 warnings += agreement.warnings
                 if agreement.problems and not inside_only:
-                    raise different(checkpoints[0], checkpoints[1], agreement.problems)
+                    raise tokenizer_mismatch(checkpoints[0], checkpoints[1], agreement.problems)
                 if agreement.problems:
                     warnings.append(
                         "the tokenizers of A and B differ; align moves no embeddings, but merge and barrier refuse them"
@@ -118,7 +118,7 @@ class Inputs:
         model_a, model_b = models
         if given is not None:
             model_b.check_symmetry(given)
-            if model_b.checkpoint.is_here:
+            if model_b.checkpoint.is_downloaded:
                 model_b.check_ties(given)
         return Pair(model_a, model_b, given, agreement.ids, (alone[0], alone[1]))
 
@@ -146,7 +146,7 @@ class Inputs:
                         check_sizes(checkpoint)
                 checkpoints = [joined.a, joined.b]
                 if agreement.problems:
-                    faults.add(different(checkpoints[0], checkpoints[1], agreement.problems))
+                    faults.add(tokenizer_mismatch(checkpoints[0], checkpoints[1], agreement.problems))
         self._check_output(checkpoints)
         for fault in faults.found:
             self._faults.add(fault)
@@ -169,7 +169,7 @@ class Inputs:
         assert recognised is not None and given is not None
         given = given.inverse() if inverse else given
         recognised.check_symmetry(given)
-        if recognised.checkpoint.is_here:
+        if recognised.checkpoint.is_downloaded:
             recognised.check_ties(given)
         return recognised, given
 
@@ -193,7 +193,7 @@ class Inputs:
         return None
 
     def _check_output(self, checkpoints: list[Checkpoint]) -> None:
-        if self._output is not None and team().is_main:
+        if self._output is not None and process_group().is_main:
             with self._faults.gather():
                 check_output(self._output, [checkpoint.folder for checkpoint in checkpoints], overwrite=self._overwrite)
 
@@ -206,7 +206,7 @@ def download(*models: MoEModel, given: ModelSymmetry | None = None) -> None:
     Raises:
         SymmetryError: it moves experts that ties between router rows keep in their places.
     """
-    bring(*(model.checkpoint for model in models))
+    download_checkpoints(*(model.checkpoint for model in models))
     model = models[-1]
     if given is not None:
         model.check_ties(given)

@@ -224,7 +224,7 @@ def _describe(model: MoEModel) -> Inspection:
         shards=len(checkpoint.shards),
         symmetry=_symmetry_in_words(model),
         parameters=count_parameters(model, heads if head != "different" else ()),
-        router_ties=_ties(model) if checkpoint.is_here else None,
+        router_ties=_ties(model) if checkpoint.is_downloaded else None,
         tied_embeddings=bool(getattr(model.text_config, "tie_word_embeddings", False)),
         redundant_head=head,
         ignored_buffers=ignored_buffers(model),
@@ -248,7 +248,7 @@ def _redundant(model: MoEModel, heads: Sequence[str]) -> str | None:
     embedding = embedding_of(checkpoint, model.outside)
     if not heads or embedding is None:
         return None
-    if not checkpoint.is_here:
+    if not checkpoint.is_downloaded:
         return "not compared"
     infos = [checkpoint.tensors[name] for name in (embedding, heads[0])]
     if (infos[0].dtype, infos[0].shape) != (infos[1].dtype, infos[1].shape):

@@ -16,13 +16,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from hf_moe_lmc.publishing.push import check_target, publish
-from hf_moe_lmc.runtime.processes import team, together
+from hf_moe_lmc.publishing.push import check_target, push_result
+from hf_moe_lmc.runtime.processes import collective, process_group
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.options import OutputOptions
 from hf_moe_lmc.verbs.planning import Plan, Work, planned
-from hf_moe_lmc.writing.output import begin
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.output import enter_workspace
+from hf_moe_lmc.writing.workspace import Workspace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,8 +38,8 @@ class Job(ABC, Generic[R]):
         """What will be read and written, for the plan."""
 
     @abstractmethod
-    def run(self, workplace: Workplace | None) -> R:
-        """Does it. The workplace is that of process 0; others have None."""
+    def run(self, workspace: Workspace | None) -> R:
+        """Does it. The workspace is that of process 0; others have None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,12 @@ class Request(Generic[R]):
         """Checks, fetches, computes, writes, publishes."""
         with ExitStack() as stack:
             job = self._checked(stack)
-            workplace = begin(
+            workspace = enter_workspace(
                 self.output, *self.inputs, stack=stack, resume=self.options.resume, overwrite=self.options.overwrite
             )
-            result = job.run(workplace)
-        if self.options.push_to_hub and team().is_main:
-            publish(self.output, self.options.push_to_hub, private=self.options.private)
+            result = job.run(workspace)
+        if self.options.push_to_hub and process_group().is_main:
+            push_result(self.output, self.options.push_to_hub, private=self.options.private)
         return result
 
     def plan(self) -> Plan:
@@ -80,7 +80,7 @@ class Request(Generic[R]):
     def _checked(self, stack: ExitStack) -> Job[R]:
         inputs = Inputs(stack, self.output, overwrite=self.options.overwrite)
         repo_id = self.options.push_to_hub
-        if repo_id and team().is_main:
+        if repo_id and process_group().is_main:
             inputs.check_first(lambda: check_target(repo_id, self.output, weights=self.writes_weights))
         return self.prepare(inputs)
 
@@ -105,8 +105,8 @@ def verb(request: Callable[P, Request[R]]) -> Verb[P, R]:
 
     found = inspect.signature(request)
     result = str(found.return_annotation).removeprefix("Request[").removesuffix("]")
-    public = cast("Any", together(run))
-    public.plan = together(plan)
+    public = cast("Any", collective(run))
+    public.plan = collective(plan)
     for function, annotation in ((public, result), (public.plan, "Plan")):
         function.__signature__ = found.replace(return_annotation=annotation)
     public.plan.__name__ = f"plan_{request.__name__}"

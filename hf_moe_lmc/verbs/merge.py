@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, bring
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
@@ -21,9 +21,9 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.interpolation import check_t
-from hf_moe_lmc.writing.output import FolderWriter, writing
+from hf_moe_lmc.writing.output import FolderWriter, open_writer
 from hf_moe_lmc.writing.spans import PlainStream
-from hf_moe_lmc.writing.workplace import Workplace
+from hf_moe_lmc.writing.workspace import Workspace
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
@@ -134,10 +134,10 @@ class _PlainMerge(Job["Alignment | None"]):
     def facts(self) -> Mapping[str, Any]:
         return self.point.facts(self.a, self.b) | {"a": self.a.resume_key(), "b": self.b.resume_key()}
 
-    def run(self, workplace: Workplace | None) -> None:
-        bring(self.a, self.b)
+    def run(self, workspace: Workspace | None) -> None:
+        download_checkpoints(self.a, self.b)
         inputs = [self.a, self.b]
-        with writing(workplace, self.facts(), inputs=inputs, allow_nonfinite=self.point.allow_nonfinite) as writer:
+        with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.point.allow_nonfinite) as writer:
             if writer:
                 writer.write_tensors(PlainStream(self.a, self.b, self.point.t))
                 writer.write_checkpoint_files(self.a, self.b if self.point.tokenizer == "b" else None)
@@ -184,13 +184,13 @@ class _Merge(Job["Alignment | None"]):
             return self.point.facts(a, b) | matching_facts(self.pair.a, self.pair.b, self.method)
         return self.point.facts(a, b) | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
 
-    def run(self, workplace: Workplace | None) -> Alignment | None:
+    def run(self, workspace: Workspace | None) -> Alignment | None:
         from hf_moe_lmc.verbs.inputs import download
 
         a, b = self.inputs
         download(self.pair.a, self.pair.b, given=self.pair.symmetry)
-        with writing(workplace, self.facts(), inputs=[a, b], allow_nonfinite=self.point.allow_nonfinite) as writer:
-            alignment = self._write_tensors(writer, workplace)
+        with open_writer(workspace, self.facts(), inputs=[a, b], allow_nonfinite=self.point.allow_nonfinite) as writer:
+            alignment = self._write_tensors(writer, workspace)
             if alignment and not self.pair.ids.alike:
                 alignment = replace(alignment, vocabulary=self.pair.ids.account())
             used = alignment.symmetry if alignment else self.pair.symmetry
@@ -204,7 +204,7 @@ class _Merge(Job["Alignment | None"]):
                 writer.write_text("README.md", card)
         return alignment
 
-    def _write_tensors(self, writer: FolderWriter | None, workplace: Workplace | None) -> Alignment | None:
+    def _write_tensors(self, writer: FolderWriter | None, workspace: Workspace | None) -> Alignment | None:
         from hf_moe_lmc.matching.alignment import align_models
         from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
         from hf_moe_lmc.writing.streams import interpolated
@@ -215,7 +215,7 @@ class _Merge(Job["Alignment | None"]):
             stream = interpolated(a, b, elements, t, rounded=True)
             with written_meanwhile(writer, stream, elements) as deliver:
                 return align_models(
-                    a, b, self.method, allow_nonfinite=self.point.allow_nonfinite, workplace=workplace, deliver=deliver
+                    a, b, self.method, allow_nonfinite=self.point.allow_nonfinite, workspace=workspace, deliver=deliver
                 )
         if writer:
             writer.write_tensors(interpolated(a, b, self.used.layers, t, rounded=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from hf_moe_lmc.errors import refuse_idle
-from hf_moe_lmc.publishing.push import check_publishable
+from hf_moe_lmc.publishing.push import check_repo_id
 
 Options = TypeVar("Options")
 
@@ -34,7 +34,7 @@ class OutputOptions:
     private: bool | None = None
 
     def __post_init__(self) -> None:
-        check_publishable(self.push_to_hub)
+        check_repo_id(self.push_to_hub)
         if self.push_to_hub is None:
             refuse_idle({"private": self.private}, "nothing is published")
 

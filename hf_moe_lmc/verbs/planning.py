@@ -21,7 +21,7 @@ from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.writing.output import lack_of_space
 from hf_moe_lmc.writing.shard_file import worker_count
 from hf_moe_lmc.writing.spans import SPAN
-from hf_moe_lmc.writing.workplace import kept_files
+from hf_moe_lmc.writing.workspace import kept_files
 
 if TYPE_CHECKING:
     from hf_moe_lmc.moe.model import MoEModel
@@ -56,7 +56,7 @@ class Work:
         """Shards of the template that an earlier call has not written yet."""
         if self.template is None:
             return []
-        here = all(checkpoint.is_here for checkpoint in self.inputs)
+        here = all(checkpoint.is_downloaded for checkpoint in self.inputs)
         whole = kept_files(output, self.facts()) if here else set()
         return [shard for shard in self.template.shards.values() if shard.name not in whole]
 
@@ -128,7 +128,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)
     nearest = _nearest(output)
-    away = [checkpoint for checkpoint in work.inputs if not checkpoint.is_here]
+    away = [checkpoint for checkpoint in work.inputs if not checkpoint.is_downloaded]
     common = sorted(models[0].layers.keys() & models[-1].layers.keys()) if work.matched else []
     flops = sum(_flops(models[0], index) for index in common)
     read_rate = None if away else _reading(work.inputs)

@@ -27,12 +27,12 @@ from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
-from hf_moe_lmc.runtime.processes import team
+from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar, size_of
-from hf_moe_lmc.writing.results import Kept, sync
+from hf_moe_lmc.writing.results import ResultFolder, sync
 from hf_moe_lmc.writing.shard_file import ShardFile, run_in_parallel
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workplace import Workplace, at_work
+from hf_moe_lmc.writing.workspace import Workspace, open_workspace
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SPARE = 64 << 20  # bytes to be left on the disk
@@ -52,8 +52,8 @@ class FolderWriter:
     """Writes the files of one output. Files that a stopped call with equal facts had finished are not written again.
 
     Args:
-        workplace: holds the output until it is whole.
-        facts: inputs and options that the shards depend on, JSON; see Workplace.kept.
+        workspace: holds the output until it is whole.
+        facts: inputs and options that the shards depend on, JSON; see Workspace.results.
         inputs: the checkpoints behind the values. Errors name the one that a NaN or infinite weight comes from.
         allow_nonfinite: write weights that are NaN or infinite.
         durable: sync all files to the disk. Temporary outputs do not need it.
@@ -61,15 +61,15 @@ class FolderWriter:
 
     def __init__(
         self,
-        workplace: Workplace,
+        workspace: Workspace,
         facts: Mapping[str, Any] | None = None,
         *,
         inputs: Sequence[Checkpoint] = (),
         allow_nonfinite: bool = False,
         durable: bool = True,
     ) -> None:
-        self._workplace = workplace
-        self._results: Kept = workplace.output(facts or {})
+        self._workspace = workspace
+        self._results: ResultFolder = workspace.output_folder(facts or {})
         self._inputs = inputs
         self._allow_nonfinite = allow_nonfinite
         self._durable = durable
@@ -163,7 +163,7 @@ class FolderWriter:
 
     def check_space(self, template: Checkpoint) -> None:
         """Raises OutputError where the shards of a template that are not there yet would not fit."""
-        problem = lack_of_space(self._workplace.root, self._left(template), self.folder)
+        problem = lack_of_space(self._workspace.root, self._left(template), self.folder)
         if problem:
             raise OutputError(problem)
 
@@ -197,7 +197,7 @@ class FolderWriter:
             for file in self._results.files():
                 if not file.endswith(".safetensors") or "/" in file:
                     sync(self._results.path(file))
-        self._workplace.publish(self._results, last=INDEX, durable=self._durable)
+        self._workspace.publish(self._results, last=INDEX, durable=self._durable)
 
 
 def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | None:
@@ -211,39 +211,41 @@ def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | 
     )
 
 
-def begin(
+def enter_workspace(
     output: str | os.PathLike[str],
     *inputs: str | os.PathLike[str],
     stack: ExitStack,
     resume: bool = True,
     overwrite: bool = False,
-) -> Workplace | None:
-    """The workplace of an output, in process 0; None in all others. See `at_work`."""
-    if not team().is_main:
+) -> Workspace | None:
+    """The workspace of an output, in process 0; None in all others. See `open_workspace`."""
+    if not process_group().is_main:
         return None
-    return stack.enter_context(at_work(output, *inputs, resume=resume, overwrite=overwrite))
+    return stack.enter_context(open_workspace(output, *inputs, resume=resume, overwrite=overwrite))
 
 
 @contextmanager
-def writing(
-    workplace: Workplace | None, facts: Mapping[str, Any] | None = None, **options: Any
+def open_writer(
+    workspace: Workspace | None, facts: Mapping[str, Any] | None = None, **options: Any
 ) -> Iterator[FolderWriter | None]:
-    """A writer whose files become the output at the end of the block; None without a workplace.
+    """A writer whose files become the output at the end of the block; None without a workspace.
 
     Raises:
         WriteError: the system refuses to write. Finished shards are kept.
     """
-    if workplace is None:
+    if workspace is None:
         yield None
         return
-    writer = FolderWriter(workplace, facts, **options)
+    writer = FolderWriter(workspace, facts, **options)
     try:
         yield writer
         writer.publish()
     except OSError as error:
-        whole = sum(file.endswith(".safetensors") for file in Kept(writer.folder).files()) if writer.folder.is_dir() else 0
+        whole = (
+            sum(file.endswith(".safetensors") for file in ResultFolder(writer.folder).files()) if writer.folder.is_dir() else 0
+        )
         advice = "free some space and repeat the same call" if error.errno == errno.ENOSPC else "repeat the same call"
         raise WriteError(
-            f"{workplace.root}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "") + "; "
-            f"nothing unfinished stands there. {whole} whole shards are kept in {workplace.folder}: {advice}, it continues"
+            f"{workspace.root}: {error.strerror or error}" + (f" ({error.filename})" if error.filename else "") + "; "
+            f"nothing unfinished stands there. {whole} whole shards are kept in {workspace.folder}: {advice}, it continues"
         ) from error

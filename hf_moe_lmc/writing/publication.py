@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe_lmc.writing.location import PLAN, REPLACED, entries
-from hf_moe_lmc.writing.results import UNFINISHED, Kept, sync, sync_folders
+from hf_moe_lmc.writing.results import UNFINISHED, ResultFolder, sync, sync_folders
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Publication:
         plan = self.plan()
         return plan["from"] if plan and self._is_complete(plan) else None
 
-    def publish(self, results: Kept, *, last: str, overwrite: bool, durable: bool) -> None:
+    def publish(self, results: ResultFolder, *, last: str, overwrite: bool, durable: bool) -> None:
         """Makes `results` the output, the file named `last` at the end.
 
         Args:
@@ -75,7 +75,7 @@ class Publication:
         """Undoes a publication, or what there is of it."""
         plan = self.plan()
         assert plan is not None
-        results = Kept(self.folder / plan["from"])
+        results = ResultFolder(self.folder / plan["from"])
         if self.is_beside:
             self.root.rename(results.folder)
         else:
@@ -122,5 +122,5 @@ class Publication:
 
     def _is_complete(self, plan: Mapping[str, Any]) -> bool:
         """Whether all of an output stands at `root`."""
-        results = Kept(self.folder / plan["from"])
+        results = ResultFolder(self.folder / plan["from"])
         return not results.files() and all((self.root / file).is_file() for file in plan["files"])

@@ -23,7 +23,7 @@ UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
-class Kept:
+class ResultFolder:
     """Whole files of one kind, all from equal inputs and options."""
 
     folder: Path

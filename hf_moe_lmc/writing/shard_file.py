@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
-from hf_moe_lmc.writing.results import UNFINISHED, Kept
+from hf_moe_lmc.writing.results import UNFINISHED, ResultFolder
 from hf_moe_lmc.writing.spans import Span
 
 WORKERS = 4  # at most; each holds two ranges of spans.SPAN bytes, or a few copies of one expert's matrices
@@ -22,7 +22,7 @@ FLUSH_SECONDS = 0.25  # between two flushes to the disk, so that the end need no
 class ShardFile:
     """One shard that is being written. It is finished when all its holders have released it."""
 
-    def __init__(self, results: Kept, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
+    def __init__(self, results: ResultFolder, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
         self.shard = shard
         self._infos = [template.tensors[name] for name in shard.tensors]
         self._path = results.path(shard.name)

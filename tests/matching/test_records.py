@@ -1,4 +1,4 @@
-"""Matched layers in a workplace: read back as they were, those of the first release too."""
+"""Matched layers in a workspace: read back as they were, those of the first release too."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hf_moe_lmc.matching.result import BankMatching, Matching, SharedMatching
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.writing.workplace import Kept
+from hf_moe_lmc.writing.workspace import ResultFolder
 
-DATA = Path(__file__).parent / "data"  # layer 7 as release 0.1.0 wrote it, in a workplace and in alignment.json
+DATA = Path(__file__).parent / "data"  # layer 7 as release 0.1.0 wrote it, in a workspace and in alignment.json
 
 
 def matching() -> Matching:
@@ -65,10 +65,10 @@ def matching() -> Matching:
 
 
 def test_a_layer_of_the_first_release_is_read_and_written_again_to_its_bytes(tmp_path: Path) -> None:
-    ((index, found),) = matchings(Kept(DATA))
+    ((index, found),) = matchings(ResultFolder(DATA))
     assert (index, found) == (7, matching())
     assert (found.first.scales_kept, found.banks["vision"].scales_kept, found.shared.scales_kept) == (3, 0, 1)
-    write_matching(Kept(tmp_path), 7, matching())
+    write_matching(ResultFolder(tmp_path), 7, matching())
     assert (tmp_path / "layer-7.safetensors").read_bytes() == (DATA / "layer-7.safetensors").read_bytes()
     assert json.dumps(layer_report(7, found)) + "\n" == (DATA / "layer-7.json").read_text()
 
@@ -76,8 +76,8 @@ def test_a_layer_of_the_first_release_is_read_and_written_again_to_its_bytes(tmp
 def test_without_shared_expert_and_further_banks_it_is_read_back_as_well(tmp_path: Path) -> None:
     whole = matching()
     alone = Matching({FIRST: whole.first}, SharedMatching(UnitSymmetry.identity(0)), {FIRST: 0.5})
-    write_matching(Kept(tmp_path), 3, alone)
-    assert dict(matchings(Kept(tmp_path))) == {3: alone} != {3: whole}
+    write_matching(ResultFolder(tmp_path), 3, alone)
+    assert dict(matchings(ResultFolder(tmp_path))) == {3: alone} != {3: whole}
     report = layer_report(3, alone)
     assert (
         "banks" not in report and report["shared_way"] is None and report["ways"] == dict.fromkeys(whole.first.certificates, 1)
@@ -92,7 +92,7 @@ def test_a_damaged_layer_is_refused_by_name(tmp_path: Path, damage: Callable[[st
     saved = ModelSymmetry.load(DATA / "layer-7.safetensors")
     file = tmp_path / "layer-7.safetensors"
     saved.save(file)
-    assert len(list(matchings(Kept(tmp_path)))) == 1
+    assert len(list(matchings(ResultFolder(tmp_path)))) == 1
     replace(saved, metadata={"matching": damage(saved.metadata["matching"])}).save(file)
     with pytest.raises(OutputError, match=r"layer-7\.safetensors: cannot be continued from"):
-        list(matchings(Kept(tmp_path)))
+        list(matchings(ResultFolder(tmp_path)))

@@ -21,7 +21,7 @@ CODE = """
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import together
+from hf_moe_lmc.runtime.processes import collective
 
 def plain():
     warn("news")
@@ -29,7 +29,7 @@ def plain():
 def deep(levels=5):
     deep(levels - 1) if levels else warn("news")
 
-decorated = together(plain)
+decorated = collective(plain)
 
 @contextmanager
 def on_entry():

@@ -17,9 +17,9 @@ from hf_moe_lmc.matching import alignment
 from hf_moe_lmc.matching.records import matchings
 from hf_moe_lmc.path import evaluation
 from hf_moe_lmc.perplexity import figures
-from hf_moe_lmc.runtime.processes import Team, check_launch, team
+from hf_moe_lmc.runtime.processes import ProcessGroup, check_launch, process_group
 from hf_moe_lmc.verbs.align import align
-from hf_moe_lmc.writing.workplace import at_work
+from hf_moe_lmc.writing.workspace import open_workspace
 from tests import tiny
 from tests.interpreter import Interpreter
 
@@ -195,12 +195,15 @@ def test_one_slurm_task_or_torchrun_in_slurm_is_fine(monkeypatch: pytest.MonkeyP
 
 
 def test_a_single_process_starts_nothing(start: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    code = "import sys; from hf_moe_lmc.runtime.processes import close, team; team(); close(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from hf_moe_lmc.runtime.processes import close, process_group; "
+        "process_group(); close(); print('torch' in sys.modules)"
+    )
     assert start("-c", code).stdout == "False\n"
-    alone = Team()
+    alone = ProcessGroup()
     assert alone.exchange(1) == [1] and alone.from_main(2) == 2 and alone.share([1, 2, 3]) == [1, 2, 3]
-    assert [Team(rank, 2).share([1, 2, 3]) for rank in (0, 1)] == [[1, 3], [2]]
-    assert not torch.distributed.is_initialized() and team().is_main
+    assert [ProcessGroup(rank, 2).share([1, 2, 3]) for rank in (0, 1)] == [[1, 3], [2]]
+    assert not torch.distributed.is_initialized() and process_group().is_main
 
 
 STOPPED = """
@@ -300,21 +303,21 @@ def test_barrier_continues_after_a_kill(
 
 
 def test_two_calls_cannot_work_on_one_output(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with at_work(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
+    with open_workspace(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
         align(*pair, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_damaged_progress_is_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), at_work(tmp_path / "out") as progress:
-        kept = progress.kept("matching", {})
+    with pytest.raises(KeyboardInterrupt), open_workspace(tmp_path / "out") as progress:
+        kept = progress.results("matching", {})
         kept.write("layer-0", {"nonsense": torch.ones(2)})
         raise KeyboardInterrupt
-    with at_work(tmp_path / "out") as progress:
-        kept = progress.kept("matching", {})
+    with open_workspace(tmp_path / "out") as progress:
+        kept = progress.results("matching", {})
         assert kept.names() == {"layer-0"}
         with pytest.raises(OutputError, match=r"layer-0.safetensors: cannot be continued from .* --no-resume"):
             list(matchings(kept))
-        other = progress.kept("matching", {"order": "gate"})
+        other = progress.results("matching", {"order": "gate"})
         assert not other.names()
     assert not any(tmp_path.iterdir())

@@ -16,7 +16,7 @@ import hf_moe_lmc as lmc
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.writing import output as output_module
-from hf_moe_lmc.writing.workplace import at_work
+from hf_moe_lmc.writing.workspace import open_workspace
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -115,7 +115,7 @@ def dangling(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
 
 @contextmanager
-def linked_workplace(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
+def linked_workspace(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
     (scene.root / "target").mkdir()
     (scene.root / ".out.progress").symlink_to(scene.root / "target")
     yield ()
@@ -124,7 +124,7 @@ def linked_workplace(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @contextmanager
 def in_use(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
     with ExitStack() as stack:
-        stack.enter_context(at_work(scene.output))
+        stack.enter_context(open_workspace(scene.output))
         yield ()
 
 
@@ -137,7 +137,7 @@ def full(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, .
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        nothing, truncated, absent, foreign_configuration, other_vocabulary, occupied, not_ours, dangling, linked_workplace,
+        nothing, truncated, absent, foreign_configuration, other_vocabulary, occupied, not_ours, dangling, linked_workspace,
         in_use, full,
     )
 }  # fmt: skip

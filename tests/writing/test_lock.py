@@ -14,13 +14,13 @@ import filelock
 import pytest
 
 from hf_moe_lmc.errors import OutputError
-from hf_moe_lmc.writing.workplace import at_work
+from hf_moe_lmc.writing.workspace import open_workspace
 
 HOLDER = """
 import sys, time
-from hf_moe_lmc.writing.workplace import at_work
-with at_work(sys.argv[1]) as workplace:
-    (workplace.kept("matching", {}).folder).mkdir()
+from hf_moe_lmc.writing.workspace import open_workspace
+with open_workspace(sys.argv[1]) as workspace:
+    (workspace.results("matching", {}).folder).mkdir()
     print("held", flush=True)
     time.sleep(600)
 """
@@ -32,14 +32,14 @@ def test_a_process_that_is_killed_lets_go(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with (
             pytest.raises(OutputError, match=r"out: another process writes there \(.*\.out\.progress is locked\)"),
-            at_work(out),
+            open_workspace(out),
         ):
             pass
         assert (tmp_path / ".out.progress" / "lock").exists()
         holder.send_signal(signal.SIGKILL)
     assert (tmp_path / ".out.progress" / "lock").exists()
-    with at_work(out) as workplace:
-        assert list(workplace.folder.glob("matching-*"))
+    with open_workspace(out) as workspace:
+        assert list(workspace.folder.glob("matching-*"))
     assert not any(tmp_path.iterdir())
 
 
@@ -50,7 +50,7 @@ def test_links_in_place_of_the_lock_are_not_followed(tmp_path: Path) -> None:
         (tmp_path / ".out.progress" / "lock").symlink_to(tmp_path / target)
         with (
             pytest.raises(OutputError, match=r"cannot be written \(Too many levels of symbolic links\)"),
-            at_work(tmp_path / "out"),
+            open_workspace(tmp_path / "out"),
         ):
             pass
         (tmp_path / ".out.progress" / "lock").unlink()
@@ -73,10 +73,10 @@ def test_the_lock_of_a_file_that_its_holder_has_removed_is_none(
 
     monkeypatch.setattr(fcntl, "flock", late)
     if gone:
-        with pytest.raises(OutputError, match="another process writes there"), at_work(tmp_path / "out"):
+        with pytest.raises(OutputError, match="another process writes there"), open_workspace(tmp_path / "out"):
             pass
-    with at_work(tmp_path / "out") as workplace:
-        assert workplace.folder == folder
+    with open_workspace(tmp_path / "out") as workspace:
+        assert workspace.folder == folder
     assert not any(tmp_path.iterdir())
 
 
@@ -85,10 +85,10 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", missing)
-    with pytest.raises(OutputError, match=r"cannot be written \(Function not implemented\)"), at_work(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"cannot be written \(Function not implemented\)"), open_workspace(tmp_path / "out"):
         pass
     monkeypatch.undo()
-    with at_work(tmp_path / "out"):
+    with open_workspace(tmp_path / "out"):
         pass
     assert not any(tmp_path.iterdir())
 
@@ -100,7 +100,7 @@ def test_a_crowd_works_one_after_the_other(tmp_path: Path) -> None:
     def work(number: int, times: int = 5) -> None:
         while times:
             try:
-                with at_work(tmp_path / "out"):
+                with open_workspace(tmp_path / "out"):
                     inside.append(number)
                     assert inside == [number]
                     inside.clear()
@@ -115,9 +115,9 @@ def test_a_crowd_works_one_after_the_other(tmp_path: Path) -> None:
 
 def test_the_release_that_is_installed_locks_by_the_system(tmp_path: Path) -> None:
     """Not by a file that merely exists, which would outlive a process that is killed."""
-    with at_work(tmp_path / "out") as workplace:
+    with open_workspace(tmp_path / "out") as workspace:
         assert filelock.FileLock is filelock.UnixFileLock
-        descriptor = os.open(workplace.folder / "lock", os.O_RDWR)
+        descriptor = os.open(workspace.folder / "lock", os.O_RDWR)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)

@@ -20,7 +20,7 @@ from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing import output, results, spans
 from hf_moe_lmc.writing.shard_file import ShardFile
-from hf_moe_lmc.writing.workplace import at_work
+from hf_moe_lmc.writing.workspace import open_workspace
 from tests import tiny
 from tests.scripts import script
 
@@ -284,7 +284,7 @@ def test_a_mount_point_is_filled_from_inside_and_a_read_only_one_is_refused(
 
 def test_two_calls_and_what_a_third_finds(tmp_path: Path) -> None:
     a, b = (checkpoint(tmp_path / name, drawn(torch.float32, i)) for i, name in enumerate("ab"))
-    with at_work(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
+    with open_workspace(tmp_path / "out"), pytest.raises(OutputError, match="another process writes there"):
         merge(a, b, tmp_path / "out", align=False)
     merge(a, b, tmp_path / "out", align=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]

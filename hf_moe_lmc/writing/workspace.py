@@ -22,13 +22,13 @@ from filelock import FileLock, Timeout
 from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.writing.location import LOCK, OUTPUT, PLAN, check_empty, check_location, working_folder
 from hf_moe_lmc.writing.publication import Publication
-from hf_moe_lmc.writing.results import UNFINISHED, Kept
+from hf_moe_lmc.writing.results import UNFINISHED, ResultFolder
 
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "scipy")  # what can change a result
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """The folder of one output while one call holds its lock.
 
     Attributes:
@@ -45,17 +45,17 @@ class Workplace:
     def publication(self) -> Publication:
         return Publication(self.root, self.folder)
 
-    def kept(self, kind: str, facts: Mapping[str, Any]) -> Kept:
+    def results(self, kind: str, facts: Mapping[str, Any]) -> ResultFolder:
         """Results that belong to `facts`: whatever of inputs and options a result depends on, JSON."""
-        return Kept(self.folder / _kept_name(kind, facts))
+        return ResultFolder(self.folder / _kept_name(kind, facts))
 
-    def output(self, facts: Mapping[str, Any]) -> Kept:
+    def output_folder(self, facts: Mapping[str, Any]) -> ResultFolder:
         """Where the files of the output grow; those of an output that was begun from other facts are removed.
 
         Raises:
             OutputError: what an earlier call finished at `root` is made from other facts.
         """
-        results = self.kept(OUTPUT, facts)
+        results = self.results(OUTPUT, facts)
         finished = self.publication.finished()
         if finished == results.folder.name:
             self.publication.take_back()  # it was finished, but not its call
@@ -67,12 +67,12 @@ class Workplace:
         results.folder.mkdir(parents=True, exist_ok=True)
         return results
 
-    def publish(self, results: Kept, *, last: str, durable: bool = True) -> None:
+    def publish(self, results: ResultFolder, *, last: str, durable: bool = True) -> None:
         """Makes `results` the output, the file named `last` at the end."""
         self.publication.publish(results, last=last, overwrite=self.overwrite, durable=durable)
 
     def check_empty(self, shown: Path) -> None:
-        """As the function, but an output that an earlier call finished may stand there; `output` looks at it."""
+        """As the function, but an output that an earlier call finished may stand there; `output_folder` looks at it."""
         if not self.publication.finished():
             check_empty(self.root, shown, overwrite=self.overwrite)
 
@@ -84,14 +84,14 @@ def _kept_name(kind: str, facts: Mapping[str, Any]) -> str:
 
 def kept_files(output: str | os.PathLike[str], facts: Mapping[str, Any]) -> set[str]:
     """Names of the files of an output that a stopped call with equal facts has written whole."""
-    return Kept(working_folder(Path(output).resolve()) / _kept_name(OUTPUT, facts)).files()
+    return ResultFolder(working_folder(Path(output).resolve()) / _kept_name(OUTPUT, facts)).files()
 
 
 @contextmanager
-def at_work(
+def open_workspace(
     output: str | os.PathLike[str], *inputs: str | os.PathLike[str], resume: bool = True, overwrite: bool = False
-) -> Iterator[Workplace]:
-    """Holds the workplace of `output` while the block runs, and removes it at the end.
+) -> Iterator[Workspace]:
+    """Holds the workspace of `output` while the block runs, and removes it at the end.
 
     After an InputError nothing is left of this call, but what an earlier one left stays: the next may have the right options
     again. After any other exception, what is whole is kept.
@@ -119,16 +119,16 @@ def at_work(
         if isinstance(error, FileExistsError) and not folder.is_file():
             raise _in_use(root, folder) from error  # its last holder removed it at that moment
         raise OutputError(f"{shown}: cannot be written ({error.strerror}); choose another output") from error
-    workplace = Workplace(root, folder, overwrite)
+    workspace = Workspace(root, folder, overwrite)
     try:
-        workplace.publication.recover()
-        workplace.check_empty(shown)
+        workspace.publication.recover()
+        workspace.check_empty(shown)
         if not resume:
             _empty(folder)
         _sweep(folder)
-        yield workplace
+        yield workspace
     except BaseException as error:
-        workplace.publication.recover()
+        workspace.publication.recover()
         _sweep(folder)
         mistaken = fresh and isinstance(error, InputError)
         done = any(path.is_dir() and any(path.iterdir()) for path in folder.iterdir()) or (folder / PLAN).exists()
@@ -156,7 +156,7 @@ def check_output(output: str | os.PathLike[str], inputs: Sequence[Path] = (), *,
     """
     shown = Path(output)
     root, folder = _places(shown, inputs, overwrite=overwrite)
-    if not (folder / PLAN).exists():  # else a call was stopped while it published: `at_work` looks at what stands
+    if not (folder / PLAN).exists():  # else a call was stopped while it published: `open_workspace` looks at what stands
         check_empty(root, shown, overwrite=overwrite)
     if (folder / LOCK).exists():
         _locked(folder, root).release()
