@@ -52,7 +52,7 @@ def foreign(model_class: type, doing: str) -> Iterator[None]:
         yield
     except MoELMCError:
         raise
-    except Exception as error:  # the one place where a broad except is right: such code raises whatever its parts raise
+    except Exception as error:  # foreign code raises whatever its parts raise; reading.read_config has the other broad except
         kind = getattr(getattr(model_class, "config_class", None), "model_type", None)
         raise ForeignError(
             f"{model_class.__name__} of transformers {transformers.__version__} (model type {kind!r}) {doing}: "

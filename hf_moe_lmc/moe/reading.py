@@ -129,7 +129,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         for part in (config, config.get_text_config()):
             if checkpoint.quantization is None and hasattr(part, "quantization_config"):
                 del part.quantization_config  # which transformers implies for some
-    except Exception as error:  # the one place where any class may come: configuration classes compute with foreign values
+    except Exception as error:  # configuration classes compute with foreign values, and raise whatever comes of it
         foreign = checkpoint.config.get("auto_map")
         if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
             reason = f"it asks for code of its own (auto_map: {worded(foreign)}), which is never run; take a release of"
