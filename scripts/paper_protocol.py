@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import MixtralForCausalLM, PreTrainedModel
 
 from hf_moe_lmc import BarrierReport, barrier
 from hf_moe_lmc.example.protocol import (
     Training,
     reinitialise,
+    small_mixtral,
     standard_library_text,
     token_stream,
     train,
@@ -41,20 +42,7 @@ from hf_moe_lmc.matching.assignment import assign
 from hf_moe_lmc.matching.units import UnitRows, match_units
 from hf_moe_lmc.verbs.inputs import Inputs
 
-CONFIG = MixtralConfig(
-    vocab_size=1024,
-    hidden_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    intermediate_size=256,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=512,
-    bos_token_id=None,
-    eos_token_id=0,
-    tie_word_embeddings=False,
-)
+CONFIG = small_mixtral(hidden_size=128, layers=3, intermediate_size=256)
 BASE = Training(steps=1000, learning_rate=2e-3)
 BLOCK = Training(steps=400, learning_rate=1e-3)
 INIT_STD = 0.02

@@ -41,11 +41,8 @@ def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:
     problems = [facts, *tensor_problems(a, b, a.tensors, b.tensors), sizes]
     if any(problems):
         raise not_one_architecture(a, b, problems)
-    warnings = []
-    if same_place(a, b):
-        warnings.append(f"A and B hold the same weights: both are {a.name}")
     of_a, of_b = (with_changes(one.config, one.changes) for one in (a, b))
-    return warnings + differing(of_a, of_b, only_common=True)
+    return same_weights(a, b) + differing(of_a, of_b, only_common=True)
 
 
 def join_plain(a: Checkpoint, b: Checkpoint) -> tuple[Joint, Agreement]:
@@ -102,6 +99,11 @@ def not_one_architecture(a: Checkpoint, b: Checkpoint, problems: Sequence[list[s
     """The error that lists problems, of each kind some."""
     lines = "\n".join(listing(of_a_kind) for of_a_kind in problems if of_a_kind)
     return MismatchError(f"A ({a.name}) and B ({b.name}) are not of one architecture:\n{lines}\n{WANTED}")
+
+
+def same_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """The warning that both are one checkpoint, if they are."""
+    return [f"A and B hold the same weights: both are {a.name}"] if same_place(a, b) else []
 
 
 def same_place(a: Checkpoint, b: Checkpoint) -> bool:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import tqdm
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.example.protocol import (
     Training,
     reinitialise,
+    small_mixtral,
     standard_library_text,
     token_stream,
     train,
@@ -36,20 +37,7 @@ from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge
 from hf_moe_lmc.writing.workspace import check_output
 
-CONFIG = MixtralConfig(
-    vocab_size=1024,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    intermediate_size=512,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=512,
-    bos_token_id=None,
-    eos_token_id=0,
-    tie_word_embeddings=False,
-)
+CONFIG = small_mixtral(hidden_size=64, layers=2, intermediate_size=512)
 BASE = Training(steps=400, learning_rate=4e-3)
 BLOCK = Training(steps=300, learning_rate=2e-3)
 INIT_STD = 0.02

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 AUXILIARY_LOSS_WEIGHT = 0.02
 GRADIENT_CLIP = 1.0
 HELD_OUT_EVERY = 10  # every tenth file is kept for evaluation
+VOCABULARY = 1024
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,25 @@ def _documentation(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+def small_mixtral(*, hidden_size: int, layers: int, intermediate_size: int) -> MixtralConfig:
+    """A Mixtral of four experts, two per token, for the tokenizer of `train_tokenizer`."""
+    return MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=intermediate_size,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer without BOS, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.matching.result import Matching
+from hf_moe_lmc.matching.result import BEFORE_SHARED, Matching
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import UnitSymmetry
 
@@ -42,15 +42,7 @@ def _bank_report(index: int, matching: Matching, name: str) -> dict[str, Any]:
 _KEYS = (
     "layer",
     "expert_order",
-    "order_method",
-    "candidates",
-    "expert_cost_form",
-    "norm",
-    "distance_before",
-    "distance_after_order",
-    "distance_after_units",
-    "router_distance_before",
-    "router_distance_after",
+    *BEFORE_SHARED,
     "shared_distance_before",
     "shared_distance_after",
     "experts",

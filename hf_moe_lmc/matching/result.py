@@ -21,7 +21,7 @@ DECIDED = {  # how the order of the experts was chosen
     "sketch": "the experts are unrelated: the order of the sketched Gram costs, unproved; units were matched for it alone",
 }
 
-_BEFORE_SHARED = (  # attributes of BankMatching that files call the same, in their order there
+BEFORE_SHARED = (  # attributes of BankMatching that files call the same, in their order there
     "order_method",
     "candidates",
     "expert_cost_form",
@@ -135,7 +135,7 @@ class Matching:
         bank = self.banks[name]
         shared = self.shared if name == FIRST else SharedMatching(UnitSymmetry.identity(0))
         return {
-            **{field: getattr(bank, field) for field in _BEFORE_SHARED},
+            **{field: getattr(bank, field) for field in BEFORE_SHARED},
             "shared_distance_before": shared.distance_before,
             "shared_distance_after": shared.distance_after,
             "scales_kept": bank.scales_kept + shared.scales_kept,
@@ -165,7 +165,7 @@ class Matching:
                     order_decided=own["order_decided"],
                     order_margin=own["order_margin"],
                     tied=tuple(map(tuple, own["tied"])) if own["order_decided"] == "tied" else (),
-                    **{field: own[field] for field in _BEFORE_SHARED},
+                    **{field: own[field] for field in BEFORE_SHARED},
                 )
                 for name, own in numbers.items()
             },

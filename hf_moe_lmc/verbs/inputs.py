@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.joint import rows_of
-from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_place
+from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_weights
 from hf_moe_lmc.checkpoints.quantization import not_interpolated
 from hf_moe_lmc.checkpoints.sizes import check_headed, check_sizes
 from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, tokenizer_mismatch
@@ -111,9 +111,7 @@ class Inputs:
                 warnings += check_pair(*models, inside_only=inside_only)
         self._faults.check()
         assert agreement is not None
-        if same_place(*checkpoints):
-            warnings.insert(0, f"A and B hold the same weights: both are {checkpoints[0].name}")
-        for warning in warnings:
+        for warning in [*same_weights(*checkpoints), *warnings]:
             warn(warning)
         model_a, model_b = models
         if given is not None:
