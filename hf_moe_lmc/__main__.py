@@ -1,7 +1,6 @@
 """`python -m hf_moe_lmc`."""
 
-import sys
-
 from hf_moe_lmc.cli.command_line import main
+from hf_moe_lmc.runtime.processes import leave
 
-sys.exit(main())
+leave(main())

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import wraps
 from traceback import format_exception
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from hf_moe_lmc import errors
 from hf_moe_lmc.errors import InputError, MismatchError, MoELMCError, ProcessError
@@ -179,6 +179,15 @@ def close() -> None:
             _process_group._round(None)
         distributed.destroy_process_group()
         _process_group = None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process. One of several skips the interpreter's teardown, where torch's threads may abort it instead."""
+    if process_group().count == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def collective(job: Callable[P, T]) -> Callable[P, T]:

@@ -124,7 +124,7 @@ def test_an_error_in_one_process_ends_all_with_it(
     assert done.returncode != 0 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "layer 1: " in lines[0] and "NaN" in lines[0]
-    assert "exitcode  : 2 " in done.stderr
+    assert "exitcode  : 2 " in done.stderr, done.stderr
     assert 'Traceback (most recent call last):\n  File "hf_moe_lmc' not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
