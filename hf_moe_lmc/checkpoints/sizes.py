@@ -15,6 +15,9 @@ LAYER = re.compile(r"((?:.*?\.)?(?:layers|blocks|h)\.)(\d{1,6})\.")
 _EXPERT = re.compile(r"((?:.*\.)?experts\.)(\d{1,6})\..+")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "hidden_size_per_layer_input")
+_ZEROS = ("zero_expert_num",)  # experts without weights, which some files have names for
+_TWO_MODALITIES = ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text")  # whose layers have that many experts for each
+_TOWERS = re.compile(r".*_text|step3p5")  # model types that transformers has no class with a head for
 _MORE_ROWS = ("moshi", "kyutai_speech_to_text")  # whose embeddings have a row besides the vocabulary
 ADVICE = "Fetch the checkpoint again, whole, with the config.json that these weights came with"
 
@@ -27,7 +30,7 @@ def text_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def check_headed(checkpoint: Checkpoint) -> None:
     """As `check_whole`, where nothing is known of the model but what config.json says: text towers have no head."""
-    if not str(checkpoint.config.get("model_type")).endswith("_text"):
+    if not _TOWERS.fullmatch(str(checkpoint.config.get("model_type"))):
         check_whole(checkpoint.name, checkpoint.tensors, checkpoint.source.files())
 
 
@@ -83,9 +86,10 @@ def _table_problems(checkpoint: Checkpoint) -> Iterator[str]:
         return
     prefix = EMBEDDING.fullmatch(embedding) and embedding.removesuffix("embed_tokens.weight").removesuffix("model.")
     heads = [name for name in checkpoint.tensors if HEAD.fullmatch(name) and name.startswith(prefix or "")]
+    unpadded = text.get("unpadded_vocab_size")  # rows of a head that was cut to its tokens
     for name in [embedding, *(name for name in heads if "shared_head" not in name)]:
         shape = checkpoint.tensors[name].shape
-        if type(rows) is int and shape[:1] != (rows,):
+        if type(rows) is int and shape[:1] != (rows,) and not (name in heads and shape[:1] == (unpadded,)):
             yield f"{name}: shape {list(shape)}, but vocab_size is {rows}"
         elif len(shape) == 2 and widths and shape[1] not in widths:
             yield f"{name}: shape {list(shape)}, but hidden_size is {widths[0]}"
@@ -97,11 +101,14 @@ def _expert_problems(checkpoint: Checkpoint) -> Iterator[str]:
     stated = {key: text[key] for key in _EXPERTS if key in text}
     if not stated or any(type(value) is not int for value in stated.values()):
         return
+    zeros = sum(text[key] for key in _ZEROS if type(text.get(key)) is int)
+    times = 2 if text.get("model_type") in _TWO_MODALITIES else 1
+    allowed = {count for value in stated.values() for count in (value, value + zeros, times * value)}
     found: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
         if match := _EXPERT.fullmatch(name):
             found.setdefault(match[1], set()).add(int(match[2]))
     for prefix, numbers in found.items():
-        if "shared" not in prefix and len(numbers) not in stated.values():
+        if "shared" not in prefix and len(numbers) not in allowed:
             key, value = next(iter(stated.items()))
             yield f"{prefix}N: {len(numbers)} experts, but {key} is {value}"
