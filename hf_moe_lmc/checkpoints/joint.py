@@ -192,7 +192,9 @@ def _join_tables(side_a: _Side, side_b: _Side, in_a: set[str], in_b: set[str], i
     """
     names = sorted(in_a | in_b | side_a.assembled.keys() | side_b.assembled.keys())
     for name in [name for name in names if _is_table(name)]:
-        borrowed = name not in in_b and name in side_b.assembled and side_b.assembled[name].pieces[0].checkpoint is side_a.checkpoint
+        borrowed = (
+            name not in in_b and name in side_b.assembled and side_b.assembled[name].pieces[0].checkpoint is side_a.checkpoint
+        )
         place_a = _place(side_a, in_a, name, ids.rows_a)
         place_b = _place(side_b, in_b, _table_like(side_b.checkpoint, in_b, name) if borrowed else name, ids.rows_b)
         if place_a is None or place_b is None or place_a.shape[1:] != place_b.shape[1:]:

@@ -35,7 +35,6 @@ from hf_moe_lmc.moe.notation import (
 )
 from hf_moe_lmc.symmetry.banks import FIRST
 
-
 # Prefixes of multi-token-prediction layers; the decoder block may stand in a part of its own.
 MTP_PREFIXES = tuple(f"mtp.layers.{{layer}}.{part}" for part in ("", "mtp_block.", "transformer_block.", "transformer_layer."))
 

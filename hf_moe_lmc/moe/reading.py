@@ -213,8 +213,7 @@ def _blocks(
     expected = range(count) if stack.stem.endswith("{layer}.") else moe
     problems = [f"layer {index} is missing" for index in expected if index not in layers]
     problems += [
-        f"layer {index} is one too many"
-        + ("" if index >= count + extra else f", as it holds nothing that {ONLY_EXTRA}")
+        f"layer {index} is one too many" + ("" if index >= count + extra else f", as it holds nothing that {ONLY_EXTRA}")
         for index in sorted(layers)
         if index >= count + extra or (index >= count and not any(map(MARKS.fullmatch, layers[index])))
     ]
