@@ -64,12 +64,11 @@ def finished(folder: str | os.PathLike[str]) -> Finished:
 
 
 def _progress(root: Path) -> Path | None:
-    """Where an output of this name is unfinished; None: nowhere."""
+    """Where an output of this name is unfinished; None: nowhere. Of one that is there, no file is left in its workspace."""
     whole = root.resolve()
     for folder in (whole.parent / f".{whole.name}.progress", whole / ".progress"):
         begun = list(folder.glob("output-*"))
-        published = (folder / "publication.json").exists()  # then its files left for the output, unless some are still there
-        if any(not published or any(path.is_file() for path in one.rglob("*")) for one in begun):
+        if begun and (not root.is_dir() or any(path.is_file() for one in begun for path in one.rglob("*"))):
             return folder
     return None
 
