@@ -118,6 +118,20 @@ def size_of(count: float) -> str:
 
 
 @contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silences the progress bars of datasets."""
+    from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+
+    enabled = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            enable_progress_bars()
+
+
+@contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silences the progress bars and load reports of transformers. The caller checks what was loaded."""
     import transformers  # takes seconds, which a mere bar need not wait for
