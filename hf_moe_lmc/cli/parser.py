@@ -27,6 +27,7 @@ from hf_moe_lmc.cli.arguments import (
 )
 from hf_moe_lmc.cli.usage import Parser, short_usage
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
+from hf_moe_lmc.runtime.tables import definitions
 
 JOIN = "\n\n"  # where --join has no separator: what perplexity recipes on WikiText do
 REFINE = 3  # halvings where --refine has no number
@@ -57,8 +58,7 @@ class Verb:
 
     @property
     def epilog(self) -> str:
-        codes = f"exit codes: 0 done, 1 {self.failure}, 2 refused (wrong usage or input), 130 interrupted"
-        return "\n".join([*_listed("examples", self.examples), "", codes])
+        return "\n".join([*_listed("examples", self.examples), "", *_exit_codes(self.failure)])
 
 
 def parser() -> Parser:
@@ -71,7 +71,8 @@ def parser() -> Parser:
                 *_listed("examples", EXAMPLES),
                 "",
                 "hf-moe-lmc VERB --help describes a verb, with examples.",
-                "exit codes: 0 done, 1 failed (or a check did not pass), 2 refused (wrong usage or input), 130 interrupted",
+                "",
+                *_exit_codes("failed, or a check did not pass"),
             ]
         ),
     )
@@ -337,6 +338,11 @@ VERBS: dict[str, Verb] = {
         ),
     ),
 }
+
+
+def _exit_codes(failure: str) -> list[str]:
+    codes = {"0": "done", "1": failure, "2": "refused: wrong usage or input", "130": "interrupted"}
+    return ["exit codes:", *definitions(codes, width=78)]
 
 
 def _listed(title: str, lines: tuple[str, ...]) -> list[str]:

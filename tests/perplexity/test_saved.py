@@ -59,10 +59,10 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(splits: str, spl
 
 
 def test_options_without_effect_are_refused(one: str, splits: str) -> None:
-    with pytest.raises(InputError, match="--split would have no effect: .*one holds one dataset without splits"):
+    with pytest.raises(InputError, match=r"--split would have no effect: .*one holds one dataset without splits"):
         documents(dataset=one, split="train")
     for folder in (one, splits):
-        with pytest.raises(InputError, match="--dataset-config would have no effect: .* written by save_to_disk"):
+        with pytest.raises(InputError, match=r"--dataset-config would have no effect: .* written by save_to_disk"):
             documents(dataset=folder, dataset_config="c")
         with pytest.raises(InputError, match="found columns text, n"):
             documents(dataset=folder, column="body")
