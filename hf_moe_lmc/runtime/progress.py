@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
 T = TypeVar("T")
 
 HALF_MINUTE = 30.0  # seconds between the lines in a log file
+_silent = False
 
 
 class Progress(Protocol):
@@ -38,7 +40,7 @@ def bar(*, total: int, desc: str, unit: str, initial: int = 0, quiet: bool = Fal
         unit: of `total`; "B" stands for bytes.
         quiet: show nothing.
     """
-    quiet = quiet or are_progress_bars_disabled()
+    quiet = quiet or _silent or are_progress_bars_disabled()
     if quiet or sys.stderr.isatty():
         return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit == "B", disable=quiet, smoothing=0.1)
     return _Lines(total=total, initial=initial, desc=desc, unit=unit)
@@ -85,15 +87,18 @@ class _Lines:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Shows no progress, of this package or of the Hub's client."""
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    """Shows no progress of this package, and none of the Hub's client unless the environment asks for it."""
+    global _silent
+    before, _silent = _silent, True
+    of_hub = HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    if of_hub:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        _silent = before
+        if of_hub:
+            enable_progress_bars()
 
 
 def duration(seconds: float) -> str:
