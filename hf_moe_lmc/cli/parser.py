@@ -112,7 +112,7 @@ def _apply(verb: Parser) -> None:
     verb.add_argument("symmetry", metavar="SYMMETRY", help="symmetry.safetensors, or a folder that holds it")
     verb.add_argument("b", metavar="B", help=f"the model that it is applied to: a {WHERE}")
     add_output(verb, "OUT")
-    verb.add_argument("--inverse", action="store_true", help="undo it")
+    verb.add_argument("--inverse", action="store_true", help="undo it: take an output of apply or align back to B")
     add_running(verb)
     add_publishing(verb)
 
@@ -166,7 +166,7 @@ def _path(verb: Parser) -> None:
     points = default(GridOptions, "points")
     group.add_argument("--points", metavar="N", type=int, help=f"grid points, both ends included (default: {points})")
     group.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
-    group.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
+    group.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")
     group.add_argument(
         "--layerwise",
         metavar="N",
@@ -214,15 +214,15 @@ def _computing(verb: Parser) -> None:
 def _merge(verb: Parser) -> None:
     add_pair(verb)
     add_output(verb, "OUT")
-    verb.add_argument("-t", type=float, help="0 is A, 1 is B (default: 0.5)")
+    verb.add_argument("-t", type=float, help="which point to write: 0 is A, 1 is B (default: 0.5)")
     verb.add_argument(
         "--tokenizer",
         choices=("a", "b"),
         help="whose tokenizer, chat template, generation configuration and special ids the output has (default: a)",
     )
     how = verb.add_mutually_exclusive_group()
-    how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
-    how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
+    how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is, without matching")
+    how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")
     add_matching(verb)
     add_running(verb)
     add_publishing(verb)

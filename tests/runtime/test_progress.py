@@ -44,11 +44,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_log_file_gets_a_line_every_half_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with bar(total=1000, initial=400, desc="matching layers", unit="layer") as shown:
-        for _ in range(500):  # ten a second
-            clock.now += 0.1
+        for _ in range(400):  # eight a second
+            clock.now += 0.125
             shown.update()
-        assert capsys.readouterr().err == "matching layers: 700 of 1000 layers after 30 s, about 30 s left\n"
-        shown.update(100)
+        assert capsys.readouterr().err == "matching layers: 640 of 1000 layers after 30 s, about 45 s left\n"
+        shown.update(200)
     assert capsys.readouterr().err == "matching layers: 1000 of 1000 layers after 50 s\n"
 
 
