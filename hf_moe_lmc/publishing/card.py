@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from huggingface_hub import ModelCardData, RepoCard
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.source import Repository
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 
 PROJECT = "hf_moe_lmc"
 PAPER = "https://arxiv.org/abs/2509.11348"

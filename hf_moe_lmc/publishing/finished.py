@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE
 from hf_moe_lmc.checkpoints.source import Folder
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
@@ -114,5 +113,7 @@ def _check_checkpoint(root: Path, files: list[str]) -> None:
         raise InputError(
             f"{root}: {CONFIG} has transformers take its weights from {explicit} ({EXPLICIT}); remove that key first"
         )
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint  # needs torch, which most refusals come before
+
     with Checkpoint.open(root):  # every header is whole
         pass
