@@ -21,6 +21,7 @@ from hf_moe_lmc.perplexity.tokens import Tokens, first_tokens, own_bos, tokenize
 
 POSITIONS_AT_ONCE = 512  # rows of logits that are widened to float32 at a time
 TOKENS_PER_BATCH = 4096  # default budget of one forward pass
+TEXT = "text"  # name of a text that has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Windows:
         read_in_part: documents of which `text_hash` covers a beginning alone.
         ended: (number, tokens read) of each document that a token budget ended, but for the last of all: there `tokens_read`
             tells it.
+        texts: name of the text that each window comes from; empty: all from one, named TEXT.
 
     Example:
         >>> windows = Windows((torch.arange(5), torch.arange(3)), (0, 0), context=5, bos=False, tokens_read=8)
@@ -95,6 +97,12 @@ class Windows:
     tokenizer_hash: str | None = None
     read_in_part: int = 0
     ended: tuple[tuple[int, int], ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def text_of(self) -> tuple[str, ...]:
+        """Name of the text that each window comes from."""
+        return self.texts or (TEXT,) * len(self.rows)
 
     @property
     def scored(self) -> Tensor:
