@@ -20,7 +20,8 @@ from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver
 from hf_moe_lmc.perplexity.curve import BarrierCurve
-from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, Span
+from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, OwnLosses, Span
+from hf_moe_lmc.perplexity.verdict import MIDPOINT
 from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -75,7 +76,8 @@ class Measurement:
     def run(self) -> tuple[_Found, tuple[float, ...]]:
         """All points, those that `refine` adds included, and the grid with these."""
         t, grid = self.grid.t, self.grid
-        found = self.evaluate([*self.points(t), *(point for span in self.spans for point in self.alone(span))])
+        halfway = [_on(path, MIDPOINT) for path in self.symmetries if MIDPOINT not in t]
+        found = self.evaluate([*self.points(t), *halfway, *(point for span in self.spans for point in self.alone(span))])
         for _ in range(grid.refine):
             new = _beside_the_maximum(self.curve(found, t))
             if not new:
@@ -122,7 +124,7 @@ class Measurement:
         return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
 
     def report(
-        self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, Mapping[str, Any]] | None = None
+        self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, OwnLosses] | None = None
     ) -> BarrierReport:
         """Evaluates, and says what was found."""
         grid, evaluator = self.grid, self.evaluator
@@ -144,8 +146,9 @@ class Measurement:
             t=t,
             seconds=process_group().from_main(time.perf_counter() - started),
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
-            routing=found.routing if grid.routing and not found.problem else None,
-            own=own,
+            routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
+            own=own or {},
+            halfway={path: found.losses[_on(path, MIDPOINT)] for path in self.symmetries},
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -166,11 +169,15 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def own_loss(model: MoEModel, windows: Windows, options: EvaluationOptions) -> float:
-    """The loss of one model by itself, under its own configuration and over its own vocabulary, nats per token."""
+def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> Tensor:
+    """Losses of one model by itself, under its own configuration and over its own vocabulary.
+
+    Returns:
+        float64 [window], nats, summed over the scored tokens of each window.
+    """
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
     losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
-    return float(losses.sum() / windows.scored.sum())
+    return losses[0]
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:

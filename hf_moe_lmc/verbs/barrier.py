@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.pair import function_settings
 from hf_moe_lmc.path.evaluation import Evaluator
-from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_loss
+from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_losses
 from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
-from hf_moe_lmc.perplexity.report import BarrierReport, Span
+from hf_moe_lmc.perplexity.report import BarrierReport, OwnLosses, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
 from hf_moe_lmc.runtime.notices import warn
@@ -40,7 +40,7 @@ def barrier(
     b: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
@@ -78,7 +78,9 @@ def barrier(
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
         output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
         text: a UTF-8 file or several, each one document, where .json, .jsonl, .csv, .tsv, .parquet and .arrow files have a
-            document in each row; or `dataset`, whose rows are documents. See `TextOptions`.
+            document in each row; or `dataset`, whose rows are documents. Several are reported one by one and as their mean,
+            by the stems of the files or by names of yours: a mapping from names to files, or strs NAME=FILE. See
+            `TextOptions`.
         dataset_config, dataset_revision, split: of the dataset; by default its split `test`.
         column: where the text of a row stands, by default `text`.
         join: put between rows, which are then one document, such as "\\n\\n"; None: each row is a document.
@@ -143,6 +145,7 @@ def barrier(
             context=context,
             max_tokens=asked.windows.max_tokens,
             stride=asked.windows.stride,
+            names=asked.source.names,
         )
         check_ids(windows, pair)
         masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
@@ -230,16 +233,15 @@ class _Barrier(Job[BarrierReport]):
         alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workspace=workspace)
         return alignment.symmetry, alignment.to_dict()
 
-    def _own(self) -> dict[str, dict[str, Any]] | None:
+    def _own(self) -> dict[str, OwnLosses]:
         """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
         other = [] if self.pair.ids.alike else ["vocabulary"]
         because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
-        found = {
-            side: {"nll": own_loss(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
+        return {
+            side: OwnLosses(own_losses(model, self.evaluator.windows, self.evaluator.options), tuple(because[side]))
             for side, model in zip("ab", self.pair.alone, strict=True)
             if because[side]
         }
-        return found or None
 
 
 def check_ids(windows: Windows, pair: Pair) -> None:
