@@ -82,6 +82,14 @@ class LeastLoss:
         return self.t[first], self.t[last]
 
     @property
+    def step(self) -> float:
+        """How far the farther neighbour of the chosen point is; 0 without a chosen point."""
+        if self.index is None:
+            return 0.0
+        around = self.t[max(self.index - 1, 0) : self.index + 2]
+        return max(abs(t - self.t[self.index]) for t in around)
+
+    @property
     def elsewhere(self) -> tuple[float, ...]:
         """Those t that are no neighbours, such as the other end of a path with a barrier."""
         low, high = self.interval or (0.0, 1.0)

@@ -244,7 +244,7 @@ class BarrierReport:
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
             **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
-            **({"own": {side: self._own_dict(own) for side, own in self.own.items()}} if self.own else {}),
+            **({"own": self._own_dict()} if self.own else {}),
             "summary": self.summary.to_dict(),
             "statistics": self.bootstrap.describe(),
             "warnings": self.warnings,
@@ -252,12 +252,19 @@ class BarrierReport:
             "seconds": self.seconds,
         }
 
-    def _own_dict(self, own: OwnLosses) -> dict[str, Any]:
-        tokens = self.windows.scored
+    @property
+    def own_nll(self) -> dict[str, tuple[float, tuple[str, ...]]]:
+        """By side, the loss of a model by itself, nats per token, and what is another on the path."""
+        return {side: (float(own.losses.sum() / self.windows.scored.sum()), own.because) for side, own in self.own.items()}
+
+    def _own_dict(self) -> dict[str, Any]:
         return {
-            "nll": float(own.losses.sum() / tokens.sum()),
-            "because": list(own.because),
-            "window_nll": (own.losses / tokens).tolist(),
+            side: {
+                "nll": nll,
+                "because": list(because),
+                "window_nll": (self.own[side].losses / self.windows.scored).tolist(),
+            }
+            for side, (nll, because) in self.own_nll.items()
         }
 
     def to_json(self) -> str:
@@ -291,13 +298,12 @@ class BarrierReport:
 
     def table(self) -> str:
         """The verdict, then losses by text, along the paths and of single layers, for a terminal."""
-        layers = rendering.layers_table(self.layers) if self.layers else []
         parts = [
-            rendering.verdict(self.verdict),
-            rendering.by_text(self.verdict) if self.references.several else [],
-            rendering.table(self.paths, self.summary),
-            rendering.own_losses(self.windows, self.own),
-            layers,
+            rendering.verdict(self.verdict, self.disagreement),
+            rendering.by_text(self.verdict.compared),
+            rendering.table(self.paths, self.summary, several=self.references.several),
+            rendering.own_losses(self.own_nll),
+            rendering.layer_rows(self.layers) if self.layers else [],
         ]
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
@@ -307,7 +313,17 @@ class BarrierReport:
 
     def to_markdown(self) -> str:
         """The content of report.md, which shows the files that `plot` writes."""
-        return rendering.markdown(self)
+        return rendering.markdown(
+            (self.a["source"], self.b["source"]),
+            self.paths,
+            self.summary,
+            verdict=self.verdict,
+            evaluation=self.evaluation,
+            layers=None if self.layerwise is None else self.layers,
+            routing=self.routing or (),
+            disagreement=self.disagreement,
+            own=self.own_nll,
+        )
 
     def plot(self, path: Path) -> None:
         """Writes plots as PNG and SVG files.

@@ -252,7 +252,11 @@ class TextFiles:
         files = []
         for number, (path, name) in enumerate(zip(self.paths, self.names, strict=True)):
             with path.open("rb") as file:
-                found: dict[str, Any] = {"name": path.name, "text": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                found: dict[str, Any] = {
+                    "name": path.name,
+                    "text": name,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
             read = {"documents": self.reading.documents[number]} if len(self.paths) > 1 and self.reading.documents else {}
             files.append(found | read)
         if not any(map(has_rows, self.paths)):

@@ -139,12 +139,20 @@ class Verdict:
     @property
     def title(self) -> str:
         """One line, to stand above a plot."""
-        return wording.title(self.t, self.standing, self.mean, self.merge, at_end=self.at_end)
+        return wording.title(
+            self.t, self.standing, self.mean, self.merge, texts=len(self.compared.means.names), at_end=self.at_end
+        )
 
     @property
     def cautions(self) -> list[str]:
         """What a reader has to know before relying on the sentences, in words."""
-        return [*self.compared.means.caveats, *self.remarks]
+        return [*self.compared.means.caveats, *self._without_alignment(), *self.remarks]
+
+    def _without_alignment(self) -> list[str]:
+        naive = self.mean.differences.get(self.merge, {}).get("naive")
+        if naive is None or naive.sign(self.floor) <= 0:
+            return []
+        return [f"the {self.merge} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the naive one"]
 
     def to_dict(self) -> dict[str, Any]:
         """The `verdict` of report.json."""

@@ -268,9 +268,10 @@ def cut_texts(
                 break
         of_texts += [name] * (len(windows) - windows_before)
         if len(windows) == windows_before:
+            which = "" if names is None or len(names) == 1 else f" {name}"
+            tokens = sum(read.tokens[before:])
             raise InputError(
-                f"the text{'' if names is None or len(names) == 1 else f' {name}'} holds {sum(read.tokens[before:])} tokens: nothing to predict; "
-                "give more text or a larger --max-tokens"
+                f"the text{which} holds {tokens} tokens: nothing to predict; give more text or a larger --max-tokens"
             )
     rows, owners, context_only, bytes_scored = zip(*windows, strict=True)
     return Windows(

@@ -38,14 +38,18 @@ def brackets(interval: Interval | None, like: float, *, sign: bool = False) -> s
     return f" [{', '.join(number(end, like, sign=sign) for end in interval)}]"
 
 
-def place(t: float, interval: Interval | None = None) -> str:
-    """A point of a path.
+def place(t: float, interval: Interval | None = None, step: float = 0.0) -> str:
+    """A point of a path; `step`: how far the grid's next point is, for an interval that holds one point alone.
 
     Example:
-        >>> place(0.41667, (0.375, 0.5))
-        't = 0.417 [0.375, 0.5]'
+        >>> place(0.41667, (0.375, 0.5)), place(0.41667, (0.41667, 0.41667), 0.04167), place(0.5)
+        ('t = 0.417 [0.375, 0.5]', 't = 0.417 (to one step of the grid, 0.0417)', 't = 0.5')
     """
-    return f"t = {t:.3g}" + ("" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]")
+    if interval is None:
+        return f"t = {t:.3g}"
+    if interval[0] == interval[1]:
+        return f"t = {t:.3g} (to one step of the grid, {step:.3g})"
+    return f"t = {t:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def least_loss(least: LeastLoss, references: References) -> str:
@@ -57,7 +61,7 @@ def least_loss(least: LeastLoss, references: References) -> str:
     assert least.chosen is not None
     if least.undecided:
         return f"{start} at {place(least.chosen)}, chosen on {texts}, but no t of the path can be told from another."
-    at = place(least.chosen, least.interval)
+    at = place(least.chosen, least.interval, least.step)
     if least.elsewhere:
         at += f" (or at {', '.join(f'{t:.3g}' for t in least.elsewhere)}, which cannot be told from it)"
     if 0 < least.chosen < 1:
@@ -91,6 +95,8 @@ def open_size(found: Difference, *, unit: bool = False) -> str:
         >>> open_size(Difference(-0.003, (-0.008, 0.002))), open_size(Difference(-0.003, None))
         ('-0.0030 [-0.0080, +0.0020]', '-0.0030 without an interval')
     """
+    if found == Difference(0.0, (0.0, 0.0)):
+        return "no difference"
     interval = brackets(found.interval, found.value, sign=True) or " without an interval"
     return number(found.value, sign=True) + (" nats per token" if unit else "") + interval
 
@@ -140,6 +146,21 @@ def of_merge(subject: str, merge: str, standing: str, found: Comparison, held_ou
     return f"{start}, nor from {worse} ({open_size(other)})."
 
 
+def no_barrier(curve: BarrierCurve) -> str | None:
+    """Why there is no barrier on a path, in words; None where there is one.
+
+    Example:
+        >>> no_barrier(BarrierCurve((0.0, 0.5, 1.0), (3.0, 2.9, 3.2)))
+        'the path lies below the line between its ends everywhere'
+    """
+    inner = curve.excess[1:-1]
+    if not math.isfinite(curve.barrier):
+        return "unknown, a loss is not finite"
+    if all(abs(excess) <= FLAT for excess in inner):
+        return "the path keeps to the line between its ends"
+    return "the path lies below the line between its ends everywhere" if max(inner) < 0 else None
+
+
 def of_path(name: str, curve: BarrierCurve, interval: Interval | None) -> str:
     """The barrier on one path, or that there is none.
 
@@ -149,13 +170,11 @@ def of_path(name: str, curve: BarrierCurve, interval: Interval | None) -> str:
         >>> of_path("aligned", BarrierCurve((0.0, 0.5, 1.0), (3.0, 2.9, 3.2)), (0.0, 0.0))
         'aligned none, the path lies below the line between its ends everywhere (area -0.100)'
     """
-    inner, area = curve.excess[1:-1], curve.area
-    if not math.isfinite(curve.barrier):
-        return f"{name} unknown, a loss is not finite"
-    if all(abs(excess) <= FLAT for excess in inner):
-        return f"{name} none, the path keeps to the line between its ends"
-    if max(inner) < 0:
-        return f"{name} none, the path lies below the line between its ends everywhere (area {number(area, sign=True)})"
+    none, area = no_barrier(curve), curve.area
+    if none is not None:
+        if not math.isfinite(curve.barrier):
+            return f"{name} {none}"
+        return f"{name} none, {none}" + (f" (area {number(area, sign=True)})" if area < -FLAT else "")
     found = f"{name} {number(curve.barrier)}{brackets(interval, curve.barrier)} at t = {curve.barrier_t:.3g}"
     return found if area >= 0 else f"{found}, though more of the path lies below the line (area {number(area, sign=True)})"
 
@@ -165,14 +184,15 @@ def barriers(found: Mapping[str, tuple[BarrierCurve, Interval | None]]) -> str:
     return f"Barrier in nats per token: {'; '.join(of_path(name, *found[name]) for name in reversed(list(found)))}."
 
 
-def title(merge_at: float, standing: str, found: Comparison, merge: str, *, at_end: str | None) -> str:
+def title(merge_at: float, standing: str, found: Comparison, merge: str, *, texts: int, at_end: str | None) -> str:
     """The verdict in a line that fits above a plot.
 
     Args:
+        texts: how many.
         at_end: the end at which the loss is least; None: it is between the ends, or t was given.
     """
     start, better = f"at {place(merge_at)}", f"the better parent ({found.better.upper()})"
-    ending = "" if at_end is None else f"least loss at {at_end}; "
+    ending = (f"mean of {texts} texts: " if texts > 1 else "") + ("" if at_end is None else f"least loss at {at_end}; ")
     if standing == "not_finite":
         return f"{ending}{start}: a loss is not finite"
     one, other = found.to_better(merge), found.differences[merge][found.worse]

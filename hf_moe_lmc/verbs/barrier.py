@@ -258,13 +258,9 @@ def check_ids(windows: Windows, pair: Pair) -> None:
 
 def _warn(report: BarrierReport) -> None:
     """Warns of what the reader of a report should know."""
-    dtype, problem = report.evaluation["dtype"], report.evaluation.get("routing_unavailable")
-    for name, values in report.losses.items():
-        bad = [f"{report.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
-        if bad:
-            advice = "; try --dtype float32" if dtype != "float32" else ""
-            warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}")
-    if problem:
-        warn(f"{report.a['source']}: the routing cannot be watched: {problem}")
+    for problem in report.not_finite:
+        warn(problem)
+    if "routing_unavailable" in report.evaluation:
+        warn(f"{report.a['source']}: the routing cannot be watched: {report.evaluation['routing_unavailable']}")
     for warning in report.warnings:
         warn(warning)
