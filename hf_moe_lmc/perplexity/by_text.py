@@ -18,6 +18,7 @@ from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats, Interval, expande
 from hf_moe_lmc.perplexity.windows import Windows
 
 FOLDS = 10  # at most, of the documents of a text
+DECIDING = 5  # clusters; resamples of fewer reach the true mean too seldom: of 4 equal signs one in 8 is chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +100,9 @@ class TextMeans:
         return percentiles(values, (1 - self.level) / 2) if self.clusters(text) > 1 else None
 
     def expanded_interval(self, text: str | None, values: Floats) -> Interval | None:
-        """As `interval`, wider for few documents, see `expanded_tail`: for decisions."""
+        """As `interval`, wider for few documents, see `expanded_tail`: for decisions. None with fewer than DECIDING."""
         clusters = self.clusters(text)
-        return percentiles(values, expanded_tail(self.level, clusters)) if clusters > 1 else None
+        return percentiles(values, expanded_tail(self.level, clusters)) if clusters >= DECIDING else None
 
     def folds(self) -> NDArray[np.int64]:
         """Number of the fold of each window: those of a cluster together, the clusters of each text dealt out in turn."""
@@ -114,11 +115,13 @@ class TextMeans:
     @property
     def caveats(self) -> list[str]:
         """What weakens the intervals, in words, with the names of texts where there are several."""
-        if len(self.names) == 1:
-            caveat = self.bootstraps[self.names[0]].caveat
-            return [] if caveat is None else [caveat]
         by_caveat: dict[str, list[str]] = {}
         for name, bootstrap in self.bootstraps.items():
-            if bootstrap.caveat is not None:
-                by_caveat.setdefault(bootstrap.caveat, []).append(name)
+            caveat = bootstrap.caveat
+            if 1 < bootstrap.count < DECIDING:
+                caveat = f"{bootstrap.count} {bootstrap.unit}s are too few to decide on a difference"
+            if caveat is not None:
+                by_caveat.setdefault(caveat, []).append(name)
+        if len(self.names) == 1:
+            return list(by_caveat)
         return [f"{', '.join(names)}: {caveat}" for caveat, names in by_caveat.items()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.perplexity.bootstrap import Floats, Interval
-from hf_moe_lmc.perplexity.by_text import TextMeans
+from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class LeastLoss:
 
     Example:
         >>> from hf_moe_lmc.perplexity.windows import Windows
-        >>> windows = Windows(tuple(torch.arange(5) for _ in range(3)), (0, 1, 2), 5, False, 15)
-        >>> losses = torch.tensor([[8, 8, 8], [4, 4, 5], [4, 5, 4], [9, 8, 9]], dtype=torch.float64)
+        >>> windows = Windows(tuple(torch.arange(5) for _ in range(6)), tuple(range(6)), 5, False, 30)
+        >>> losses = torch.tensor([[8] * 6, [4, 5] * 3, [5, 4] * 3, [9] * 6], dtype=torch.float64)
         >>> least = LeastLoss((0.0, 0.4, 0.6, 1.0), losses, TextMeans(windows))
         >>> least.chosen, least.interval
         (0.4, (0.4, 0.6))
@@ -60,9 +60,9 @@ class LeastLoss:
     def close(self) -> tuple[float, ...]:
         """All t whose loss cannot be told from the least one: the paired interval of the difference reaches down to 0.
 
-        Empty without anything to resample.
+        Empty with too few documents to decide.
         """
-        if self.index is None or self.means.clusters(None) < 2:
+        if self.index is None or self.means.clusters(None) < DECIDING:
             return ()
         above = (self.losses - self.losses[self.index]).numpy()
         resampled = self.means.resampled(None, above)
@@ -71,7 +71,7 @@ class LeastLoss:
 
     @property
     def interval(self) -> Interval | None:
-        """Least and largest of those t that are neighbours around the chosen one; None without anything to resample."""
+        """Least and largest of those t that are neighbours around the chosen one; None with too few documents."""
         if self.index is None or not self.close:
             return None
         first = last = self.index
@@ -108,9 +108,9 @@ class LeastLoss:
     def cross_fitted(self) -> Tensor | None:
         """Loss of each window at the t that the other folds of the documents choose: float64 [window], nats.
 
-        None without documents to hold out, and where such a fold has no finite loss.
+        None with too few documents, and where such a fold has no finite loss.
         """
-        if self.means.clusters(None) < 2:
+        if self.means.clusters(None) < DECIDING:
             return None
         folds, losses = self.means.folds(), self.losses.numpy()
         found = torch.empty(losses.shape[1], dtype=torch.float64)

@@ -30,7 +30,7 @@ class Difference:
 
     Attributes:
         value: nats per token; nan where a loss is not finite.
-        interval: from paired resamples, expanded for few documents; None without anything to resample.
+        interval: from paired resamples, expanded for few documents; None with too few of them.
 
     Example:
         >>> below = Difference(-0.017, (-0.021, -0.012))
@@ -121,8 +121,8 @@ class References:
 
     Example:
         >>> import torch
-        >>> windows = Windows(tuple(torch.arange(5) for _ in range(4)), (0, 1, 2, 3), 5, False, 20)
-        >>> sums = {"a": [8, 8, 9, 8], "b": [12, 12, 12, 12], "aligned": [6, 6, 7, 6]}  # 4 tokens in each window
+        >>> windows = Windows(tuple(torch.arange(5) for _ in range(6)), tuple(range(6)), 5, False, 30)
+        >>> sums = {"a": [8, 8, 9] * 2, "b": [12] * 6, "aligned": [6, 6, 7] * 2}  # 4 tokens in each window
         >>> models = {name: torch.tensor(losses, dtype=torch.float64) for name, losses in sums.items()}
         >>> found = References(0.5, models, TextMeans(windows)).mean
         >>> found.better, found.to_better("aligned")
