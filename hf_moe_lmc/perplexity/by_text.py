@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats, Interval, expanded_tail, percentiles
 from hf_moe_lmc.perplexity.windows import Windows
 
-FOLDS = 10  # at most, of the documents of a text
+FOLDS = 5  # at most, of the documents of a text
 DECIDING = 5  # clusters; resamples of fewer reach the true mean too seldom: of 4 equal signs one in 8 is chance
 
 
@@ -119,7 +119,8 @@ class TextMeans:
         for name, bootstrap in self.bootstraps.items():
             caveat = bootstrap.caveat
             if 1 < bootstrap.count < DECIDING:
-                caveat = f"{bootstrap.count} {bootstrap.unit}s are too few to decide on a difference"
+                kind = "documents" if bootstrap.unit == "document" else "windows of one document"
+                caveat = f"{bootstrap.count} {kind} are too few to decide on a difference"
             if caveat is not None:
                 by_caveat.setdefault(caveat, []).append(name)
         if len(self.names) == 1:

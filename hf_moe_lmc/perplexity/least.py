@@ -2,7 +2,7 @@
 
 The t of the least loss is chosen on the text that it is then judged by, which flatters it. Two things keep that in bounds.
 All t whose loss cannot be told from the least one are given. And the loss at the chosen t is measured again by cross-fitting:
-on each tenth of the documents, t is that of the least loss on the others.
+on each fifth of the documents, t is that of the least loss on the others.
 """
 
 from __future__ import annotations

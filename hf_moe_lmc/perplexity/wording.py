@@ -112,8 +112,8 @@ def of_merge(subject: str, merge: str, standing: str, found: Comparison, held_ou
     better, worse = found.better.upper(), found.worse.upper()
     if standing == "not_finite":
         bad = [name for name in (merge, "a", "b") if not math.isfinite(found.loss(name))]
-        losses = " and ".join("its loss" if name == merge else f"the loss of {name.upper()}" for name in bad)
-        return f"{subject} cannot be compared with its parents: {losses} is not finite."
+        owners = ", ".join("its own" if name == merge else f"that of {name.upper()}" for name in bad)
+        return f"{subject} cannot be compared with its parents: a loss is not finite ({owners})."
     one, other = found.to_better(merge), found.differences[merge][found.worse]
     if standing == "below_both":
         return (
