@@ -20,7 +20,7 @@ from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver
 from hf_moe_lmc.perplexity.curve import BarrierCurve
-from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, OwnLosses, Span
+from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, Span
 from hf_moe_lmc.perplexity.verdict import MIDPOINT
 from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
 from hf_moe_lmc.runtime.processes import process_group
@@ -124,7 +124,7 @@ class Measurement:
         return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
 
     def report(
-        self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, OwnLosses] | None = None
+        self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, Mapping[str, Any]] | None = None
     ) -> BarrierReport:
         """Evaluates, and says what was found."""
         grid, evaluator = self.grid, self.evaluator
@@ -147,7 +147,7 @@ class Measurement:
             seconds=process_group().from_main(time.perf_counter() - started),
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
-            own=own or {},
+            own=own,
             halfway={path: found.losses[_on(path, MIDPOINT)] for path in self.symmetries},
         )
 
@@ -169,15 +169,12 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> Tensor:
-    """Losses of one model by itself, under its own configuration and over its own vocabulary.
-
-    Returns:
-        float64 [window], nats, summed over the scored tokens of each window.
-    """
+def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> dict[str, Any]:
+    """Losses of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
     losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
-    return losses[0]
+    scored = windows.scored
+    return {"nll": float(losses.sum() / scored.sum()), "window_nll": (losses[0] / scored).tolist()}
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:

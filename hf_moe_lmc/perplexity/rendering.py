@@ -19,7 +19,7 @@ from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
 Paths = Mapping[str, PathResult]  # by name; all share their windows and their bootstrap
 Layers = Mapping[Span, PathResult]  # by first and last layer
-Own = Mapping[str, tuple[float, Sequence[str]]]  # by side: nats per token, and what is another on the path
+Own = Mapping[str, Mapping[str, Any]]  # by side: nll, because
 Routing = Sequence[Mapping[str, Any]]  # records as in report.json
 
 BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
@@ -85,12 +85,12 @@ def own_losses(own: Own) -> list[str]:
     """The losses of the models by themselves, where their configuration or vocabulary is not that of the path.
 
     Example:
-        >>> own_losses({"b": (2.5, ("num_experts_per_tok",))})
+        >>> own_losses({"b": {"nll": 2.5, "because": ["num_experts_per_tok"]}})
         ['B by itself: 2.5000 nats per token (its own num_experts_per_tok)']
     """
     return [
-        f"{side.upper()} by itself: {nll:.4f} nats per token (its own {', '.join(because)})"
-        for side, (nll, because) in own.items()
+        f"{side.upper()} by itself: {values['nll']:.4f} nats per token (its own {', '.join(values['because'])})"
+        for side, values in own.items()
     ]
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.perplexity import rendering
@@ -44,19 +45,6 @@ class LayerLosses:
 
 
 @dataclass(frozen=True)
-class OwnLosses:
-    """A model by itself, where that is not the end of the path.
-
-    Attributes:
-        losses: float64 [window], nats summed over each window.
-        because: what is another on the path: keys of the configuration, or `vocabulary`.
-    """
-
-    losses: Tensor
-    because: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class BarrierReport:
     """The perplexity barrier between two models on the naive and on the aligned path (paper, Eq. 1).
 
@@ -69,8 +57,8 @@ class BarrierReport:
         seconds: of the whole measurement.
         layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
         routing: as in report.json; None: not recorded.
-        own: by side (`a`, `b`), the losses under that model's own configuration and vocabulary, where these are not those of
-            the path.
+        own: by side (`a`, `b`), the losses under that model's own configuration and vocabulary, and why that is another one, as
+            in report.json; None: it is not.
         halfway: by path name, float64 [window], the losses at t = 0.5, on the grid or not; by default those of the grid.
 
     Example:
@@ -98,7 +86,7 @@ class BarrierReport:
     seconds: float
     layerwise: dict[Span, LayerLosses] | None = None
     routing: Sequence[Mapping[str, Any]] | None = None
-    own: Mapping[str, OwnLosses] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, Any]] | None = None
     halfway: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -132,7 +120,7 @@ class BarrierReport:
             self.t,
             self.windows,
             halfway=halfway,
-            parents={side: own.losses for side, own in self.own.items()},
+            parents={side: torch.tensor(own["window_nll"]) * self.windows.scored for side, own in (self.own or {}).items()},
             floor=max(ROUNDING, self.relabelling_floor or 0.0),
             remarks=[*self.not_finite, *self.warnings],
         )
@@ -244,27 +232,12 @@ class BarrierReport:
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
             **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
-            **({"own": self._own_dict()} if self.own else {}),
+            **({} if self.own is None else {"own": {side: dict(values) for side, values in self.own.items()}}),
             "summary": self.summary.to_dict(),
             "statistics": self.bootstrap.describe(),
             "warnings": self.warnings,
             "versions": {name: version(name) for name in PACKAGES},
             "seconds": self.seconds,
-        }
-
-    @property
-    def own_nll(self) -> dict[str, tuple[float, tuple[str, ...]]]:
-        """By side, the loss of a model by itself, nats per token, and what is another on the path."""
-        return {side: (float(own.losses.sum() / self.windows.scored.sum()), own.because) for side, own in self.own.items()}
-
-    def _own_dict(self) -> dict[str, Any]:
-        return {
-            side: {
-                "nll": nll,
-                "because": list(because),
-                "window_nll": (self.own[side].losses / self.windows.scored).tolist(),
-            }
-            for side, (nll, because) in self.own_nll.items()
         }
 
     def to_json(self) -> str:
@@ -302,7 +275,7 @@ class BarrierReport:
             rendering.verdict(self.verdict, self.disagreement),
             rendering.by_text(self.verdict.compared),
             rendering.table(self.paths, self.summary, several=self.references.several),
-            rendering.own_losses(self.own_nll),
+            rendering.own_losses(self.own or {}),
             rendering.layer_rows(self.layers) if self.layers else [],
         ]
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -322,7 +295,7 @@ class BarrierReport:
             layers=None if self.layerwise is None else self.layers,
             routing=self.routing or (),
             disagreement=self.disagreement,
-            own=self.own_nll,
+            own=self.own or {},
         )
 
     def plot(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_losses
 from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
-from hf_moe_lmc.perplexity.report import BarrierReport, OwnLosses, Span
+from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
 from hf_moe_lmc.runtime.notices import warn
@@ -233,15 +233,16 @@ class _Barrier(Job[BarrierReport]):
         alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workspace=workspace)
         return alignment.symmetry, alignment.to_dict()
 
-    def _own(self) -> dict[str, OwnLosses]:
+    def _own(self) -> dict[str, dict[str, Any]] | None:
         """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
         other = [] if self.pair.ids.alike else ["vocabulary"]
         because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
-        return {
-            side: OwnLosses(own_losses(model, self.evaluator.windows, self.evaluator.options), tuple(because[side]))
+        found = {
+            side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
             for side, model in zip("ab", self.pair.alone, strict=True)
             if because[side]
         }
+        return found or None
 
 
 def check_ids(windows: Windows, pair: Pair) -> None:

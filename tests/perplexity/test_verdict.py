@@ -12,7 +12,6 @@ import torch
 
 from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
 from hf_moe_lmc.perplexity.references import references
-from hf_moe_lmc.perplexity.report import OwnLosses
 from hf_moe_lmc.perplexity.verdict import STANDINGS, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from tests.perplexity.reports import cut, make_report
@@ -234,7 +233,13 @@ def test_the_report_has_references_halfway_whatever_the_grid() -> None:
         name: sums({name: level + np.array([[0], [h], [h], [0.1]])})[name] for name, h in (("aligned", 0.2), ("naive", 1))
     }
     halfway = sums({"aligned": level + 0.25, "naive": level + 1.5})
-    own = {"b": OwnLosses(sums({"b": level + 0.05})["b"], ("num_experts_per_tok",))}
+    own = {
+        "b": {
+            "nll": float((level + 0.05).mean()),
+            "because": ["num_experts_per_tok"],
+            "window_nll": list((level + 0.05).repeat(2)),
+        }
+    }
     report = make_report(windows, losses, t, halfway=halfway, own=own)
     found = json.loads(report.to_json())
     mean = found["references"]["mean"]
@@ -246,7 +251,7 @@ def test_the_report_has_references_halfway_whatever_the_grid() -> None:
     assert mean["differences"]["aligned"]["naive"]["value"] == pytest.approx(-1.25)
     assert found["paths"]["aligned"]["t"] == list(t)  # halfway is no point of the grid
     assert found["verdict"]["sentences"] == report.verdict.sentences == report.table().splitlines()[:3]
-    assert found["own"]["b"]["nll"] == pytest.approx(np.mean(found["own"]["b"]["window_nll"]))
+    assert found["own"]["b"]["nll"] == pytest.approx(mean["b"])
 
 
 def test_a_naive_merge_that_is_better_is_said() -> None:
