@@ -108,9 +108,9 @@ class LeastLoss:
     def cross_fitted(self) -> Tensor | None:
         """Loss of each window at the t that the other folds of the documents choose: float64 [window], nats.
 
-        None with too few documents, and where such a fold has no finite loss.
+        None without documents to hold out, and where such a fold has no finite loss.
         """
-        if self.means.clusters(None) < DECIDING:
+        if self.means.clusters(None) < 2:
             return None
         folds, losses = self.means.folds(), self.losses.numpy()
         found = torch.empty(losses.shape[1], dtype=torch.float64)
