@@ -133,10 +133,10 @@ def _text(verb: Parser) -> None:
     text = group.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--text",
-        metavar="FILE",
+        metavar="[NAME=]FILE",
         action="append",
         help="UTF-8 text, one document; or .json, .jsonl, .csv, .tsv, .parquet or .arrow, each row a document; any of them may "
-        "be compressed (.gz); repeatable",
+        "be compressed (.gz); repeatable: each text is reported by its name (default: the file's stem), and their mean",
     )
     text.add_argument(
         "--dataset", metavar="NAME", help="dataset on the Hub or in a folder, also one of save_to_disk; each row is a document"

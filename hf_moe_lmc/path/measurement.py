@@ -21,6 +21,7 @@ from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.report import BarrierReport, LayerLosses, Span
+from hf_moe_lmc.perplexity.verdict import MIDPOINT
 from hf_moe_lmc.perplexity.windows import TOKENS_PER_BATCH, Windows
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -75,7 +76,8 @@ class Measurement:
     def run(self) -> tuple[_Found, tuple[float, ...]]:
         """All points, those that `refine` adds included, and the grid with these."""
         t, grid = self.grid.t, self.grid
-        found = self.evaluate([*self.points(t), *(point for span in self.spans for point in self.alone(span))])
+        halfway = [_on(path, MIDPOINT) for path in self.symmetries if MIDPOINT not in t]
+        found = self.evaluate([*self.points(t), *halfway, *(point for span in self.spans for point in self.alone(span))])
         for _ in range(grid.refine):
             new = _beside_the_maximum(self.curve(found, t))
             if not new:
@@ -144,8 +146,9 @@ class Measurement:
             t=t,
             seconds=process_group().from_main(time.perf_counter() - started),
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
-            routing=found.routing if grid.routing and not found.problem else None,
+            routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
             own=own,
+            halfway={path: found.losses[_on(path, MIDPOINT)] for path in self.symmetries},
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -166,11 +169,12 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
     return [(curve.t[i - 1] + curve.t[i]) / 2, (curve.t[i] + curve.t[i + 1]) / 2]
 
 
-def own_loss(model: MoEModel, windows: Windows, options: EvaluationOptions) -> float:
-    """The loss of one model by itself, under its own configuration and over its own vocabulary, nats per token."""
+def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> dict[str, Any]:
+    """Losses of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
     losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
-    return float(losses.sum() / windows.scored.sum())
+    scored = windows.scored
+    return {"nll": float(losses.sum() / scored.sum()), "window_nll": (losses[0] / scored).tolist()}
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:

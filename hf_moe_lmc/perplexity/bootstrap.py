@@ -6,11 +6,13 @@ weighted by token.
 
 A text of one document has its windows resampled. That takes windows to be independent, and intervals may be too narrow.
 
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. For few documents: Hesterberg, What
+Teachers Should Know about the Bootstrap (2015), section 5.3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +20,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]  # low, high
 
-FEW_CLUSTERS = 10  # percentile intervals over fewer are too narrow
+FEW_CLUSTERS = 20  # percentile intervals over fewer are too narrow
 BLOCK_ENTRIES = 1 << 22  # of the table [replicate, cluster] that is in memory at a time
 
 
@@ -108,9 +111,7 @@ class Bootstrap:
         """
         if self.count < 2:
             return None
-        tail = (1 - self.level) / 2
-        low, high = np.quantile(values, [tail, 1 - tail])
-        return float(low), float(high)
+        return percentiles(values, (1 - self.level) / 2)
 
     def intervals(self, values: Floats) -> list[Interval | None]:
         """Pointwise: [replicate, point] -> an interval for each point."""
@@ -138,6 +139,26 @@ class Bootstrap:
             "seed": self.seed,
             "note": self.caveat,
         }
+
+
+def percentiles(values: Floats, tail: float) -> Interval:
+    """The interval that leaves out a share `tail` of the values at either end."""
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def expanded_tail(level: float, clusters: int) -> float:
+    """Share to leave out at either end so that percentile intervals over few clusters hold what they promise.
+
+    The percentile interval of a mean is that of a normal distribution with the variance divided by n. The expanded one has
+    the length of Student's interval: Phi(-sqrt(n / (n - 1)) t), with the quantile t of n - 1 degrees of freedom.
+
+    Example:
+        >>> [round(expanded_tail(0.95, clusters), 4) for clusters in (5, 20, 1000)]
+        [0.001, 0.0159, 0.0248]
+    """
+    quantile = float(stdtrit(clusters - 1, (1 + level) / 2))
+    return float(ndtr(-math.sqrt(clusters / (clusters - 1)) * quantile))
 
 
 def half_width(interval: Interval | None) -> float:

@@ -11,30 +11,74 @@ import numpy as np
 
 from hf_moe_lmc.perplexity import figures
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats, Interval
+from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
+from hf_moe_lmc.perplexity.verdict import Verdict
+from hf_moe_lmc.perplexity.wording import no_barrier
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
 Paths = Mapping[str, PathResult]  # by name; all share their windows and their bootstrap
+Layers = Mapping[Span, PathResult]  # by first and last layer
 Own = Mapping[str, Mapping[str, Any]]  # by side: nll, because
 Routing = Sequence[Mapping[str, Any]]  # records as in report.json
 
 BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
 LAYERS = ("layers", "barrier, nats", "at t")
+POOLED = "all texts as one, weighted by token"
 
 
-def table(paths: Paths, summary: Summary) -> str:
-    """Losses at each point in columns, then a sentence for each path; nats per token."""
+def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:
+    """The sentences of a verdict, then what makes them uncertain; what makes them void comes first."""
+    void = [] if disagreement is None else [f"Not to be relied on: {disagreement}."]
+    return [*void, *found.sentences, *(f"Mind: {caution}." for caution in found.cautions if caution != disagreement)]
+
+
+def by_text(found: References) -> list[str]:
+    """Losses on each text and on their mean, for a terminal."""
+    return [f"nats per token at t = {found.t:.3g}", *aligned(_text_rows(found), align=">")]
+
+
+def _text_rows(found: References) -> list[list[str]]:
+    """A row for each text, and one for their mean where there are several."""
+    measured = [name for name in MERGES if name in found.models]
+    ends = [f"{name} - better" for name in measured]
+    rows = [["text", "A", "B", "mean of A, B", *measured, *ends]]
+    for name, on in [*found.texts.items(), *([("mean", found.mean)] if found.several else [])]:
+        losses = (on.loss("a"), on.loss("b"), on.parents, *map(on.loss, measured))
+        to_better = map(on.to_better, measured)
+        rows.append(
+            [name, *(f"{loss:.4f}" for loss in losses), *(f"{d.value:+.4f}{_brackets(d.interval, '+.4f')}" for d in to_better)]
+        )
+    return rows
+
+
+def table(paths: Paths, summary: Summary, *, several: bool = False) -> list[str]:
+    """Losses at each point in columns, then a sentence for each path; nats per token.
+
+    Args:
+        several: whether the losses are over several texts.
+    """
     curves = [path.curve for path in paths.values()]
     rows = [["t", *(title for name in paths for title in (f"{name} nll", "perplexity"))]]
     for i, t in enumerate(curves[0].t):
         rows.append([f"{t:.3f}", *(f"{number:.4f}" for curve in curves for number in (curve.nll[i], curve.perplexity[i]))])
-    lines = [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
+    lines = [POOLED] if several else []
+    lines += [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
     lines += [sentence(name, path, summary) for name, path in paths.items()]
     bootstrap = _bootstrap(paths)
     if summary.difference is not None and bootstrap.count > 1:
         lines.append(f"naive - aligned: {summary.difference:.4f}{_brackets(summary.difference_interval, '.4f')}")
+    if bootstrap.count > 1:
         lines.append(f"brackets: {100 * bootstrap.level:g} % intervals over {bootstrap.count} {bootstrap.unit}s")
-    return "\n".join(lines)
+    return lines
+
+
+def layer_rows(layers: Layers) -> list[str]:
+    """The barriers of single layers and of ranges, for a terminal."""
+    return [
+        "one layer, or the layers of a range together, from A to aligned B; all else stays A",
+        *aligned([LAYERS, *_layer_cells(layers)], align=">"),
+    ]
 
 
 def own_losses(own: Own) -> list[str]:
@@ -53,6 +97,8 @@ def own_losses(own: Own) -> list[str]:
 def sentence(name: str, path: PathResult, summary: Summary) -> str:
     """The barrier of one path."""
     curve, percent = path.curve, summary.aligned_percent_of_naive
+    if (none := no_barrier(curve)) is not None:
+        return f"barrier, {name} path: {none}; area {round(curve.area, 4) + 0.0:+.4f}"
     text = f"barrier, {name} path: {curve.barrier:.4f} nats per token{_brackets(path.barrier_interval, '.4f')}"
     text += f" at t = {curve.barrier_t:.3g}; area {curve.area:+.4f}"
     return text + (f"; {percent:.1f} % of the naive barrier" if name == "aligned" and percent is not None else "")
@@ -63,9 +109,9 @@ def markdown(
     paths: Paths,
     summary: Summary,
     *,
+    verdict: Verdict,
     evaluation: Mapping[str, Any],
-    warnings: Sequence[str],
-    layers: Mapping[Span, PathResult] | None,
+    layers: Layers | None,
     routing: Routing,
     disagreement: str | None = None,
     own: Own,
@@ -74,6 +120,7 @@ def markdown(
 
     Args:
         sources: where A and B come from.
+        verdict: what is said first.
         evaluation: as in report.json.
         layers: None: not measured.
         disagreement: what makes the figures void.
@@ -83,11 +130,18 @@ def markdown(
     parts = [
         f"# Perplexity barrier between {a} and {b}\n",
         *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
+        *(
+            f"{'**' if number == 0 else ''}{line}{'**' if number == 0 else ''}\n"
+            for number, line in enumerate(verdict.sentences)
+        ),
+        *(f"**Mind:** {line}.\n" for line in verdict.cautions if line != disagreement),
         "![loss along the path](barrier.png)\n",
+        _references(verdict),
+        "## The barrier\n",
+        *([f"Of {POOLED}.\n"] if verdict.references.several else []),
         _table_of_barriers(paths),
         *_comparison(summary),
         *(f"{line[0].upper()}{line[1:]}.\n" for line in own_losses(own)),
-        *(f"**Warning.** {warning[0].upper()}{warning[1:]}.\n" for warning in warnings if warning != disagreement),
         _measurement(paths["aligned"], evaluation),
         _uncertainty(_bootstrap(paths)),
     ]
@@ -95,6 +149,19 @@ def markdown(
         parts.append(_layers(layers))
     if routing:
         parts.append(_routing(routing))
+    return "\n".join(parts)
+
+
+def _references(verdict: Verdict) -> str:
+    """Losses by text at the t of the sentences, and halfway where that is another."""
+    mean = " `mean` is the unweighted mean of the texts." if verdict.references.several else ""
+    parts = [
+        "## Beside the parents\n\nLosses in nats per token. Each parent is by itself, under its own configuration and over "
+        f"its own vocabulary.{mean}\nDifferences are from the better parent on that text, with paired intervals.\n"
+    ]
+    for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
+        header, *rows = _text_rows(found)
+        parts.append(f"At t = {found.t:.3g}:\n\n{markdown_table(header, rows)}")
     return "\n".join(parts)
 
 
@@ -138,7 +205,7 @@ def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
         "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
         "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
         "theirs. "
-        f"These are {len(path.t)} points on one text: {evaluation['tokens_scored']} predicted tokens in "
+        f"These are {len(path.t)} points on the same text: {evaluation['tokens_scored']} predicted tokens in "
         f"{evaluation['windows']} windows of at most {evaluation['context']} tokens{overlap}, "
         f"{'each opened by a BOS token' if evaluation['bos'] else 'without BOS'}, in {evaluation['dtype']}.{ends} "
         "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
@@ -161,8 +228,8 @@ def _uncertainty(bootstrap: Bootstrap) -> str:
     )
 
 
-def _layers(layers: Mapping[Span, PathResult]) -> str:
-    rows = [
+def _layer_cells(layers: Layers) -> list[tuple[str, str, str]]:
+    return [
         (
             figures.span(*span),
             f"{path.curve.barrier:.4f}{_brackets(path.barrier_interval, '.4f')}",
@@ -170,10 +237,13 @@ def _layers(layers: Mapping[Span, PathResult]) -> str:
         )
         for span, path in layers.items()
     ]
+
+
+def _layers(layers: Layers) -> str:
     return (
         "## Layer by layer\n\n![barrier of each layer](layerwise.png)\n\n"
         "The barrier where one layer, or the layers of a range together, go from A to aligned B and all else stays A.\n\n"
-        + markdown_table(LAYERS, rows, rule="|---|---|---|")
+        + markdown_table(LAYERS, _layer_cells(layers), rule="|---|---|---|")
     )
 
 

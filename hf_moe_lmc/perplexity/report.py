@@ -6,23 +6,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.perplexity import rendering
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
 from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.references import References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
+from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, Verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.runtime.documents import as_json
 
 REPORT_VERSION = 1
 TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-3  # nats per token, in float32 and in narrower dtypes
+TEXTS_NAMED = 4  # in a subtitle; more are counted
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
 
@@ -52,8 +56,9 @@ class BarrierReport:
         seconds: of the whole measurement.
         layerwise: by first and last layer, the path on which these alone go from A to aligned B; None: not measured.
         routing: as in report.json; None: not recorded.
-        own: by side (`a`, `b`), the loss under that model's own configuration and vocabulary, and why that is another one;
-            None: it is not.
+        own: by side (`a`, `b`), the losses under that model's own configuration and vocabulary, and why that is another one, as
+            in report.json; None: it is not.
+        halfway: by path name, float64 [window], the losses at t = 0.5, on the grid or not; by default those of the grid.
 
     Example:
         >>> import torch
@@ -66,8 +71,8 @@ class BarrierReport:
         ... )
         >>> report.naive.barrier, report.aligned.barrier, report.percent_of_naive
         (2.0, 0.5, 25.0)
-        >>> print(report.sentence("naive"))
-        barrier, naive path: 2.0000 nats per token at t = 0.5; area +1.0000
+        >>> report.verdict.t, report.verdict.sentences[-1]
+        (0.5, 'Barrier in nats per token: naive 2.000 at t = 0.5; aligned 0.500 at t = 0.5.')
     """
 
     a: dict[str, str]
@@ -81,6 +86,7 @@ class BarrierReport:
     layerwise: dict[Span, LayerLosses] | None = None
     routing: Sequence[Mapping[str, Any]] | None = None
     own: Mapping[str, Mapping[str, Any]] | None = None
+    halfway: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -103,6 +109,44 @@ class BarrierReport:
         """Comparison of the two paths."""
         narrow = self.evaluation.get("dtype") != "float32"
         return Summary.of(self.paths["aligned"], self.paths.get("naive"), narrow=narrow)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Which t, and whether the merge there is better than its parents."""
+        halfway = self.halfway or {name: losses[self.t.index(MIDPOINT)] for name, losses in self.losses.items()}
+        return path_verdict(
+            self.losses,
+            self.t,
+            self.windows,
+            halfway=halfway,
+            parents={side: torch.tensor(own["window_nll"]) * self.windows.scored for side, own in (self.own or {}).items()},
+            floor=max(ROUNDING, self.relabelling_floor or 0.0),
+            remarks=[*self.not_finite, *self.warnings],
+        )
+
+    @property
+    def references(self) -> References:
+        """Losses of both parents and of the merges halfway between them, by text and on the mean of the texts."""
+        return self.verdict.references
+
+    @property
+    def subtitle(self) -> str:
+        """What was evaluated on, in a line for plots: texts, size, dtype."""
+        names, count = self.verdict.compared.means.names, len(set(self.windows.documents))
+        texts = ", ".join(names) if len(names) <= TEXTS_NAMED else f"{len(names)} texts"
+        documents = f"{count:,} document{'s' if count > 1 else ''}"
+        return f"{texts}; {int(self.windows.scored.sum()):,} tokens, {documents}; {self.evaluation['dtype']}"
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Where losses are not finite, in words."""
+        advice = "" if self.evaluation["dtype"] == "float32" else "; try --dtype float32"
+        found = []
+        for name, values in self.losses.items():
+            bad = [f"{self.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
+            if bad:
+                found.append(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}")
+        return found
 
     def curve(self, path: str) -> BarrierCurve:
         return self.paths[path].curve
@@ -173,11 +217,17 @@ class BarrierReport:
         layerwise = [path.to_layers_dict(span) for span, path in self.layers.items()]
         return {
             "version": REPORT_VERSION,
+            "verdict": self.verdict.to_dict(),
+            "references": self.references.to_dict(),
             "a": self.a,
             "b": self.b,
             "evaluation": self.evaluation,
             "matching": self.matching,
-            "windows": {"tokens": self.windows.scored.int().tolist(), "document": list(self.windows.documents)},
+            "windows": {
+                "tokens": self.windows.scored.int().tolist(),
+                "document": list(self.windows.documents),
+                "text": list(self.windows.text_of),
+            },
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
             **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
@@ -219,9 +269,15 @@ class BarrierReport:
         return self.paths[path].bits_per_byte
 
     def table(self) -> str:
-        """Losses along the paths and the barriers, for a terminal; what makes them void comes first."""
-        lines = [] if self.disagreement is None else [f"Mind: {self.disagreement}", ""]
-        return "\n".join([*lines, rendering.table(self.paths, self.summary), *rendering.own_losses(self.own or {})])
+        """The verdict, then losses by text, along the paths and of single layers, for a terminal."""
+        parts = [
+            rendering.verdict(self.verdict, self.disagreement),
+            rendering.by_text(self.verdict.compared),
+            rendering.table(self.paths, self.summary, several=self.references.several),
+            rendering.own_losses(self.own or {}),
+            rendering.layer_rows(self.layers) if self.layers else [],
+        ]
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def sentence(self, path: str) -> str:
         """The barrier of one path, for a terminal."""
@@ -233,8 +289,8 @@ class BarrierReport:
             (self.a["source"], self.b["source"]),
             self.paths,
             self.summary,
+            verdict=self.verdict,
             evaluation=self.evaluation,
-            warnings=self.warnings,
             layers=None if self.layerwise is None else self.layers,
             routing=self.routing or (),
             disagreement=self.disagreement,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,18 @@ DEFAULT_COLUMN = "text"
 ROWS_WITHOUT_COLUMN = 1000  # rows may lack the column; where all of so many do, its name is wrong
 
 TextFile = str | os.PathLike[str]
+GivenText = TextFile | Sequence[TextFile] | Mapping[str, TextFile]
 
 
 class Text(Protocol):
-    """Documents to evaluate on."""
+    """Documents to evaluate on.
+
+    Attributes:
+        names: of the texts, one for each file, or that of the dataset.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def texts(self) -> Iterator[Iterator[Document]]:
         """The documents of each file, or of the dataset, in their order; each as far as it is asked for."""
@@ -45,7 +53,8 @@ class TextOptions:
 
     Attributes:
         text: a UTF-8 file or several, each one document; each row of a .json, .jsonl, .csv, .tsv, .parquet or .arrow file is
-            a document. Any may be compressed, named .gz.
+            a document. Any may be compressed, named .gz. Each file is a text with a name of its own: the stem of the file
+            unless given, as a str NAME=FILE or by a mapping from names to files. A file that exists as it is named wins.
         dataset: name on the Hub, or folder, of a dataset whose rows are documents; also a folder of `save_to_disk`.
         dataset_config: configuration of the dataset.
         dataset_revision: branch, tag or commit of a dataset on the Hub.
@@ -54,17 +63,19 @@ class TextOptions:
         join: put between the rows of a dataset or file, which are then one document; by default each row is one.
 
     Raises:
-        InputError: neither or both of text and dataset, or an option without effect.
+        InputError: neither or both of text and dataset, two texts of one name, or an option without effect.
 
     Example:
         >>> TextOptions(dataset="Salesforce/wikitext", dataset_config="wikitext-2-v1").source()
         DatasetText(name='Salesforce/wikitext', config='wikitext-2-v1', split='test', column='text', revision=None, join=None)
+        >>> TextOptions(text=["held_out.txt", "code=repositories.jsonl"]).names
+        ('held_out', 'code')
         >>> TextOptions(text="held_out.txt", split="train")
         Traceback (most recent call last):
         hf_moe_lmc.errors.InputError: --split would have no effect: the text is a file; leave it out
     """
 
-    text: TextFile | Sequence[TextFile] = ()
+    text: GivenText = ()
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_revision: str | None = None
@@ -73,10 +84,12 @@ class TextOptions:
     join: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", self.files)
+        # as pairs of a name and a file, so that equal options are equal however they were given
+        object.__setattr__(self, "text", _named(self.text))
         if bool(self.files) == (self.dataset is not None):
             raise InputError("give the text to evaluate on: either text files or one dataset")
         if self.files:
+            _refuse_one_name(self.names, self.files)
             self._refuse(("dataset_config", "dataset_revision", "split"), "the text is a file")
             if not any(map(has_rows, self.files)):
                 self._refuse(("column", "join"), "the text is a plain file")
@@ -84,8 +97,12 @@ class TextOptions:
     @property
     def files(self) -> tuple[Path, ...]:
         """The text files; empty with a dataset."""
-        paths = [self.text] if isinstance(self.text, str | os.PathLike) else self.text
-        return tuple(Path(path) for path in paths)
+        return tuple(file for _, file in _named(self.text))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the text files; empty with a dataset."""
+        return tuple(name for name, _ in _named(self.text))
 
     def source(self) -> Text:
         """The text, with defaults for what was not given. Reads files; the dataset is read later.
@@ -95,7 +112,7 @@ class TextOptions:
         """
         column = DEFAULT_COLUMN if self.column is None else self.column
         if self.dataset is None:
-            return TextFiles.of(self.files, column, self.join)
+            return TextFiles.of(self.files, column, self.join, names=self.names)
         folder = Path(self.dataset).expanduser()
         if "/" in self.dataset and looks_local(self.dataset) and not folder.exists():
             raise InputError(f"{self.dataset}: no such folder (it looks like a local path, so the Hub was not asked)")
@@ -180,6 +197,7 @@ class TextFiles:
     Attributes:
         column: column that holds the text of a row.
         join: put between the rows of a file, which are then one document; None: each row is one.
+        names: of the texts, one for each file.
         reading: what was read last.
 
     Example:
@@ -194,12 +212,25 @@ class TextFiles:
     paths: tuple[Path, ...]
     column: str = DEFAULT_COLUMN
     join: str | None = None
+    names: tuple[str, ...] = ()
     reading: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     @classmethod
-    def of(cls, paths: Sequence[TextFile], column: str = DEFAULT_COLUMN, join: str | None = None) -> TextFiles:
-        """Raises InputError where a file is missing, is no text or is empty."""
-        files = cls(tuple(Path(path) for path in paths), column, join)
+    def of(
+        cls,
+        paths: Sequence[TextFile],
+        column: str = DEFAULT_COLUMN,
+        join: str | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> TextFiles:
+        """Files by their names, or by their stems.
+
+        Raises:
+            InputError: a file is missing, is no text or is empty.
+        """
+        every = tuple(Path(path) for path in paths)
+        files = cls(every, column, join, tuple(map(stem, every) if names is None else names))
         for path in files.paths:
             if not path.is_file():
                 raise InputError(f"{path}: no such text file")
@@ -225,9 +256,13 @@ class TextFiles:
 
     def describe(self) -> dict[str, Any]:
         files = []
-        for number, path in enumerate(self.paths):
+        for number, (path, name) in enumerate(zip(self.paths, self.names, strict=True)):
             with path.open("rb") as file:
-                found: dict[str, Any] = {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                found: dict[str, Any] = {
+                    "name": path.name,
+                    "text": name,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
             read = {"documents": self.reading.documents[number]} if len(self.paths) > 1 and self.reading.documents else {}
             files.append(found | read)
         if not any(map(has_rows, self.paths)):
@@ -254,6 +289,11 @@ class DatasetText:
     revision: str | None = None
     join: str | None = None
     reading: Reading = field(default_factory=Reading, compare=False, repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The last part of the name: a dataset is one text."""
+        return (Path(self.name).name or self.name,)
 
     def texts(self) -> Iterator[Iterator[Document]]:
         self.reading.start()
@@ -284,6 +324,48 @@ class DatasetText:
     def describe(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("name", "config", "split", "column", "revision")}
         return {"kind": "dataset", **named} | _of_rows(self.join, self.reading)
+
+
+def stem(path: TextFile) -> str:
+    """The name of a text that was given none: that of its file, without what tells its format.
+
+    Example:
+        >>> stem("texts/prose.jsonl.gz"), stem("README")
+        ('prose', 'README')
+    """
+    name = Path(path).name
+    return Path(name[:-3] if name.lower().endswith(".gz") else name).stem or name
+
+
+def _named(given: Any) -> tuple[tuple[str, Path], ...]:
+    """Names and files of `TextOptions.text`, which may hold such pairs already."""
+    if isinstance(given, Mapping):
+        return tuple((name, Path(file)) for name, file in given.items())
+    every = [given] if isinstance(given, str | os.PathLike) else given
+    return tuple(entry if isinstance(entry, tuple) else _name_and_file(entry) for entry in every)
+
+
+def _name_and_file(entry: TextFile) -> tuple[str, Path]:
+    """A file by its stem, or NAME=FILE. What exists as a file as it stands is one, and so is what has a folder before `=`."""
+    if isinstance(entry, str) and "=" in entry and not Path(entry).is_file():
+        name, file = entry.split("=", 1)
+        if os.sep not in name:
+            if not name.strip() or not file:
+                raise InputError(f"text {entry}: expected NAME=FILE or FILE")
+            return name.strip(), Path(file)
+    return stem(entry), Path(entry)
+
+
+def _refuse_one_name(names: Sequence[str], files: Sequence[Path]) -> None:
+    """Raises InputError where two texts have one name."""
+    first: dict[str, Path] = {}
+    for name, file in zip(names, files, strict=True):
+        if name in first:
+            raise InputError(
+                f"two texts are named {name}: {first[name]} and {file}; each is reported by its name, so give another, as in "
+                f"--text {name}2={file}. Files that are to count as one text can be rows of one .jsonl file"
+            )
+        first[name] = file
 
 
 def _of_rows(join: str | None, reading: Reading) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from hf_moe_lmc.perplexity.tokens import Tokens, first_tokens, own_bos, tokenize
 
 POSITIONS_AT_ONCE = 512  # rows of logits that are widened to float32 at a time
 TOKENS_PER_BATCH = 4096  # default budget of one forward pass
+TEXT = "text"  # name of a text that has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Windows:
         read_in_part: documents of which `text_hash` covers a beginning alone.
         ended: (number, tokens read) of each document that a token budget ended, but for the last of all: there `tokens_read`
             tells it.
+        texts: name of the text that each window comes from; empty: all from one, named TEXT.
 
     Example:
         >>> windows = Windows((torch.arange(5), torch.arange(3)), (0, 0), context=5, bos=False, tokens_read=8)
@@ -95,6 +98,12 @@ class Windows:
     tokenizer_hash: str | None = None
     read_in_part: int = 0
     ended: tuple[tuple[int, int], ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def text_of(self) -> tuple[str, ...]:
+        """Name of the text that each window comes from."""
+        return self.texts or (TEXT,) * len(self.rows)
 
     @property
     def scored(self) -> Tensor:
@@ -131,6 +140,18 @@ class Windows:
         }
         return hashlib.sha256(json.dumps(convention, sort_keys=True).encode()).hexdigest()
 
+    def _by_text(self) -> dict[str, dict[str, int]]:
+        """Scored tokens, windows and documents of each text."""
+        scored, found = self.scored.int().tolist(), {}
+        for name in dict.fromkeys(self.text_of):
+            own = [i for i, text in enumerate(self.text_of) if text == name]
+            found[name] = {
+                "tokens_scored": sum(scored[i] for i in own),
+                "windows": len(own),
+                "documents": len({self.documents[i] for i in own}),
+            }
+        return found
+
     def describe(self) -> dict[str, Any]:
         """The part of `evaluation` in report.json that concerns windows."""
         digest = hashlib.sha256()
@@ -145,6 +166,7 @@ class Windows:
             "bytes_scored": None if self.bytes_scored is None else sum(self.bytes_scored),
             "windows": len(self.rows),
             "documents": len(set(self.documents)),
+            "texts": self._by_text(),
             "tokens_sha256": digest.hexdigest(),
             "text_hash": self.text_hash,
             "tokenizer_hash": self.tokenizer_hash,
@@ -203,7 +225,7 @@ def cut_windows(
         >>> windows.scored.tolist()
         [3.0, 2.0, 1.0]
     """
-    return cut_texts([documents], tokenizer, context=context, max_tokens=max_tokens, stride=stride)
+    return cut_texts([documents], tokenizer, context=context, max_tokens=max_tokens, stride=stride, names=(TEXT,))
 
 
 def cut_texts(
@@ -213,10 +235,17 @@ def cut_texts(
     context: int,
     max_tokens: int | None = None,
     stride: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> Windows:
     """As `cut_windows`, for several texts of several documents: `max_tokens` counts for each text.
 
     Documents are numbered through all texts.
+
+    Args:
+        names: of the texts; by default their numbers, from 1.
+
+    Raises:
+        InputError: as `cut_windows`, also where a single text leaves nothing to predict.
     """
     bos = own_bos(tokenizer)
     width = context - len(bos)
@@ -226,9 +255,10 @@ def cut_texts(
     if not 1 <= step <= width:
         raise InputError(f"stride {step}: expected 1 to {width}, the tokens of text in a window")
     windows: list[_Window] = []
+    of_texts: list[str] = []
     read = _Read()
-    for text in texts:
-        left = max_tokens
+    for name, text in zip(map(str, count(1)) if names is None else names, texts, strict=names is not None):
+        left, before, windows_before = max_tokens, len(read.tokens), len(windows)
         for document in text:
             found = first_tokens(document if isinstance(document, Document) else Document([document]), tokenizer, left)
             windows += _windows_of(len(read.tokens), found.ids, found.ends, bos, width, step)
@@ -236,10 +266,13 @@ def cut_texts(
             left = None if left is None else left - len(found.ids)
             if left is not None and left <= 0:
                 break
-    if not windows:
-        raise InputError(
-            f"the text holds {sum(read.tokens)} tokens: nothing to predict; give more text or a larger --max-tokens"
-        )
+        of_texts += [name] * (len(windows) - windows_before)
+        if len(windows) == windows_before:
+            which = "" if names is None or len(names) == 1 else f" {name}"
+            tokens = sum(read.tokens[before:])
+            raise InputError(
+                f"the text{which} holds {tokens} tokens: nothing to predict; give more text or a larger --max-tokens"
+            )
     rows, owners, context_only, bytes_scored = zip(*windows, strict=True)
     return Windows(
         rows,
@@ -254,6 +287,7 @@ def cut_texts(
         tokenizer_hash=tokenizer_hash(tokenizer),
         read_in_part=read.in_part,
         ended=read.ended,
+        texts=tuple(of_texts),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.pair import function_settings
 from hf_moe_lmc.path.evaluation import Evaluator
-from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_loss
+from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_losses
 from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
@@ -41,7 +41,7 @@ def barrier(
     b: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
@@ -79,7 +79,9 @@ def barrier(
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]) of one architecture.
         output: a new or empty folder for report.json, report.md, barrier.png, barrier.svg and symmetry.safetensors.
         text: a UTF-8 file or several, each one document, where .json, .jsonl, .csv, .tsv, .parquet and .arrow files have a
-            document in each row; or `dataset`, whose rows are documents. See `TextOptions`.
+            document in each row; or `dataset`, whose rows are documents. Several are reported one by one and as their mean,
+            by the stems of the files or by names of yours: a mapping from names to files, or strs NAME=FILE. See
+            `TextOptions`.
         dataset_config, dataset_revision, split: of the dataset; by default its split `test`.
         column: where the text of a row stands, by default `text`.
         join: put between rows, which are then one document, such as "\\n\\n"; None: each row is a document.
@@ -144,6 +146,7 @@ def barrier(
             context=context,
             max_tokens=asked.windows.max_tokens,
             stride=asked.windows.stride,
+            names=asked.source.names,
         )
         check_ids(windows, pair)
         masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
@@ -236,7 +239,7 @@ class _Barrier(Job[BarrierReport]):
         other = [] if self.pair.ids.alike else ["vocabulary"]
         because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
         found = {
-            side: {"nll": own_loss(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
+            side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
             for side, model in zip("ab", self.pair.alone, strict=True)
             if because[side]
         }
@@ -257,13 +260,9 @@ def check_ids(windows: Windows, pair: Pair) -> None:
 
 def _warn(report: BarrierReport) -> None:
     """Warns of what the reader of a report should know."""
-    dtype, problem = report.evaluation["dtype"], report.evaluation.get("routing_unavailable")
-    for name, values in report.losses.items():
-        bad = [f"{report.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
-        if bad:
-            advice = "; try --dtype float32" if dtype != "float32" else ""
-            warn(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}")
-    if problem:
-        warn(f"{report.a['source']}: the routing cannot be watched: {problem}")
+    for problem in report.not_finite:
+        warn(problem)
+    if "routing_unavailable" in report.evaluation:
+        warn(f"{report.a['source']}: the routing cannot be watched: {report.evaluation['routing_unavailable']}")
     for warning in report.warnings:
         warn(warning)

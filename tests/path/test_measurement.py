@@ -118,6 +118,32 @@ def test_points_are_added_beside_the_maximum_on_both_paths(
     assert of_added == [row for row in one_grid if row["t"] in (0.1, 0.3, 0.6)]
 
 
+def test_the_midpoint_is_measured_whatever_the_grid(plain: BarrierReport, measure: Callable[..., BarrierReport]) -> None:
+    off = measure(points=4)
+    assert 0.5 not in off.t and off.routing is not None and {row["t"] for row in off.routing} == set(off.t)
+    assert off.references.to_dict() == plain.references.to_dict() and off.references.t == 0.5
+    assert off.references.mean.loss("aligned") == pytest.approx(plain.aligned.nll[2], abs=1e-12)
+
+
+def test_texts_are_reported_by_name_and_on_their_mean(
+    plain: BarrierReport, measure: Callable[..., BarrierReport], text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text_file.read_text()[100 * i : 100 * i + 300]}) + "\n" for i in range(1, 4)))
+    found = measure(text=[f"prose={text_file}", str(other)])
+    assert list(found.references.texts) == ["prose", "other"] and found.subtitle.startswith("prose, other; ")
+    sizes = found.evaluation["texts"]
+    assert sizes["prose"] == plain.evaluation["texts"][text_file.stem] and sizes["other"]["tokens_scored"] <= 200
+    for name in ("a", "b", "aligned", "naive"):
+        losses = [on.loss(name) for on in found.references.texts.values()]
+        assert losses[0] == pytest.approx(plain.references.mean.loss(name), abs=1e-6)
+        assert found.references.mean.loss(name) == pytest.approx(sum(losses) / 2)
+    with pytest.raises(InputError, match="the text short holds 1 tokens: nothing to predict"):
+        short = tmp_path / "short.txt"
+        short.write_text("a")
+        measure(text=[text_file, short])
+
+
 def test_the_intervals_beside_the_maximum_are_halved() -> None:
     assert _beside_the_maximum(BarrierCurve((0.0, 0.5, 1.0), (1.0, 2.0, 1.0))) == [0.25, 0.75]
     assert _beside_the_maximum(BarrierCurve((0.0, 0.25, 0.5, 1.0), (1.0, 1.0, 2.0, 1.0))) == [0.375, 0.75]

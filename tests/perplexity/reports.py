@@ -17,7 +17,7 @@ from tests.schemas import check_report
 def make_report(windows: Windows, losses: Mapping[str, torch.Tensor], t: Sequence[float], **more: Any) -> BarrierReport:
     """A report of given losses, float64 [point, window], nats summed over each window; its content fits the schema."""
     facts = {
-        "text": {"kind": "files", "files": [{"name": "held_out.txt", "sha256": "0" * 64}]},
+        "text": {"kind": "files", "files": [{"name": "held_out.txt", "text": "held_out", "sha256": "0" * 64}]},
         **windows.describe(),
         "dtype": "float32",
         "batch_size": 8,
@@ -60,7 +60,7 @@ def report(naive: list[float] | None, aligned: list[float]) -> BarrierReport:
     return make_report(cut((0,)), losses, (0.0, 0.5, 1.0))
 
 
-def on_documents(count: int = 12, **more: Any) -> BarrierReport:
+def on_documents(count: int = 24, **more: Any) -> BarrierReport:
     """Two windows of four predicted tokens in each document; naive barrier about 1, aligned about 0.2, at nine points."""
     generator = np.random.default_rng(0)
     owners = tuple(i // 2 for i in range(2 * count))

@@ -45,7 +45,8 @@ def test_the_bootstrap_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     barriers = curve.barrier((0.0, 0.5, 1.0), found)
     literal = [max(0.0, m - (a + b) / 2) for a, m, b in expected]
     assert bootstrap.interval(barriers) == pytest.approx(tuple(np.percentile(literal, [2.5, 97.5])))
-    assert bootstrap.describe()["unit"] == "document" and bootstrap.caveat is None
+    assert bootstrap.describe()["unit"] == "document" and bootstrap.caveat == "12 documents only: intervals may be too narrow"
+    assert Bootstrap(tuple(range(20)), (4,) * 20).caveat is None
 
 
 def test_intervals_hold_the_truth_as_often_as_they_promise() -> None:

@@ -21,6 +21,8 @@ def test_the_share_of_the_naive_barrier_is_said_only_where_there_is_one() -> Non
 
 def test_the_table_has_a_row_for_each_point() -> None:
     lines = report([1.0, 3.0, 1.0], [1.0, 1.5, 1.0]).table().splitlines()
+    assert lines[0].startswith("Least loss on the aligned path at its end A") and lines[3].startswith("Mind: one document")
+    lines = lines[next(i for i, line in enumerate(lines) if line.split()[:1] == ["t"]) :]
     assert lines[0].split() == ["t", "aligned", "nll", "perplexity", "naive", "nll", "perplexity"]
     assert lines[2].split() == ["0.500", "1.5000", "4.4817", "3.0000", "20.0855"]
     assert any(line.startswith("barrier, naive path: 2.0000 nats per token at t = 0.5") for line in lines)
@@ -54,13 +56,19 @@ def test_the_numbers_of_a_path_have_intervals() -> None:
     assert summary["difference"] == pytest.approx(found["paths"]["naive"]["barrier"] - found["paths"]["aligned"]["barrier"])
     assert low < summary["difference"] < high
     statistics = found["statistics"]
-    facts = {"unit": "document", "clusters": 12, "replicates": 2000, "level": 0.95, "seed": 0, "note": None}
+    facts = {"unit": "document", "clusters": 24, "replicates": 2000, "level": 0.95, "seed": 0, "note": None}
     assert facts.items() <= statistics.items() and "bootstrap" in statistics["method"]
     assert "layerwise" not in found and "routing" not in found and found["warnings"] == []
     text = measured.to_markdown()
-    assert "over 12 documents" in text and "bits per byte" in text and f"[{low:.4f}, {high:.4f}]" in text
-    assert f"[{low:.4f}, {high:.4f}]" in measured.table() and "95 % intervals over 12 documents" in measured.table()
+    assert "over 24 documents" in text and "bits per byte" in text and f"[{low:.4f}, {high:.4f}]" in text
+    assert f"[{low:.4f}, {high:.4f}]" in measured.table() and "95 % intervals over 24 documents" in measured.table()
     assert found == json.loads(on_documents().to_json())  # seeded
+
+
+def test_a_path_below_the_line_has_no_barrier_of_zero() -> None:
+    found = report([1.0, 3.0, 1.0], [1.0, 0.5, 1.0])
+    assert "barrier, aligned path: the path lies below the line between its ends everywhere; area -0.2500" in found.table()
+    assert "barrier 0.0000" not in found.table() and found.subtitle == "text; 4 tokens, 1 document; float32"
 
 
 def test_one_document_is_said() -> None:
@@ -71,7 +79,7 @@ def test_one_document_is_said() -> None:
 def test_a_peak_between_points_of_the_grid_is_warned_of() -> None:
     coarse = report([1.0, 3.0, 1.0], [1.0, 1.0, 1.0])
     assert len(coarse.warnings) == 1 and coarse.warnings[0].startswith("naive path: the barrier may be higher")
-    assert "**Warning.** Naive path" in coarse.to_markdown() and "--refine" in coarse.to_markdown()
+    assert "**Mind:** naive path" in coarse.to_markdown() and "--refine" in coarse.to_markdown()
     assert coarse.to_dict()["warnings"] == coarse.warnings
 
 
@@ -91,6 +99,8 @@ def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path
     assert found["routing"] == routing
     low, high = found["layerwise"][1]["barrier_interval"]
     assert low < found["layerwise"][1]["barrier"] < high and found["layerwise"][1]["t"] == list(t)
+    layers = full.table().split("\n\n")[-1].splitlines()
+    assert layers[1].split() == ["layers", "barrier,", "nats", "at", "t"] and layers[4].split()[0] == "0-1"
     text = full.to_markdown()
     assert "## Layer by layer" in text and "| 0-1 | " in text and "## Routing along the path" in text
     full.plot(tmp_path / "barrier.png")

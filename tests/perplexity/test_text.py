@@ -83,7 +83,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def test_options_give_the_text_with_defaults_for_what_was_not_given(files: dict[str, Path], tmp_path: Path) -> None:
     for text in (files["plain"], str(files["plain"]), [files["plain"]], (str(files["plain"]),)):
         options = TextOptions(text=text)
-        assert options.source() == TextFiles((files["plain"],), "text") and options.files == (files["plain"],)
+        assert options.source() == TextFiles.of([files["plain"]], "text") and options.files == (files["plain"],)
         assert options == TextOptions(text=files["plain"]) and hash(options) == hash(TextOptions(text=files["plain"]))
     assert list(TextOptions(text=[files["rows"], files["plain"]]).source().documents()) == ["eins", "ein Text"]
     assert list(TextOptions(text=files["rows"], column="body").source().documents()) == ["zwei"]
@@ -93,6 +93,32 @@ def test_options_give_the_text_with_defaults_for_what_was_not_given(files: dict[
     assert TextOptions(dataset="org/name", join="").source() == DatasetText("org/name", join="") != DatasetText("org/name")
     assert list(TextOptions(text=[files["rows"], files["plain"]], join="+").source().documents()) == ["eins", "ein Text"]
     assert TextOptions(dataset=str(tmp_path), split="train").source() == DatasetText(str(tmp_path), None, "train")
+
+
+def test_each_file_is_a_text_with_a_name(files: dict[str, Path], tmp_path: Path) -> None:
+    plain, rows = files["plain"], files["rows"]
+    packed = tmp_path / "more.jsonl.gz"
+    assert TextOptions(text=[plain, rows, packed]).names == ("plain", "rows", "more")
+    pairs = (("prose", plain), ("code", rows))
+    for given in ([f"prose={plain}", f"code={rows}"], {"prose": plain, "code": str(rows)}):
+        options = TextOptions(text=given)
+        assert options == TextOptions(text=dict(pairs)) and options.names == ("prose", "code")
+        assert options.files == (plain, rows) and options.source().names == ("prose", "code")
+        assert [file["text"] for file in options.source().describe()["files"]] == ["prose", "code"]
+    odd = tmp_path / "b=1" / "x=y.txt"
+    odd.parent.mkdir()
+    odd.write_text("text")
+    assert TextOptions(text=str(odd)).names == ("x=y",) and TextOptions(text=f"name={odd}").files == (odd,)
+    assert TextOptions(text=odd.parent / "a=none.txt").files == (odd.parent / "a=none.txt",)  # a Path is never cut
+    assert TextOptions(dataset="org/wikitext").source().names == ("wikitext",)
+    with pytest.raises(InputError, match="no such text file"):
+        TextOptions(text="name=none.txt").source()
+    for bad in ("=plain.txt", "name="):
+        with pytest.raises(InputError, match="expected NAME=FILE or FILE"):
+            TextOptions(text=bad)
+    other = tmp_path / "b=1" / "plain.txt"
+    with pytest.raises(InputError, match=f"two texts are named plain: {plain} and {other}; .* --text plain2={other}"):
+        TextOptions(text=[plain, other])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from hf_moe_lmc.matching.alignment import Alignment
 from hf_moe_lmc.matching.certificate import CERTIFICATES
@@ -17,6 +18,7 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
 from hf_moe_lmc.matching.result import DECIDED
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
+from hf_moe_lmc.perplexity.verdict import merge_verdict
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge
@@ -91,7 +93,7 @@ def reports(
     folder = tmp_path_factory.mktemp("reports")
     pair = [saved("qwen2_moe", "per-expert", seed) for seed in (0, 1)]
     rows = folder / "test.jsonl"
-    rows.write_text("".join(json.dumps({"text": text_file.read_text()[:n]}) + "\n" for n in range(8, 20)))
+    rows.write_text("".join(json.dumps({"text": text_file.read_text()[: 8 + n % 12]}) + "\n" for n in range(40)))
     long = tmp_path_factory.mktemp("long") / "long.txt"
     long.write_text(text_file.read_text() * 200)
     align(*pair, folder / "aligned")
@@ -105,7 +107,7 @@ def reports(
             "dtype": "bfloat16",
             "stride": 9,
         },
-        {"dataset": str(folder), "symmetry": folder / "aligned", "naive": False, "routing": False},
+        {"dataset": str(folder), "max_tokens": 1000, "symmetry": folder / "aligned", "naive": False, "routing": False},
         {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
         {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
@@ -136,9 +138,24 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     layers = {span: replace(alone, losses=alone.losses * math.inf) for span, alone in (first.layerwise or {}).items()}
     routing = [{**row, "entropy": None} for row in first.routing or []]
     yield replace(first, losses=infinite, layerwise=layers, routing=routing)
+    nothing = {name: losses * math.inf for name, losses in first.losses.items()}
+    yield replace(first, losses=nothing, halfway={name: losses[1] for name, losses in nothing.items()})
+    ends = {name: losses.clone() for name, losses in first.losses.items()}
+    for losses in ends.values():
+        losses[[0, -1]] = math.inf
+    yield replace(first, losses=ends)
+    low = {
+        name: losses * torch.tensor([[1.0] if t in (0, 1) else [0.5] for t in first.t]) for name, losses in first.losses.items()
+    }
+    three = tuple(number % 3 for number in range(len(first.windows.rows)))
+    yield replace(first, losses=low, windows=replace(first.windows, documents=three))
+    for size in (1, math.inf):
+        others = dict.fromkeys(("repaired", "ensemble"), first.losses["aligned"][1] * size)
+        yield replace(first, halfway={**first.halfway, **others})
     for report in found:
         if report.own is not None:
-            yield replace(report, own={side: {**of_side, "nll": math.nan} for side, of_side in report.own.items()})
+            nan = {"nll": math.nan, "window_nll": [math.nan] * len(report.windows.rows)}
+            yield replace(report, own={side: {**of_side, **nan} for side, of_side in report.own.items()})
     windows = replace(first.windows, bytes_scored=None)
     high = {name: losses * (5 if name == "naive" else 1) for name, losses in first.losses.items()}
     for losses in high.values():
@@ -154,7 +171,11 @@ def test_the_key_paths_of_reports_are_those_of_the_schema(reports: list[BarrierR
         content = json.loads(report.to_json())
         check_report(content)
         found |= seen(content, REPORT)
-    assert found == declared(REPORT)
+    models = dict.fromkeys(("a", "b", "aligned", "repaired"), reports[0].losses["aligned"][0])
+    content["verdict"] = merge_verdict(models, reports[0].windows, t=0.3).to_dict()  # as for a merge, whose t was given
+    check_report(json.loads(json.dumps(content)))
+    found |= seen(json.loads(json.dumps(content)), REPORT)
+    assert found == declared(REPORT), (found - declared(REPORT), declared(REPORT) - found)
     of_one = seen(json.loads(reports[1].to_json()), REPORT)
     assert (".routing[].load[]", "number") in declared(REPORT) - of_one  # the control
 

@@ -1,0 +1,231 @@
+"""Is the merge better than what there was, and at which t? The answer as a value, in numbers and in sentences.
+
+`merge_verdict` is for a merge at a given t, `path_verdict` for a path whose t is still to be chosen. Both give references,
+which are losses of named models, and what can be said of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from hf_moe_lmc.perplexity import curve as curves
+from hf_moe_lmc.perplexity import wording
+from hf_moe_lmc.perplexity.bootstrap import Interval
+from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.least import LeastLoss
+from hf_moe_lmc.perplexity.references import PARENTS, Comparison, Difference, References, differences_on, references
+from hf_moe_lmc.perplexity.windows import Windows
+
+MIDPOINT = 0.5  # t of the references of a path
+ROUNDING = 1e-4  # nats per token; smaller differences are no finding in any dtype
+STANDINGS = {
+    "below_both": "below both parents",
+    "between": "above the better parent and below the other",
+    "above_better": "above the better parent, not told apart from the other",
+    "worse_than_either": "above both parents",
+    "undecided": "not told apart from the better parent",
+    "not_finite": "a loss is not finite",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Whether a merge is better than its parents. Losses are in nats per token, on the unweighted mean of the texts.
+
+    Attributes:
+        references: losses at the merge's own t, or halfway along a path.
+        compared: losses at the t that the sentences name.
+        merge: the merge that the sentences are about, one of MERGES.
+        floor: nats per token; a difference of at most so much is no finding.
+        least: the point of the least loss on the aligned path; None: t was given.
+        paths: by name, float64 [point, window], nats summed over each window; empty: t was given.
+        remarks: further reasons for caution, in words.
+
+    Example:
+        >>> import torch
+        >>> windows = Windows(tuple(torch.arange(5) for _ in range(40)), tuple(range(40)), 5, False, 200)
+        >>> level = torch.linspace(8, 12, 40, dtype=torch.float64)  # nats of each window, which has 4 tokens
+        >>> models = {"a": level, "b": level + 1, "naive": level + 4, "aligned": level - torch.linspace(0.1, 0.3, 40)}
+        >>> verdict = merge_verdict(models, windows, t=0.3)
+        >>> verdict.standing, verdict.title
+        ('below_both', 'at t = 0.3: 0.050 [0.045, 0.055] nats below the better parent (A)')
+    """
+
+    references: References
+    compared: References
+    merge: str = "aligned"
+    floor: float = ROUNDING
+    least: LeastLoss | None = None
+    paths: Mapping[str, Tensor] | None = None
+    remarks: Sequence[str] = ()
+
+    @property
+    def t(self) -> float:
+        """Of the merge that the sentences are about."""
+        return self.compared.t
+
+    @property
+    def mean(self) -> Comparison:
+        """Losses and differences at that t, on the mean of the texts."""
+        return self.compared.mean
+
+    @cached_property
+    def held_out(self) -> dict[str, Difference] | None:
+        """The loss at t chosen on other documents, less that of each parent; None where t was not chosen. See `least`."""
+        if self.least is None or self.least.chosen != self.t or self.least.cross_fitted is None:
+            return None
+        models = {**{side: self.compared.models[side] for side in PARENTS}, "chosen": self.least.cross_fitted}
+        found = differences_on(None, self.compared.means, models, [("chosen", side) for side in PARENTS])
+        return dict(zip(PARENTS, found, strict=True))
+
+    @property
+    def standing(self) -> str:
+        """One of STANDINGS. Intervals of the differences decide; `below_both` has to hold for `held_out`, too."""
+        standing = self._standing()
+        return "undecided" if standing == "below_both" and self._fails_held_out else standing
+
+    def _standing(self) -> str:
+        found = self.mean
+        if not all(math.isfinite(found.loss(name)) for name in (self.merge, *PARENTS)):
+            return "not_finite"
+        of_merge = found.differences[self.merge]
+        better, worse = (of_merge[side].sign(self.floor) for side in (found.better, found.worse))
+        if better < 0 and worse < 0:
+            return "below_both"
+        if better > 0:
+            return {1: "worse_than_either", 0: "above_better", -1: "between"}[worse]
+        return "undecided"
+
+    @property
+    def _fails_held_out(self) -> bool:
+        found = self.held_out
+        return found is not None and not all(difference.sign(self.floor) < 0 for difference in found.values())
+
+    @cached_property
+    def barriers(self) -> dict[str, tuple[BarrierCurve, Interval | None]]:
+        """Curve on the mean of the texts, and interval of its barrier, of each path; empty where t was given."""
+        found = {}
+        means, paths = self.compared.means, self.paths or {}
+        for name, losses in paths.items():
+            assert self.least is not None
+            curve = BarrierCurve(self.least.t, tuple(means.of(None, losses.numpy()).tolist()))
+            resampled = curves.barrier(curve.t, means.resampled(None, losses.numpy()))
+            found[name] = curve, means.interval(None, resampled)
+        return found
+
+    @property
+    def at_end(self) -> str | None:
+        """`A` or `B` where the loss is least at an end of the path: no merge on it is better. Otherwise None."""
+        chosen = None if self.least is None else self.least.chosen
+        return None if chosen is None else {0.0: "A", 1.0: "B"}.get(chosen)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """The t of the least loss, the merge there against both parents, and the barriers; each where it applies."""
+        subject = f"The merge at {wording.place(self.t)}"
+        if self.references.several:
+            subject = f"On the mean of the texts, the merge at {wording.place(self.t)}"
+        held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
+        found = [] if self.least is None else [wording.least_loss(self.least, self.references)]
+        found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
+        return [*found, wording.barriers(self.barriers)] if self.barriers else found
+
+    @property
+    def title(self) -> str:
+        """One line, to stand above a plot."""
+        return wording.title(
+            self.t, self.standing, self.mean, self.merge, texts=len(self.compared.means.names), at_end=self.at_end
+        )
+
+    @property
+    def cautions(self) -> list[str]:
+        """What a reader has to know before relying on the sentences, in words."""
+        return [*self.compared.means.caveats, *self._without_alignment(), *self.remarks]
+
+    def _without_alignment(self) -> list[str]:
+        naive = self.mean.differences.get(self.merge, {}).get("naive")
+        if naive is None or naive.sign(self.floor) <= 0:
+            return []
+        return [f"the {self.merge} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the naive one"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `verdict` of report.json."""
+        least, held_out = self.least, self.held_out
+        return {
+            "sentences": self.sentences,
+            "cautions": self.cautions,
+            "title": self.title,
+            "merge": self.merge,
+            "standing": self.standing,
+            "floor": self.floor,
+            "least": None if least is None else least.to_dict(),
+            "held_out": None if held_out is None else {side: found.to_dict() for side, found in held_out.items()},
+            "barriers": {
+                name: {"barrier": curve.barrier, "interval": interval, "t": curve.barrier_t, "area": curve.area}
+                for name, (curve, interval) in self.barriers.items()
+            },
+            **self.compared.to_dict(),
+        }
+
+
+def merge_verdict(
+    models: Mapping[str, Tensor],
+    windows: Windows,
+    *,
+    t: float,
+    merge: str = "aligned",
+    floor: float = ROUNDING,
+    remarks: Sequence[str] = (),
+) -> Verdict:
+    """References and verdict of a merge at its own t.
+
+    Args:
+        models: by the names of MODELS, float64 [window], nats, summed over each window. `a` and `b` are the parents, each
+            by itself; of the others those that were measured, at this t.
+        windows: what was evaluated on; they know their texts.
+        t: of the merge; 0 is A, 1 is B.
+        merge: the one that was made, `aligned` or `naive`, say.
+        floor, remarks: as in `Verdict`.
+    """
+    found = references(models, windows, t=t)
+    return Verdict(found, found, merge, floor, remarks=remarks)
+
+
+def path_verdict(
+    paths: Mapping[str, Tensor],
+    t: tuple[float, ...],
+    windows: Windows,
+    *,
+    halfway: Mapping[str, Tensor],
+    parents: Mapping[str, Tensor] | None = None,
+    floor: float = ROUNDING,
+    remarks: Sequence[str] = (),
+) -> Verdict:
+    """References and verdict of the paths from A to B; the aligned one decides.
+
+    Where its loss is least at an end, the sentences compare the merge halfway.
+
+    Args:
+        paths: `aligned`, and `naive` where it was measured: float64 [point, window], nats, summed over each window.
+        t: the grid, ascending from 0 to 1.
+        windows: what was evaluated on; they know their texts.
+        halfway: by the names of MERGES, float64 [window]: losses at t = 0.5.
+        parents: `a`, `b` or both by themselves, float64 [window], where they are not the ends of the paths.
+        floor, remarks: as in `Verdict`.
+    """
+    ends = {"a": paths["aligned"][0], "b": paths.get("naive", paths["aligned"])[-1], **(parents or {})}
+    found = references({**ends, **halfway}, windows, t=MIDPOINT)
+    least = LeastLoss(t, paths["aligned"], found.means)
+    compared = found
+    if least.chosen is not None and 0 < least.chosen < 1:
+        assert least.index is not None
+        fixed = {name: losses for name, losses in halfway.items() if name == "ensemble"}  # it is at no t
+        at_least = {name: losses[least.index] for name, losses in paths.items()}
+        compared = replace(references({**ends, **at_least, **fixed}, windows, t=least.chosen), means=found.means)
+    return Verdict(found, compared, "aligned", floor, least, paths, remarks)

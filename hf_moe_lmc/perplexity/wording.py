@@ -1,0 +1,209 @@
+"""The sentences of a verdict. Whether something is said as a fact is decided by its interval, elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hf_moe_lmc.perplexity.bootstrap import Interval
+from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.least import LeastLoss
+from hf_moe_lmc.perplexity.references import Comparison, Difference, References
+
+SMALL = 0.01  # nats per token; smaller numbers get a digit more
+FLAT = 1e-5  # nats per token: a curve within so much of its line is on it
+
+
+def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
+    """A number of nats, with three decimals or, where it or `like` is small, four.
+
+    Example:
+        >>> number(0.0171), number(0.0014, sign=True), number(-0.0, sign=True), number(0.002, like=0.5)
+        ('0.017', '+0.0014', '+0.0000', '0.002')
+    """
+    digits = 3 if abs(value if like is None else like) >= SMALL else 4
+    rounded = round(value, digits) + 0.0  # no -0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
+
+
+def brackets(interval: Interval | None, like: float, *, sign: bool = False) -> str:
+    """An interval in brackets, to follow a number; empty where there is none.
+
+    Example:
+        >>> brackets((0.012, 0.021), 0.017), brackets(None, 0.017)
+        (' [0.012, 0.021]', '')
+    """
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    return f" [{', '.join(number(end, like, sign=sign) for end in interval)}]"
+
+
+def place(t: float, interval: Interval | None = None, step: float = 0.0) -> str:
+    """A point of a path; `step`: how far the grid's next point is, for an interval that holds one point alone.
+
+    Example:
+        >>> place(0.41667, (0.375, 0.5)), place(0.41667, (0.41667, 0.41667), 0.04167), place(0.5)
+        ('t = 0.417 [0.375, 0.5]', 't = 0.417 (to one step of the grid, 0.0417)', 't = 0.5')
+    """
+    if interval is None:
+        return f"t = {t:.3g}"
+    if interval[0] == interval[1]:
+        return f"t = {t:.3g} (to one step of the grid, {step:.3g})"
+    return f"t = {t:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def least_loss(least: LeastLoss, references: References) -> str:
+    """Where the loss on the aligned path is least."""
+    texts = "these texts" if references.several else "this text"
+    start = f"Least loss on the aligned path{', on the mean of the texts,' if references.several else ''}"
+    if least.index is None:
+        return "No loss on the aligned path is finite."
+    assert least.chosen is not None
+    if least.undecided:
+        return f"{start} at {place(least.chosen)}, chosen on {texts}, but no t of the path can be told from another."
+    at = place(least.chosen, least.interval, least.step)
+    if least.elsewhere:
+        at += f" (or at {', '.join(f'{t:.3g}' for t in least.elsewhere)}, which cannot be told from it)"
+    if 0 < least.chosen < 1:
+        return f"{start} at {at}, chosen on {texts}."
+    end, parents = ("A" if least.chosen == 0 else "B"), references.mean
+    measurably = "" if least.interval is None or least.interval[0] == least.interval[1] else "measurably "
+    if least.nll[least.index] >= parents.loss(parents.better) - FLAT:
+        none = f"no merge is {measurably}better than its better parent, {parents.better.upper()}"
+    else:
+        none = f"no point between the ends is {measurably}better than this end"
+    return f"{start} at its end {end}, {at}, chosen on {texts}: {none}."
+
+
+def size(found: Difference, *, unit: bool = False) -> str:
+    """The size of a difference that is a fact; words around it say its direction.
+
+    Example:
+        >>> size(Difference(-0.017, (-0.021, -0.012)), unit=True)
+        '0.017 nats per token [0.012, 0.021]'
+    """
+    interval = found.interval
+    if interval is not None and found.value < 0:
+        interval = -interval[1], -interval[0]
+    return number(abs(found.value)) + (" nats per token" if unit else "") + brackets(interval, found.value)
+
+
+def open_size(found: Difference, *, unit: bool = False) -> str:
+    """A difference that is no fact, with its sign.
+
+    Example:
+        >>> open_size(Difference(-0.003, (-0.008, 0.002))), open_size(Difference(-0.003, None))
+        ('-0.0030 [-0.0080, +0.0020]', '-0.0030 without an interval')
+    """
+    if found == Difference(0.0, (0.0, 0.0)):
+        return "no difference"
+    interval = brackets(found.interval, found.value, sign=True) or " without an interval"
+    return number(found.value, sign=True) + (" nats per token" if unit else "") + interval
+
+
+def of_merge(subject: str, merge: str, standing: str, found: Comparison, held_out: Mapping[str, Difference] | None) -> str:
+    """A merge against both its parents.
+
+    Args:
+        subject: what the sentence is about, such as "The merge at t = 0.5".
+        standing: one of the STANDINGS.
+        held_out: the differences at t chosen by other documents, where they alone make it undecided.
+    """
+    better, worse = found.better.upper(), found.worse.upper()
+    if standing == "not_finite":
+        bad = [name for name in (merge, "a", "b") if not math.isfinite(found.loss(name))]
+        owners = ", ".join("its own" if name == merge else f"that of {name.upper()}" for name in bad)
+        return f"{subject} cannot be compared with its parents: a loss is not finite ({owners})."
+    one, other = found.to_better(merge), found.differences[merge][found.worse]
+    if standing == "below_both":
+        return (
+            f"{subject} is below both parents: {size(one, unit=True)} below the better one, which is {better}, and "
+            f"{size(other)} below {worse}."
+        )
+    if standing == "worse_than_either":
+        return (
+            f"{subject} is {size(one, unit=True)} worse than the better parent, which is {better}, and {size(other)} worse "
+            f"than {worse}: worse than either, do not merge."
+        )
+    if standing == "between":
+        return (
+            f"{subject} is between its parents: {size(one, unit=True)} above the better one, which is {better}, and "
+            f"{size(other)} below {worse}: not worth merging."
+        )
+    if standing == "above_better":
+        return (
+            f"{subject} is {size(one, unit=True)} above the better parent, which is {better}, and cannot be told apart from "
+            f"{worse} ({open_size(other)}): not worth merging."
+        )
+    if held_out is not None:
+        return (
+            f"{subject} is {size(one, unit=True)} below the better parent, which is {better}, on the text that chose t, but "
+            f"not where other documents choose it ({open_size(held_out[found.better])}): the two cannot be told apart."
+        )
+    start = f"{subject} cannot be told apart from the better parent, which is {better} ({open_size(one, unit=True)})"
+    if other.sign():
+        return f"{start}; it is {size(other)} {'below' if other.value < 0 else 'above'} {worse}."
+    return f"{start}, nor from {worse} ({open_size(other)})."
+
+
+def no_barrier(curve: BarrierCurve) -> str | None:
+    """Why there is no barrier on a path, in words; None where there is one.
+
+    Example:
+        >>> no_barrier(BarrierCurve((0.0, 0.5, 1.0), (3.0, 2.9, 3.2)))
+        'the path lies below the line between its ends everywhere'
+    """
+    inner = curve.excess[1:-1]
+    if not math.isfinite(curve.barrier):
+        return "unknown, a loss is not finite"
+    if all(abs(excess) <= FLAT for excess in inner):
+        return "the path keeps to the line between its ends"
+    return "the path lies below the line between its ends everywhere" if max(inner) < 0 else None
+
+
+def of_path(name: str, curve: BarrierCurve, interval: Interval | None) -> str:
+    """The barrier on one path, or that there is none.
+
+    Example:
+        >>> of_path("naive", BarrierCurve((0.0, 0.5, 1.0), (3.0, 3.7, 3.2)), (0.55, 0.65))
+        'naive 0.600 [0.550, 0.650] at t = 0.5'
+        >>> of_path("aligned", BarrierCurve((0.0, 0.5, 1.0), (3.0, 2.9, 3.2)), (0.0, 0.0))
+        'aligned none, the path lies below the line between its ends everywhere (area -0.100)'
+    """
+    none, area = no_barrier(curve), curve.area
+    if none is not None:
+        if not math.isfinite(curve.barrier):
+            return f"{name} {none}"
+        return f"{name} none, {none}" + (f" (area {number(area, sign=True)})" if area < -FLAT else "")
+    found = f"{name} {number(curve.barrier)}{brackets(interval, curve.barrier)} at t = {curve.barrier_t:.3g}"
+    return found if area >= 0 else f"{found}, though more of the path lies below the line (area {number(area, sign=True)})"
+
+
+def barriers(found: Mapping[str, tuple[BarrierCurve, Interval | None]]) -> str:
+    """The barriers of all paths."""
+    return f"Barrier in nats per token: {'; '.join(of_path(name, *found[name]) for name in reversed(list(found)))}."
+
+
+def title(merge_at: float, standing: str, found: Comparison, merge: str, *, texts: int, at_end: str | None) -> str:
+    """The verdict in a line that fits above a plot.
+
+    Args:
+        texts: how many.
+        at_end: the end at which the loss is least; None: it is between the ends, or t was given.
+    """
+    start, better = f"at {place(merge_at)}", f"the better parent ({found.better.upper()})"
+    ending = (f"mean of {texts} texts: " if texts > 1 else "") + ("" if at_end is None else f"least loss at {at_end}; ")
+    if standing == "not_finite":
+        return f"{ending}{start}: a loss is not finite"
+    one, other = found.to_better(merge), found.differences[merge][found.worse]
+    either = f"worse than either parent: {size(other if other.value < one.value else one)} nats"
+    return (
+        ending
+        + {
+            "below_both": f"{start}: {size(one)} nats below {better}",
+            "worse_than_either": f"{start} {either}",
+            "between": f"{start}: {size(one)} nats above {better}",
+            "above_better": f"{start}: {size(one)} nats above {better}",
+            "undecided": f"{start}: not told apart from {better}",
+        }[standing]
+    )
