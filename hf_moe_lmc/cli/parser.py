@@ -12,6 +12,7 @@ from typing import get_args
 from hf_moe_lmc import __version__
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
+from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 
 JOIN = "\n\n"  # where --join has no separator: what perplexity recipes on WikiText do
 REFINE = 3  # halvings where --refine has no number
@@ -138,6 +139,12 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         "time",
     )
     verb.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
+    verb.add_argument(
+        "--plot",
+        choices=get_args(PlotKind),
+        help="interactive: also barrier.html, one page with all plots, which needs Plotly (pip install "
+        f"'hf_moe_lmc[interactive]') (default: {_default(PlotOptions, 'plot')})",
+    )
     _dry_run(verb)
     _publishing(verb, "publish the folder; what is there stays")
 
