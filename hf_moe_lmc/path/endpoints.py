@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.path.skeleton import Conversion, Group, Skeleton
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -122,16 +123,18 @@ class Endpoints:
         """
         for name in names:
             a, b = self.held[None, name], self.held[path, name]
-            value = self.skeleton.value(name) if reuse else None
+            value = standing = self.skeleton.value(name) if reuse else None
             if value is None:
                 # kernels choose by layout: that which A's checkpoint would be loaded with
                 value = torch.empty_strided(
                     a.shape, a.stride(), dtype=self.skeleton.dtype_of(name), device=self.skeleton.device
                 )
+            try:
                 interpolate_into(value, a, b, t)
+            except MismatchError as error:
+                raise MismatchError(f"{name}: {error}") from error
+            if standing is None:
                 self.skeleton.place({name: value})
-            else:
-                interpolate_into(value, a, b, t)
 
 
 def conversions(skeleton: Skeleton, a: MoEModel, b: MoEModel) -> tuple[Conversion, Conversion]:
