@@ -55,7 +55,7 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
             return {}
         return vars(parser().parse_args(words))
     finally:
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no stdout at all
 
 
 def _run(verb: str, given: dict[str, Any], words: Sequence[str]) -> int:
