@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 
-from hf_moe_lmc.perplexity import figures
+from hf_moe_lmc.plots import style
 from tests import tiny
 from tests.hub_server import HubServer
 from tests.interpreter import Interpreter
@@ -118,4 +118,4 @@ def interpreter(environment: dict[str, str], home: Path) -> Iterator[Interpreter
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are left out: on small models, drawing takes longer than measuring."""
-    monkeypatch.setattr(figures, "save", lambda *_: None)
+    monkeypatch.setattr(style, "save", lambda *_: None)

@@ -139,7 +139,7 @@ def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         for suffix in (".png", ".svg"):
             path.with_suffix(suffix).touch()
 
-    monkeypatch.setattr("hf_moe_lmc.perplexity.figures.save", save)
+    monkeypatch.setattr("hf_moe_lmc.plots.style.save", save)
     return lambda: [family for model_type, family in registry.families().items() if model_type not in known]
 
 

@@ -27,6 +27,7 @@ from hf_moe_lmc.cli.arguments import (
 )
 from hf_moe_lmc.cli.usage import Parser, short_usage
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
+from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.tables import definitions
 
 JOIN = "\n\n"  # where --join has no separator: what perplexity recipes on WikiText do
@@ -191,6 +192,12 @@ def _path(verb: Parser) -> None:
         "time",
     )
     group.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
+    group.add_argument(
+        "--plot",
+        choices=get_args(PlotKind),
+        help="interactive: also barrier.html, one page with all plots, which needs Plotly (pip install "
+        f"'hf_moe_lmc[interactive]') (default: {default(PlotOptions, 'plot')})",
+    )
 
 
 def _computing(verb: Parser) -> None:

@@ -1,20 +1,18 @@
-"""A measurement for its readers: a table for the terminal, report.md, and the plots."""
+"""A measurement for its readers: a table for the terminal, and report.md."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hf_moe_lmc.perplexity import figures
-from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats, Interval
+from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
+from hf_moe_lmc.perplexity.drawing import path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import Verdict
 from hf_moe_lmc.perplexity.wording import no_barrier
+from hf_moe_lmc.plots.names import told_apart
+from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
 Paths = Mapping[str, PathResult]  # by name; all share their windows and their bootstrap
@@ -126,7 +124,7 @@ def markdown(
         disagreement: what makes the figures void.
         own: losses of the models by themselves, by side.
     """
-    a, b = map(_short, sources)
+    a, b = told_apart(*sources)
     parts = [
         f"# Perplexity barrier between {a} and {b}\n",
         *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
@@ -223,15 +221,15 @@ def _uncertainty(bootstrap: Bootstrap) -> str:
         f"({bootstrap.replicates} resamples, seed {bootstrap.seed}), the same resample at all points of all paths, means "
         "weighted by token, percentiles. They tell how figures would vary with other text of the same kind, not with other "
         "models. "
-        "The band around a curve is pointwise; since its points share their text, the curve is surer in shape than in "
-        f"height.{caveat}\n"
+        "The band in the plot is the pointwise interval of the excess: each resample has its own line between the ends, so "
+        f"the band has no width there.{caveat}\n"
     )
 
 
 def _layer_cells(layers: Layers) -> list[tuple[str, str, str]]:
     return [
         (
-            figures.span(*span),
+            layers_in_words(*span),
             f"{path.curve.barrier:.4f}{_brackets(path.barrier_interval, '.4f')}",
             f"{path.curve.barrier_t:.3g}",
         )
@@ -249,64 +247,13 @@ def _layers(layers: Layers) -> str:
 
 def _routing(routing: Routing) -> str:
     images = "".join(
-        f"![routing, {path} path](routing-{path}.png)\n![load, {path} path](load-{path}.png)\n" for path in _path_names(routing)
+        f"![routing, {path} path](routing-{path}.png)\n![load, {path} path](load-{path}.png)\n" for path in path_names(routing)
     )
     return (
         f"## Routing along the path\n\n{images}\n"
         "Agreement is the share of the experts chosen for a token that A, or B in the coordinates of the path, would "
         "choose for it as well. Where both fall on the way, tokens meet experts that neither model would choose for them.\n"
     )
-
-
-def plot(file: Path, sources: tuple[str, str], paths: Paths, *, layers: Mapping[Span, PathResult], routing: Routing) -> None:
-    """Writes the plots of a measurement, each as PNG and SVG: the losses as `file`, the others beside it."""
-    ends = " to ".join(map(_short, sources))
-    lines = {
-        name: figures.Line(path.t, path.curve.nll, path.nll_interval, path.curve.barrier, path.barrier_interval)
-        for name, path in ((name, paths[name]) for name in figures.STYLES if name in paths)
-    }
-    figures.save(figures.curve(lines, ends, _bootstrap(paths).level), file)
-    if layers:
-        bars = {span: (path.curve.barrier, *(path.barrier_interval or (math.nan, math.nan))) for span, path in layers.items()}
-        whole = paths["aligned"].curve.barrier
-        figures.save(figures.layerwise(bars, ends, whole), file.with_name("layerwise.png"))
-    for name in _path_names(routing):
-        t, numbers, to_a, to_b, load = routing_arrays(routing, name)
-        title = f"{ends}, {name} path"
-        figures.save(figures.agreement(t, numbers, to_a, to_b, title), file.with_name(f"routing-{name}.png"))
-        shown = sorted({0, min(range(len(t)), key=lambda i: abs(t[i] - 0.5)), len(t) - 1})
-        loads = {t[i]: load[i] for i in shown}
-        figures.save(figures.load(loads, numbers, title), file.with_name(f"load-{name}.png"))
-
-
-def routing_arrays(routing: Routing, path: str) -> tuple[list[float], list[int], Floats, Floats, Floats]:
-    """Records of one path as arrays; nan where there is no record.
-
-    Returns:
-        t; numbers of the layers; agreement with A and with B, float64 [point, layer]; load, float64 [point, layer, expert].
-
-    Example:
-        >>> record = {"path": "naive", "t": 0.5, "layer": 1, "load": [0.25, 0.75], "agreement_a": 1.0, "agreement_b": 0.5}
-        >>> t, layers, to_a, to_b, load = routing_arrays([record], "naive")
-        >>> t, layers, to_b.tolist(), load.tolist()
-        ([0.5], [1], [[0.5]], [[[0.25, 0.75]]])
-    """
-    records = [record for record in routing if record["path"] == path]
-    t = sorted({record["t"] for record in records})
-    layers = sorted({record["layer"] for record in records})
-    experts = max(len(record["load"]) for record in records)
-    agreement = np.full((2, len(t), len(layers)), np.nan)
-    load = np.full((len(t), len(layers), experts), np.nan)
-    for record in records:
-        at = t.index(record["t"]), layers.index(record["layer"])
-        agreement[:, *at] = record["agreement_a"], record["agreement_b"]
-        load[at][: len(record["load"])] = record["load"]
-    return t, layers, agreement[0], agreement[1], load
-
-
-def _path_names(routing: Routing) -> list[str]:
-    """Names of the paths, each once, in the order of the records."""
-    return list(dict.fromkeys(record["path"] for record in routing))
 
 
 def _bootstrap(paths: Paths) -> Bootstrap:
@@ -316,8 +263,3 @@ def _bootstrap(paths: Paths) -> Bootstrap:
 def _brackets(interval: Interval | None, form: str) -> str:
     """An interval in brackets, to follow a number; empty where there is none."""
     return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def _short(source: str) -> str:
-    """A Hub id as it is, a folder by its name."""
-    return Path(source).resolve().name if Path(source).is_dir() else source

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.perplexity import rendering
+from hf_moe_lmc.perplexity import drawing, rendering
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.references import References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, Verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
+from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.documents import as_json
 
 REPORT_VERSION = 1
@@ -297,12 +298,19 @@ class BarrierReport:
             own=self.own or {},
         )
 
-    def plot(self, path: Path) -> None:
+    def plot(self, path: Path, kind: PlotKind = "static") -> None:
         """Writes plots as PNG and SVG files.
 
         Args:
             path: of the loss along the paths; its suffix does not matter. Others are written beside it: `layerwise`, and for
                 each path `routing-PATH` (agreement) and `load-PATH`.
+            kind: `interactive` writes a page with all of them as well, with the suffix .html; it needs Plotly.
         """
-        ends = self.a["source"], self.b["source"]
-        rendering.plot(path, ends, self.paths, layers=self.layers, routing=self.routing or ())
+        PlotOptions(plot=kind)
+        drawing.plots(
+            (self.a["source"], self.b["source"]),
+            self.paths,
+            layers=self.layers,
+            routing=self.routing or (),
+            evaluation=self.evaluation,
+        ).write(path, kind)

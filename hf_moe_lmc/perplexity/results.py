@@ -67,6 +67,15 @@ class PathResult:
         """Pointwise, for each point, nats per token; None without anything to resample."""
         return self.bootstrap.intervals(self.resampled)
 
+    @cached_property
+    def excess_interval(self) -> list[Interval | None]:
+        """Of the excess over the line between the ends, each resample over its own line: pointwise, nats per token.
+
+        Errors that the points share cancel, as in the barrier's interval. (0, 0) at the ends; None without anything to
+        resample.
+        """
+        return self.bootstrap.intervals(curves.excess(self.t, self.resampled))
+
     @property
     def bits_per_byte(self) -> list[float] | None:
         """Of the scored text, at each point; None where its bytes are not known."""
@@ -89,6 +98,7 @@ class PathResult:
             "barrier_interval": self.barrier_interval,
             "area_interval": self.area_interval,
             "nll_interval": self.nll_interval,
+            "excess_interval": self.excess_interval,
             "barrier_worse_end": curve.barrier_worse_end,
             "barrier_perplexity_ratio": curve.perplexity_ratio,
             "bits_per_byte": self.bits_per_byte,

@@ -23,6 +23,7 @@ from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
+from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -65,6 +66,7 @@ def barrier(
     device: str | None = None,
     batch_size: int | None = None,
     activation_memory: int | None = None,
+    plot: PlotKind | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
     resume: bool | None = None,
@@ -106,6 +108,8 @@ def barrier(
         batch_size: windows per forward pass, by default about 4096 tokens' worth.
         activation_memory: bytes for the hidden states of all points and windows on their way; the smaller, the more often both
             models are read. By default half of the memory that is free.
+        plot: "interactive" also writes barrier.html, one page with all plots to hover over and zoom into, which needs Plotly
+            (`pip install 'hf_moe_lmc[interactive]'`); by default "static", pictures alone.
         push_to_hub: OWNER/NAME to publish the folder under, with report.md as its card where there is none; weights that are
             there do not matter.
         private: publish it as a private repository.
@@ -129,6 +133,7 @@ def barrier(
         grid=filled(GridOptions, given),
         compute=filled(ComputeOptions, given),
         matching=filled(WeightMatching, given),
+        plots=filled(PlotOptions, given),
     )
     if symmetry is not None:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
@@ -175,6 +180,7 @@ class _Asked:
     grid: GridOptions
     compute: ComputeOptions
     matching: WeightMatching
+    plots: PlotOptions
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ class _Barrier(Job[BarrierReport]):
                 aligned.save(writer.path("symmetry.safetensors"))
                 writer.write_text("report.json", report.to_json())
                 writer.write_text("report.md", report.to_markdown())
-                report.plot(writer.path("barrier.png"))
+                report.plot(writer.path("barrier.png"), self.asked.plots.plot)
         return report
 
     def _aligned(self, workspace: Workspace | None) -> tuple[ModelSymmetry, dict[str, Any]]:

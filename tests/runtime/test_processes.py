@@ -16,7 +16,7 @@ from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.matching import alignment
 from hf_moe_lmc.matching.records import matchings
 from hf_moe_lmc.path import evaluation
-from hf_moe_lmc.perplexity import figures
+from hf_moe_lmc.plots import style
 from hf_moe_lmc.runtime.processes import ProcessGroup, check_launch, process_group
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.writing.workspace import open_workspace
@@ -63,14 +63,14 @@ BOTH = """
 import sys
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.path import evaluation
-from hf_moe_lmc.perplexity import figures
+from hf_moe_lmc.plots import style
 from hf_moe_lmc.runtime import processes
 a, b, out, text = sys.argv[1:]
 def job():
     code = main(["align", a, b, "-o", f"{out}/aligned"])
-    draw, figures.save = figures.save, lambda *_: None  # drawing takes longer than measuring: once
+    draw, style.save = style.save, lambda *_: None  # drawing takes longer than measuring: once
     code += main(["barrier", a, b, "-o", f"{out}/resident", "--text", text, *OPTIONS])
-    figures.save = draw
+    style.save = draw
     evaluation.available_memory = lambda: 400_000  # layer by layer, in several passes
     options = ["--symmetry", f"{out}/aligned", *OPTIONS]
     return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, *options])
@@ -97,7 +97,7 @@ def test_two_processes_find_what_one_finds(
     assert main(["align", *map(str, pair), "-o", f"{out}/aligned"]) == 0
     barrier = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "save", lambda *_: None)
+        patch.setattr(style, "save", lambda *_: None)
         assert main([*barrier, "-o", f"{out}/resident"]) == 0
     monkeypatch.setattr(evaluation, "available_memory", lambda: 400_000)
     assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned"]) == 0

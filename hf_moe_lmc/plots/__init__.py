@@ -1,0 +1,1 @@
+"""Plots of plain values: what they say, how they look, and the page that shows them all."""

@@ -1,0 +1,71 @@
+"""Names of two models that fit a plot, and tell the two apart."""
+
+from __future__ import annotations
+
+import os
+from itertools import takewhile
+from pathlib import Path
+
+WIDTH = 40  # characters of a name
+MARK = "…"
+
+
+def told_apart(a: str, b: str) -> tuple[str, str]:
+    """What two models are called: a Hub id as it is, a folder by its name, and by its parents where names are equal.
+
+    Example:
+        >>> told_apart("org/base", "org/base@v2")
+        ('org/base', 'org/base@v2')
+    """
+    parts = [Path(os.path.abspath(name)).parts if Path(name).is_dir() else (name,) for name in (a, b)]
+    most = max(map(len, parts))
+    for count in range(1, most + 1):
+        names = "/".join(parts[0][-count:]), "/".join(parts[1][-count:])
+        if names[0] != names[1]:
+            return names
+    return "/".join(parts[0][-1:]), "/".join(parts[1][-1:])  # one folder
+
+
+def short_names(a: str, b: str, width: int = WIDTH) -> tuple[str, str]:
+    """What two models are called in a plot: as `told_apart` has it, and no longer than a plot has room for.
+
+    Names that are too long lose their middle, but never what tells the two apart.
+
+    Args:
+        a, b: where the models come from.
+        width: characters that each may have; a few more where equal parts are left out on both sides.
+
+    Example:
+        >>> short_names("org/base", "org/tuned")
+        ('org/base', 'org/tuned')
+        >>> short_names("organisation/a-long-name-of-a-model-v1", "organisation/a-long-name-of-a-model-v2", 20)
+        ('organisati…-model-v1', 'organisati…-model-v2')
+    """
+    names = told_apart(a, b)
+    short = shorten(names[0], width), shorten(names[1], width)
+    return short if short[0] != short[1] or names[0] == names[1] else _around_the_difference(*names, width)
+
+
+def shorten(name: str, width: int) -> str:
+    """A name without its middle, where it has more than `width` characters.
+
+    Example:
+        >>> shorten("abcdefghij", 7)
+        'abc…hij'
+    """
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return name[: width - 1 - tail] + MARK + name[len(name) - tail :]
+
+
+def _around_the_difference(a: str, b: str, width: int) -> tuple[str, str]:
+    """Two names that differ in their middle only: what is equal is shortened, and the difference kept."""
+    before = len(os.path.commonprefix([a, b]))
+    after = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a[before:][::-1], b[before:][::-1], strict=False)))
+    share = max(width // 3, 3)
+    tail = shorten(a[len(a) - after :], share) if after else ""
+    first, second = (
+        shorten(a[:before], share) + shorten(name[before : len(name) - after], share) + tail for name in (a, b)
+    )
+    return first, second
