@@ -74,7 +74,7 @@ def plots(
     named = sorted(paths, key=lambda name: name == "naive")
     lines = {name: _line(paths[name]) for name in named}
     return Plots(
-        losses=Losses(heading=heading, lines=lines, sure=_sure(bootstrap, "bands: pointwise; bands and brackets")),
+        losses=Losses(heading=heading, lines=lines, sure=_sure(bootstrap, "brackets and pointwise bands")),
         layers=_layers(layers, heading, paths["aligned"].curve.barrier, bootstrap) if layers else None,
         routing=list(_routing(routing, heading)),
     )
@@ -111,7 +111,7 @@ def _layers(layers: Mapping[Span, PathResult], heading: Heading, whole: float, b
         intervals={span: path.barrier_interval for span, path in layers.items()},
         t=next(iter(layers.values())).t,
         whole=whole,
-        sure=_sure(bootstrap, "bars of error"),
+        sure=_sure(bootstrap, "error bars"),
     )
 
 

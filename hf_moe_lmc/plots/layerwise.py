@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LISTED = 6  # ranges that the legend names
+LEAST = 1e-3  # nats per token, where all is zero
 
 
 def draw_layers(layers: Layers) -> Figure:
@@ -22,23 +23,18 @@ def draw_layers(layers: Layers) -> Figure:
 
     A mark stands on every bar, so that a barrier of zero shows as well.
     """
+    top = layers.highest or LEAST
     groups = [group for group in (layers.singles, layers.ranges) if group]
     widths = [_width(group) for group in groups]
     figure = canvas(layers.heading, points_in_words(layers.t), min(max(6.4, sum(widths) + 1.2), 11), 4.4)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axes, group in zip(panels, groups, strict=True):
-        alone = group is layers.singles or group == layers.singles
-        _bars(axes, layers, group, ORANGE if not alone else BLUE, _label(layers, alone=alone))
-        if np.isfinite(layers.whole):
-            axes.axhline(
-                layers.whole, color=VERMILION, linestyle="--", linewidth=1.5, zorder=4,
-                label=f"all layers: {layers.whole:.3g}",
-            )  # fmt: skip
+        alone = group == layers.singles
+        _bars(axes, layers, group, BLUE if alone else ORANGE, _label(layers, alone=alone))
+        axes.axhline(layers.whole, color=VERMILION, linestyle="--", linewidth=1.5, label=layers.whole_label, zorder=4)
         grid(axes)
         axes.grid(visible=False, axis="x")
-        axes.set_xlabel("layer that is interpolated alone" if alone else "layers that are interpolated together")
-    values = [layers.whole, *layers.barriers.values(), *(bounds[1] for bounds in layers.intervals.values() if bounds)]
-    top = max((value for value in values if np.isfinite(value)), default=0.0) or 1e-3
+        axes.set_xlabel("layer" if alone else "range of layers")
     panels[0].set_ylim(-0.04 * top, 1.12 * top)  # the marks of zeros are whole
     panels[0].set_ylabel("barrier (nats per token)")
     _legend(figure, panels, layers)
@@ -67,7 +63,7 @@ def _bars(axes: Axes, layers: Layers, group: Sequence[Span], colour: str, label:
         at, barrier, [np.maximum(barrier - low, 0), np.maximum(high - barrier, 0)], fmt="none", ecolor="black",
         elinewidth=1.3, capsize=3 if len(group) < 40 else 1.5, zorder=3,
     )  # fmt: skip
-    size = 6 if len(group) < 40 else 4
+    size = 5 if len(group) < 40 else 4
     axes.plot(
         at, barrier, "D", color=colour, markersize=size, markeredgecolor="black", markeredgewidth=0.8, gid="marks", zorder=3.5
     )  # fmt: skip

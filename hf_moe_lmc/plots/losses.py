@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST_SPAN = 2e-3  # nats per token that an axis shows at least; less is rounding
+LEAST_SPAN = 1e-4  # nats per token that an axis shows at least; less is rounding
 WIDTH = 2.0  # points; curves that are never further apart coincide
 MANY = 30  # points, where marks become smaller
 
@@ -27,14 +27,14 @@ def draw_losses(losses: Losses) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.25, 1))
     for name, line in losses.lines.items():
         _draw(above, name, line, line.nll, line.best, label=f"{name}: {line.label}")
-        _draw(below, name, line, line.excess, line.peak if line.barrier > 0 else None)
+        _draw(below, name, line, line.excess, line.peak)
         _band(below, name, line)
-    _ends(above, losses.ends)
+    _ends(above, losses)
     below.axhline(0, linestyle=":", color="black", linewidth=1.4, zorder=2)
     _missing(above, losses.lines)
     for axes in (above, below):
         grid(axes)
-        axes.margins(y=0.1)
+        axes.margins(y=0.16)
         axes.ticklabel_format(axis="y", useOffset=False)
         _widen(axes)
     above.set_ylabel("loss (nats per token)")
@@ -72,17 +72,21 @@ def _band(axes: Axes, name: str, line: Line) -> None:
         axes.plot(line.t, edge, style.dash[0], color=style.colour, linewidth=0.7, alpha=0.8, zorder=1.5)
 
 
-def _ends(axes: Axes, ends: tuple[float, float]) -> None:
-    """Both models, the line between them, and the height of the better one."""
+def _ends(axes: Axes, losses: Losses) -> None:
+    """Both models, the line between them, and the height of the better one; letters on the side without curves."""
+    ends = losses.ends
+    excess = _finite([x for line in losses.lines.values() for x in line.excess])
+    side = -1 if np.nansum(excess) >= 0 else 1
     axes.plot((0, 1), _finite(ends), ":", color="black", linewidth=1.4, label="straight line between the ends", zorder=2)
     if np.isfinite(ends).all():
         better = min(ends)
         axes.axhline(better, color=GREY, linewidth=0.8, label=f"the better end: {better:.4g}", zorder=1)
     axes.plot((0, 1), _finite(ends), "D", color="black", markersize=7, zorder=5, clip_on=False)
-    for t, loss, name, side in zip((0, 1), ends, "AB", ("left", "right"), strict=True):
+    for t, loss, name in zip((0, 1), ends, "AB", strict=True):
         if np.isfinite(loss):
             axes.annotate(
-                name, (t, loss), (7 if t == 0 else -7, -10), textcoords="offset points", ha=side, va="top", weight="bold",
+                name, (t, loss), (0, 8 * side), textcoords="offset points", ha="center", weight="bold", zorder=6,
+                va="top" if side < 0 else "bottom",
             )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
-WIDTH = 40  # characters of a name
+WIDTH = 33  # characters of a name: two fit one line of a title
 MARK = "…"
 
 
@@ -33,7 +33,7 @@ def short_names(a: str, b: str, width: int = WIDTH) -> tuple[str, str]:
 
     Args:
         a, b: where the models come from.
-        width: characters that each may have; a few more where equal parts are left out on both sides.
+        width: characters that each may have, at least 10.
 
     Example:
         >>> short_names("org/base", "org/tuned")
@@ -63,9 +63,9 @@ def _around_the_difference(a: str, b: str, width: int) -> tuple[str, str]:
     """Two names that differ in their middle only: what is equal is shortened, and the difference kept."""
     before = len(os.path.commonprefix([a, b]))
     after = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a[before:][::-1], b[before:][::-1], strict=False)))
-    share = max(width // 3, 3)
-    tail = shorten(a[len(a) - after :], share) if after else ""
-    first, second = (
-        shorten(a[:before], share) + shorten(name[before : len(name) - after], share) + tail for name in (a, b)
-    )
+    found = [name[before : len(name) - after] for name in (a, b)]
+    most = max(width // 2, 3)
+    rest = max((width - min(max(map(len, found)), most)) // 2, 3)
+    head, tail = shorten(a[:before], rest), shorten(a[len(a) - after :], rest)
+    first, second = (head + shorten(name, most) + tail for name in found)
     return first, second

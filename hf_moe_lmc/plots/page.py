@@ -84,6 +84,8 @@ def _losses(losses: Losses) -> Section:
         ),
         row=1, col=1,
     )  # fmt: skip
+    if np.isfinite(losses.ends).all():
+        figure.add_hline(y=min(losses.ends), line={"color": GREY, "width": 1}, row=1, col=1)
     figure.add_hline(y=0, line={"dash": "dot", "color": "black"}, row=2, col=1)
     figure.update_yaxes(title="loss (nats per token)", row=1, col=1)
     figure.update_yaxes(title="excess over the line", row=2, col=1)
@@ -143,9 +145,13 @@ def _layers(layers: Layers) -> Section:
                 marker={"symbol": "diamond", "size": 7, "color": colour, "line": {"color": "black", "width": 1}},
             )
         )  # fmt: skip
-    if np.isfinite(layers.whole):
-        label = f"all layers: {layers.whole:.3g}"
-        figure.add_hline(y=layers.whole, line={"dash": "dash", "color": VERMILION}, annotation_text=label)
+    every = [layers_in_words(*span) for span in [*layers.singles, *layers.ranges]]
+    figure.add_trace(
+        graph_objects.Scatter(
+            x=every, y=_plain([layers.whole] * len(every)), mode="lines", line={"dash": "dash", "color": VERMILION},
+            name=layers.whole_label, visible="legendonly" if layers.far else True,
+        )
+    )  # fmt: skip
     figure.update_xaxes(title="layers that are interpolated", type="category")
     figure.update_yaxes(title="barrier (nats per token)", rangemode="tozero")
     _layout(figure, 460, legend={"orientation": "h", "y": -0.2})
@@ -165,7 +171,7 @@ def _agreement(routing: Routing) -> Section:
             ),
             row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(title="t   (0 is A, 1 is B)", type="category")
+    figure.update_xaxes(title="t   (0 is A, 1 is B)", type="category", nticks=9, tickangle=0)
     figure.update_yaxes(type="category")
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_coloraxes(colorscale="Cividis", cmin=0, cmax=1, colorbar={"title": "share"})
@@ -181,22 +187,19 @@ def _load(routing: Routing) -> Section:
     steps = len(LOAD_COLOURS)
     scale = [(edge, colour) for i, colour in enumerate(LOAD_COLOURS) for edge in (i / steps, (i + 1) / steps)]
     names = [f"t = {t:.4g}" for t in routing.t]
+    maps = [{"z": [_in_steps(relative)], "customdata": [_rounded(relative)]} for relative in routing.relative]
+    first = maps[0]
     figure = graph_objects.Figure(
         graph_objects.Heatmap(
-            y=[str(layer) for layer in routing.layers], z=_small(_in_steps(routing.relative[0])),
-            customdata=_small(routing.relative[0]), zmin=-0.5, zmax=steps - 0.5, colorscale=scale,
+            y=[str(layer) for layer in routing.layers], z=first["z"][0], customdata=first["customdata"][0], zmin=-0.5, zmax=steps - 0.5, colorscale=scale,
             hovertemplate="expert %{x}, layer %{y}: %{customdata:.3f}<extra></extra>",
             colorbar={"title": "load over<br>an even share", "tickvals": [i + 0.5 for i in range(len(LOAD_EDGES))],
                       "ticktext": list(LOAD_LABELS)},
         )
     )  # fmt: skip
-    arguments = [
-        {"z": [_small(_in_steps(relative))], "customdata": [_small(relative)]} for relative in routing.relative
-    ]  # fmt: skip
     figure.update_layout(
         sliders=[{
-            "steps": [{"method": "restyle", "args": [change], "label": name}
-                      for name, change in zip(names, arguments, strict=True)],
+            "steps": [{"method": "restyle", "args": [change], "label": name} for name, change in zip(names, maps, strict=True)],
             "pad": {"t": 50},
         }]
     )  # fmt: skip
@@ -207,9 +210,15 @@ def _load(routing: Routing) -> Section:
     return f"load-{routing.path}", f"Load of the experts, {routing.path} path", note, figure
 
 
-def _in_steps(relative: Floats) -> Floats:
-    """The number of each cell's step of colour; nan where there is no expert."""
-    return np.where(np.isfinite(relative), np.digitize(relative, LOAD_EDGES), np.nan)
+def _in_steps(relative: Floats) -> list[list[int | None]]:
+    """The number of each cell's step of colour; None where there is no expert."""
+    steps = np.digitize(relative, LOAD_EDGES)
+    return np.where(np.isfinite(relative), steps.astype(object), None).tolist()
+
+
+def _rounded(relative: Floats) -> list[list[float | None]]:
+    """Few digits, for a small page; None where there is no expert."""
+    return np.where(np.isfinite(relative), relative.round(3).astype(object), None).tolist()
 
 
 def _height(routing: Routing) -> int:

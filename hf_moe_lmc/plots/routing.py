@@ -32,7 +32,7 @@ FEW = 60  # cells that have room for their numbers
 def draw_agreement(routing: Routing) -> Figure:
     """Two maps of layer over t: the share of a token's chosen experts that A, and that B, would choose as well."""
     count, t = len(routing.layers), routing.t
-    figure = canvas(routing.heading, points_in_words(t), 8.4, min(max(2.6, 0.16 * count + 1.2), 8))
+    figure = canvas(routing.heading, f"{routing.path} path, {points_in_words(t)}", 8.4, min(max(2.6, 0.16 * count + 1.2), 8))
     edges, even = cell_edges(t), len(t) < 3 or np.ptp(np.diff(t)) < 1e-6
     both = figure.subplots(1, 2, sharey=True)
     for axes, values, name in zip(both, (routing.to_a, routing.to_b), "AB", strict=True):
@@ -46,7 +46,7 @@ def draw_agreement(routing: Routing) -> Figure:
         if even and len(t) <= 9 and count <= 12:
             write_numbers(axes, t, values.T, lambda share: "black" if share > 0.55 else "white", "{:.2f}")
     both[0].set_ylabel("layer")
-    figure.colorbar(image, ax=both, label=f"share of the top-k experts, {routing.path} path")
+    figure.colorbar(image, ax=both, label="share of top-k experts")
     return figure
 
 
@@ -60,8 +60,8 @@ def draw_load(routing: Routing) -> Figure:
     shown = sorted({0, middle, len(routing.t) - 1})
     wide = experts > SIDE_BY_SIDE
     panel = min(max(FEWEST_ROWS, (ROW if wide else 0.16) * count), 6.5)
-    size = (8.6, (panel + 0.35) * len(shown) + 0.5) if wide else (min(2.3 * len(shown) + 1.6, 8.6), panel + 1.0)
-    figure = canvas(routing.heading, points_in_words([routing.t[i] for i in shown]), *size)
+    size = (8.6, (panel + 0.35) * len(shown) + 0.5) if wide else (min(2.7 * len(shown) + 1.5, 9.6), panel + 1.0)
+    figure = canvas(routing.heading, f"{routing.path} path, {points_in_words([routing.t[i] for i in shown])}", *size)
     rows, columns = (len(shown), 1) if wide else (1, len(shown))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, i in zip(panels, shown, strict=True):
@@ -73,9 +73,8 @@ def draw_load(routing: Routing) -> Figure:
         axes.set_ylabel("layer")
     for axes in panels[-1:] if wide else panels:
         axes.set_xlabel("expert")
-    label = f"load over an even share, {routing.path} path"
     bar = figure.colorbar(
-        image, ax=panels, label=label, extend="both", extendfrac=1 / 7, spacing="uniform",
+        image, ax=panels, label="load over an even share", extend="both", extendfrac=1 / 7, spacing="uniform",
         **({"shrink": min(1.0, 4 / size[1])} if wide else {}),
     )  # fmt: skip
     bar.set_ticks(LOAD_EDGES, labels=LOAD_LABELS)
@@ -84,14 +83,15 @@ def draw_load(routing: Routing) -> Figure:
 
 
 def _load_map(axes: Axes, relative: Floats) -> AxesImage:
-    """[layer, expert] -> cells in steps of colour; places without an expert stay white."""
+    """[layer, expert] -> cells in steps of colour; places without an expert are hatched."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    colours = ListedColormap(LOAD_COLOURS).with_extremes(bad=NO_EXPERT)
+    colours = ListedColormap(LOAD_COLOURS).with_extremes(bad=(0, 0, 0, 0))
+    axes.patch.set(hatch=NO_EXPERT, edgecolor="silver")
     norm = BoundaryNorm(LOAD_EDGES, len(LOAD_COLOURS), extend="both")
     image = axes.imshow(relative, origin="lower", aspect="auto", cmap=colours, norm=norm, interpolation="none")
     if relative.size <= FEW:
         write_numbers(
-            axes, range(relative.shape[1]), relative, lambda load: "white" if load < 0.8 else "black", "{:.1f}"
+            axes, range(relative.shape[1]), relative, lambda load: "white" if load < 0.5 else "black", "{:.2f}"
         )  # fmt: skip
     return image

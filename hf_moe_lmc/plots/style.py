@@ -28,8 +28,8 @@ SHARES = "cividis"  # from 0 to 1: perceptually uniform, and the same to the col
 LOAD_EDGES = (0.25, 0.5, 0.8, 0.9, 1.1, 1.2, 2.0, 4.0)  # of the load over an even share
 LOAD_LABELS = ("1/4", "1/2", "0.8", "0.9", "1.1", "1.2", "2", "4")
 # Blue below an even share, grey at it, yellow above; ever lighter, so that grey print keeps the order.
-LOAD_COLOURS = ("#061B3F", "#0F3B7A", "#2E62AE", "#6F93C4", "#B4B4B4", "#DDBE74", "#F2C832", "#F9E36B", "#FFFBC8")
-NO_EXPERT = "#FFFFFF"
+LOAD_COLOURS = ("#05142E", "#17468A", "#4279BF", "#8AABD3", "#C2C2C2", "#E3C984", "#F5D03C", "#FAE878", "#FFFDD8")
+NO_EXPERT = "xxxx"  # hatching
 TITLE_SIZE, NOTE_SIZE = 11, 8.5  # points
 LETTERS, SMALL_LETTERS = 10.0, 15.5  # that fit an inch of the title, and of the notes
 DPI = 160
@@ -86,8 +86,8 @@ def heading_lines(heading: Heading, points: str, width: float) -> tuple[list[str
     notes = [f"A: {a}    B: {b}", f"text: {heading.measured}; {points}"]
     if heading.title == f"{a} to {b}":
         notes = notes[1:]
-    wrapped = [line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * SMALL_LETTERS))]
-    return textwrap.wrap(heading.title, int((width - 0.2) * LETTERS)), wrapped
+    wrapped = [line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * SMALL_LETTERS), break_on_hyphens=False)]
+    return textwrap.wrap(heading.title, int((width - 0.2) * LETTERS), break_on_hyphens=False), wrapped
 
 
 def grid(axes: Axes) -> None:

@@ -12,6 +12,9 @@ Bounds = tuple[float, float] | None  # low and high of an interval; None: not kn
 Span = tuple[int, int]  # first and last of neighbouring decoder layers
 Floats = NDArray[np.float64]
 
+FAR = 4  # times the highest bar
+ROUNDING = 1e-6  # nats per token; what is smaller is neither a barrier nor a dip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Heading:
@@ -53,14 +56,15 @@ class Line:
         return [t for t, loss in zip(self.t, self.nll, strict=True) if not np.isfinite(loss)]
 
     @property
-    def peak(self) -> int:
-        """Index of the largest excess."""
-        return int(np.nanargmax(self.excess))
+    def peak(self) -> int | None:
+        """Index of the largest excess; None without a barrier."""
+        return int(np.argmax(self.excess)) if self.barrier > ROUNDING else None
 
     @property
-    def best(self) -> int:
-        """Index of the least loss."""
-        return int(np.nanargmin(self.nll))
+    def best(self) -> int | None:
+        """Index of the least loss; None where that is at an end, or a loss is not finite."""
+        best = int(np.argmin(self.nll))
+        return best if not self.missing and 0 < best < len(self.t) - 1 else None
 
     @property
     def label(self) -> str:
@@ -72,10 +76,10 @@ class Line:
         """
         if self.missing:
             return f"the loss is not finite at {_listed(self.missing)}"
-        if self.barrier > 0:
+        if self.peak is not None:
             return f"barrier {self.barrier:.3g}{_brackets(self.interval)} at t = {self.t[self.peak]:.3g}"
         lowest = int(np.argmin(self.excess))
-        if not self.excess[lowest] < 0:
+        if not self.excess[lowest] < -ROUNDING:
             return "no barrier"
         low, high = self.band[lowest] if self.band else (np.nan, np.nan)
         below = _brackets((-high, -low) if self.band else None)
@@ -127,7 +131,30 @@ class Layers:
 
     @property
     def ranges(self) -> list[Span]:
-        return sorted(span for span in self.barriers if span[0] != span[1])
+        """Short ones first."""
+        return sorted((span for span in self.barriers if span[0] != span[1]), key=lambda span: (span[1] - span[0], span))
+
+    @property
+    def far(self) -> bool:
+        """Whether the line of the whole model is so high that all bars would be flat."""
+        return bool(self.whole > FAR * self._bars > 0)
+
+    @property
+    def highest(self) -> float:
+        """Of what is shown: bars, intervals, and the whole model unless it is far above."""
+        return self._bars if self.far or not np.isfinite(self.whole) else max(self._bars, self.whole)
+
+    @property
+    def whole_label(self) -> str:
+        """The barrier of the whole model in words."""
+        if not np.isfinite(self.whole):
+            return "all layers: not finite"
+        return f"all layers: {self.whole:.3g}" + (", above this plot" if self.far else "")
+
+    @property
+    def _bars(self) -> float:
+        bounds = [bounds[1] for bounds in self.intervals.values() if bounds]
+        return max((value for value in [*self.barriers.values(), *bounds] if np.isfinite(value)), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
