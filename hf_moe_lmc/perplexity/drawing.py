@@ -99,9 +99,7 @@ def measured(evaluation: Mapping[str, Any]) -> str:
 def _line(path: PathResult) -> Line:
     curve = path.curve
     band = [bounds for bounds in path.excess_interval if bounds is not None]
-    return Line(
-        t=curve.t, nll=curve.nll, excess=curve.excess, band=band, barrier=curve.barrier, interval=path.barrier_interval
-    )
+    return Line(t=curve.t, nll=curve.nll, excess=curve.excess, band=band, barrier=curve.barrier, interval=path.barrier_interval)
 
 
 def _layers(layers: Mapping[Span, PathResult], heading: Heading, whole: float, bootstrap: Bootstrap) -> Layers:

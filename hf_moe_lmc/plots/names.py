@@ -17,7 +17,7 @@ def told_apart(a: str, b: str) -> tuple[str, str]:
         >>> told_apart("org/base", "org/base@v2")
         ('org/base', 'org/base@v2')
     """
-    parts = [Path(os.path.abspath(name)).parts if Path(name).is_dir() else (name,) for name in (a, b)]
+    parts = [Path(os.path.normpath(Path(name).absolute())).parts if Path(name).is_dir() else (name,) for name in (a, b)]
     most = max(map(len, parts))
     for count in range(1, most + 1):
         names = "/".join(parts[0][-count:]), "/".join(parts[1][-count:])
@@ -61,11 +61,16 @@ def shorten(name: str, width: int) -> str:
 
 def _around_the_difference(a: str, b: str, width: int) -> tuple[str, str]:
     """Two names that differ in their middle only: what is equal is shortened, and the difference kept."""
-    before = len(os.path.commonprefix([a, b]))
-    after = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a[before:][::-1], b[before:][::-1], strict=False)))
+    before = _common(a, b)
+    after = _common(a[before:][::-1], b[before:][::-1])
     found = [name[before : len(name) - after] for name in (a, b)]
     most = max(width // 2, 3)
     rest = max((width - min(max(map(len, found)), most)) // 2, 3)
     head, tail = shorten(a[:before], rest), shorten(a[len(a) - after :], rest)
     first, second = (head + shorten(name, most) + tail for name in found)
     return first, second
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two words have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -185,24 +185,27 @@ def _load(routing: Routing) -> Section:
     from plotly import graph_objects
 
     steps = len(LOAD_COLOURS)
-    scale = [(edge, colour) for i, colour in enumerate(LOAD_COLOURS) for edge in (i / steps, (i + 1) / steps)]
-    names = [f"t = {t:.4g}" for t in routing.t]
-    maps = [{"z": [_in_steps(relative)], "customdata": [_rounded(relative)]} for relative in routing.relative]
-    first = maps[0]
-    figure = graph_objects.Figure(
-        graph_objects.Heatmap(
-            y=[str(layer) for layer in routing.layers], z=first["z"][0], customdata=first["customdata"][0], zmin=-0.5, zmax=steps - 0.5, colorscale=scale,
-            hovertemplate="expert %{x}, layer %{y}: %{customdata:.3f}<extra></extra>",
-            colorbar={"title": "load over<br>an even share", "tickvals": [i + 0.5 for i in range(len(LOAD_EDGES))],
-                      "ticktext": list(LOAD_LABELS)},
-        )
-    )  # fmt: skip
-    figure.update_layout(
-        sliders=[{
-            "steps": [{"method": "restyle", "args": [change], "label": name} for name, change in zip(names, maps, strict=True)],
-            "pad": {"t": 50},
-        }]
-    )  # fmt: skip
+    cells = [(_cells(np.digitize(relative, LOAD_EDGES), relative), _cells(relative.round(3), relative))
+             for relative in routing.relative]  # fmt: skip
+    heat = graph_objects.Heatmap(
+        y=[str(layer) for layer in routing.layers],
+        z=cells[0][0],
+        customdata=cells[0][1],
+        zmin=-0.5,
+        zmax=steps - 0.5,
+        colorscale=[(edge / steps, colour) for i, colour in enumerate(LOAD_COLOURS) for edge in (i, i + 1)],
+        hovertemplate="expert %{x}, layer %{y}: %{customdata:.3f}<extra></extra>",
+        colorbar={
+            "title": "load over<br>an even share",
+            "tickvals": [i + 0.5 for i in range(len(LOAD_EDGES))],
+            "ticktext": list(LOAD_LABELS),
+        },
+    )
+    moves = [
+        {"method": "restyle", "label": f"t = {t:.4g}", "args": [{"z": [z], "customdata": [numbers]}]}
+        for t, (z, numbers) in zip(routing.t, cells, strict=True)
+    ]
+    figure = graph_objects.Figure(heat, {"sliders": [{"steps": moves, "pad": {"t": 50}}]})
     figure.update_xaxes(title="expert")
     figure.update_yaxes(title="layer", type="category")
     _layout(figure, _height(routing) + 100)
@@ -210,15 +213,12 @@ def _load(routing: Routing) -> Section:
     return f"load-{routing.path}", f"Load of the experts, {routing.path} path", note, figure
 
 
-def _in_steps(relative: Floats) -> list[list[int | None]]:
-    """The number of each cell's step of colour; None where there is no expert."""
-    steps = np.digitize(relative, LOAD_EDGES)
-    return np.where(np.isfinite(relative), steps.astype(object), None).tolist()
-
-
-def _rounded(relative: Floats) -> list[list[float | None]]:
-    """Few digits, for a small page; None where there is no expert."""
-    return np.where(np.isfinite(relative), relative.round(3).astype(object), None).tolist()
+def _cells(values: Any, known: Floats) -> list[list[float | None]]:
+    """Rows of a map as lists, which take few digits on the page; None where nothing is known."""
+    return [
+        [value if there else None for value, there in zip(row, known_row, strict=True)]
+        for row, known_row in zip(values.tolist(), np.isfinite(known).tolist(), strict=True)
+    ]
 
 
 def _height(routing: Routing) -> int:

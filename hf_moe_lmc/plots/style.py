@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def canvas(heading: Heading, points: str, width: float, height: float) -> Figure
     above = 0.12 + 0.2 * len(title) + 0.165 * len(notes)
     figure = Figure(figsize=(width, height + above))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - above / (height + above)))
-    text = {"ha": "left", "va": "top", "parse_math": False}
+    text: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
     left, down = 0.1 / width, 1 - 0.08 / (height + above)
     figure.text(left, down, "\n".join(title), fontsize=TITLE_SIZE, weight="bold", linespacing=1.2, **text)
     down -= 0.2 * len(title) / (height + above)
@@ -86,7 +86,9 @@ def heading_lines(heading: Heading, points: str, width: float) -> tuple[list[str
     notes = [f"A: {a}    B: {b}", f"text: {heading.measured}; {points}"]
     if heading.title == f"{a} to {b}":
         notes = notes[1:]
-    wrapped = [line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * SMALL_LETTERS), break_on_hyphens=False)]
+    wrapped = [
+        line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * SMALL_LETTERS), break_on_hyphens=False)
+    ]
     return textwrap.wrap(heading.title, int((width - 0.2) * LETTERS), break_on_hyphens=False), wrapped
 
 

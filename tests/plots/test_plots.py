@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_moe_lmc.perplexity.figures import Line
 
 from hf_moe_lmc.perplexity import figures
-from hf_moe_lmc.perplexity.figures import Line
 
 
 def test_what_colour_says_is_said_once_more() -> None:
