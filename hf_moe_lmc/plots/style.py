@@ -31,7 +31,7 @@ LOAD_LABELS = ("1/4", "1/2", "0.8", "0.9", "1.1", "1.2", "2", "4")
 LOAD_COLOURS = ("#05142E", "#17468A", "#4279BF", "#8AABD3", "#C2C2C2", "#E3C984", "#F5D03C", "#FAE878", "#FFFDD8")
 NO_EXPERT = "xxxx"  # hatching
 TITLE_SIZE, NOTE_SIZE = 11, 8.5  # points
-LETTERS, SMALL_LETTERS = 10.0, 15.5  # that fit an inch of the title, and of the notes
+LETTERS, SMALL_LETTERS = 10.0, 13.8  # that fit an inch of the title, and of the notes
 DPI = 160
 
 
