@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hf_moe_lmc.perplexity import curve as curves
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats
+from hf_moe_lmc.perplexity.by_text import TextMeans
+from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.results import PathResult, Span
 from hf_moe_lmc.plots import page, style
 from hf_moe_lmc.plots.layerwise import draw_layers
@@ -20,7 +23,7 @@ from hf_moe_lmc.plots.routing import draw_agreement, draw_load
 from hf_moe_lmc.plots.values import Heading, Layers, Line, Losses, Routing
 
 Records = Sequence[Mapping[str, Any]]  # of the routing, as in report.json
-NAMED = 2  # files of a text that a plot names
+POOLED = "all texts as one, weighted by token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,11 @@ class Plots:
 def plots(
     sources: tuple[str, str],
     paths: Mapping[str, PathResult],
+    means: TextMeans,
     *,
     layers: Mapping[Span, PathResult],
     routing: Records,
-    evaluation: Mapping[str, Any],
+    measured: str,
     finding: str | None = None,
 ) -> Plots:
     """The plots of a measurement.
@@ -64,42 +68,42 @@ def plots(
     Args:
         sources: where A and B come from.
         paths: by name; all share their windows and their bootstrap.
-        layers: by first and last layer; empty: not measured.
-        routing, evaluation: as in report.json.
+        means: of the texts; the losses are those of their unweighted mean, as in a verdict.
+        layers: by first and last layer; empty: not measured. Their losses are of all texts as one, as in report.md.
+        routing: as in report.json.
+        measured: texts and tokens.
         finding: what the plots say, in one short sentence; None: the models are their title.
     """
     a, b = short_names(*sources)
-    heading = Heading(title=finding or f"{a} to {b}", models=(a, b), measured=measured(evaluation))
-    bootstrap = next(iter(paths.values())).bootstrap
+    heading = Heading(title=finding or f"{a} to {b}", models=(a, b), measured=measured)
+    several = len(means.names) > 1
     named = sorted(paths, key=lambda name: name == "naive")
-    lines = {name: _line(paths[name]) for name in named}
+    on_mean = replace(heading, measured=f"{measured}; unweighted mean of the texts") if several else heading
+    pooled = replace(heading, measured=f"{measured}; {POOLED}") if several else heading
+    bootstrap = next(iter(paths.values())).bootstrap
     return Plots(
-        losses=Losses(heading=heading, lines=lines, sure=_sure(bootstrap, "brackets and pointwise bands")),
-        layers=_layers(layers, heading, paths["aligned"].curve.barrier, bootstrap) if layers else None,
+        losses=Losses(
+            heading=on_mean, lines={name: _line(paths[name], means) for name in named}, sure=_sure_of_losses(bootstrap, means)
+        ),
+        layers=_layers(layers, pooled, paths["aligned"].curve.barrier, bootstrap) if layers else None,
         routing=list(_routing(routing, heading)),
     )
 
 
-def measured(evaluation: Mapping[str, Any]) -> str:
-    """The text and how much of it was scored, in words.
-
-    Example:
-        >>> measured({"text": {"kind": "files", "files": [{"name": "a.txt"}]}, "tokens_scored": 8128, "documents": 1})
-        'a.txt, 8,128 tokens of 1 document'
-    """
-    text, documents = evaluation["text"], evaluation["documents"]
-    if text["kind"] == "dataset":
-        name = ", ".join(part for part in (text["name"], text["config"], text["split"]) if part)
-    else:
-        names = [file["name"] for file in text["files"]]
-        name = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more files" if len(names) > NAMED else "")
-    return f"{name}, {evaluation['tokens_scored']:,} tokens of {documents:,} document{'' if documents == 1 else 's'}"
-
-
-def _line(path: PathResult) -> Line:
-    curve = path.curve
-    band = [bounds for bounds in path.excess_interval if bounds is not None]
-    return Line(t=curve.t, nll=curve.nll, excess=curve.excess, band=band, barrier=curve.barrier, interval=path.barrier_interval)
+def _line(path: PathResult, means: TextMeans) -> Line:
+    """A path on the mean of the texts. Each resample has its own line between the ends, so the band is paired."""
+    losses = path.losses.numpy()
+    curve = BarrierCurve(path.t, tuple(means.of(None, losses).tolist()))
+    resampled = means.resampled(None, losses)
+    band = [means.interval(None, over) for over in curves.excess(path.t, resampled).T]
+    return Line(
+        t=curve.t,
+        nll=curve.nll,
+        excess=curve.excess,
+        band=[bounds for bounds in band if bounds is not None],
+        barrier=curve.barrier,
+        interval=means.interval(None, curves.barrier(path.t, resampled)),
+    )
 
 
 def _layers(layers: Mapping[Span, PathResult], heading: Heading, whole: float, bootstrap: Bootstrap) -> Layers:
@@ -109,17 +113,22 @@ def _layers(layers: Mapping[Span, PathResult], heading: Heading, whole: float, b
         intervals={span: path.barrier_interval for span, path in layers.items()},
         t=next(iter(layers.values())).t,
         whole=whole,
-        sure=_sure(bootstrap, "error bars"),
+        sure=_sure("error bars", bootstrap, [bootstrap.caveat] if bootstrap.caveat else []),
     )
 
 
-def _sure(bootstrap: Bootstrap, what: str) -> str:
+def _sure_of_losses(bootstrap: Bootstrap, means: TextMeans) -> str:
+    if means.clusters(None) < 2:
+        return "\n".join(means.caveats)
+    return _sure("brackets and pointwise bands", bootstrap, means.caveats)
+
+
+def _sure(what: str, bootstrap: Bootstrap, caveats: Sequence[str]) -> str:
     """What the intervals of a plot are, and what weakens them."""
-    caveat = bootstrap.caveat
     if bootstrap.count < 2:
-        return f"{caveat}"
+        return "\n".join(caveats)
     text = f"{what}: {100 * bootstrap.level:g} % intervals, paired over {bootstrap.count} {bootstrap.unit}s"
-    return text if caveat is None else f"{text}\n{caveat}"
+    return "\n".join([text, *caveats])
 
 
 def _routing(records: Records, heading: Heading) -> Iterator[Routing]:

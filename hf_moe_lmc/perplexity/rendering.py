@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
-from hf_moe_lmc.perplexity.drawing import path_names
+from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import Verdict
@@ -22,7 +22,6 @@ Routing = Sequence[Mapping[str, Any]]  # records as in report.json
 
 BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
 LAYERS = ("layers", "barrier, nats", "at t")
-POOLED = "all texts as one, weighted by token"
 
 
 def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:

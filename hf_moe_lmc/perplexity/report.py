@@ -28,6 +28,7 @@ from hf_moe_lmc.runtime.documents import as_json
 REPORT_VERSION = 1
 TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-3  # nats per token, in float32 and in narrower dtypes
 TEXTS_NAMED = 4  # in a subtitle; more are counted
+VOID = "not to be relied on: the two paths do not end in one model"
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
 
@@ -310,7 +311,9 @@ class BarrierReport:
         drawing.plots(
             (self.a["source"], self.b["source"]),
             self.paths,
+            self.verdict.compared.means,
             layers=self.layers,
             routing=self.routing or (),
-            evaluation=self.evaluation,
+            measured=self.subtitle,
+            finding=VOID if self.disagreement else self.verdict.title,
         ).write(path, kind)

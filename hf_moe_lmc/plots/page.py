@@ -26,7 +26,7 @@ p {{ color: #444; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p>A: {a}<br>B: {b}<br>text: {measured}; {points}</p>
+<p>A: {a}<br>B: {b}<br>{measured}; {points}</p>
 {sections}
 </body>
 </html>

@@ -83,7 +83,7 @@ def canvas(heading: Heading, points: str, width: float, height: float) -> Figure
 def heading_lines(heading: Heading, points: str, width: float) -> tuple[list[str], list[str]]:
     """Lines of the title and of the notes below it, wrapped to `width` inches."""
     a, b = heading.models
-    notes = [f"A: {a}    B: {b}", f"text: {heading.measured}; {points}"]
+    notes = [f"A: {a}    B: {b}", f"{heading.measured}; {points}"]
     if heading.title == f"{a} to {b}":
         notes = notes[1:]
     wrapped = [

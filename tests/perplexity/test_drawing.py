@@ -1,21 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hf_moe_lmc.perplexity.drawing import Plots, measured, plots
+from hf_moe_lmc.perplexity import drawing
+from hf_moe_lmc.perplexity.drawing import Plots, plots
 from hf_moe_lmc.perplexity.report import BarrierReport
+from hf_moe_lmc.plots import style
 from tests.perplexity.reports import cut, make_report, on_documents, report
 
 
 def plotted(made: BarrierReport, finding: str | None = None) -> Plots:
-    return plots(
-        (made.a["source"], made.b["source"]), made.paths, layers=made.layers, routing=made.routing or (),
-        evaluation=made.evaluation, finding=finding,
-    )  # fmt: skip
+    ends, means = (made.a["source"], made.b["source"]), made.verdict.compared.means
+    records = made.routing or ()
+    return plots(ends, made.paths, means, layers=made.layers, routing=records, measured=made.subtitle, finding=finding)
 
 
 def test_the_interval_of_the_excess_is_paired_and_nothing_at_the_ends() -> None:
@@ -47,7 +49,7 @@ def test_what_is_plotted_is_what_was_measured() -> None:
     found = plotted(made, finding="better by far")
     heading = found.losses.heading
     assert (heading.title, heading.models) == ("better by far", ("org/a", "org/b"))
-    assert heading.measured == "held_out.txt, 96 tokens of 12 documents" and found.layers is None and found.routing == []
+    assert heading.measured == made.subtitle and found.layers is None and found.routing == []
     assert list(found.losses.lines) == ["aligned", "naive"]
     for name, line in found.losses.lines.items():
         path = made.paths[name]
@@ -63,11 +65,30 @@ def test_what_weakens_the_intervals_stands_in_the_plot(documents: int, said: str
     assert "nothing to resample" in plotted(report(None, [1, 2, 1])).losses.sure
 
 
-def test_the_text_is_named() -> None:
-    files = {"kind": "files", "files": [{"name": f"{x}.txt"} for x in "abcd"]}
-    assert measured({"text": files, "tokens_scored": 12000, "documents": 4}).startswith("a.txt, b.txt and 2 more files, 12,000")
-    dataset = {"kind": "dataset", "name": "org/wiki", "config": None, "split": "test"}
-    assert measured({"text": dataset, "tokens_scored": 9, "documents": 1}) == "org/wiki, test, 9 tokens of 1 document"
+def test_several_texts_are_plotted_on_their_mean_as_the_verdict_has_it() -> None:
+    """A long text of barrier 0 and a short one of barrier 1: 0.5 on their mean."""
+    owners = tuple(range(40))
+    texts = ("prose",) * 30 + ("code",) * 10
+    level = torch.linspace(8, 12, 40, dtype=torch.float64)
+    rise = torch.tensor([0.0] * 30 + [4.0] * 10, dtype=torch.float64)
+    windows = replace(cut(owners), texts=texts)
+    made = make_report(windows, {"aligned": torch.stack([level, level + rise, level])}, (0.0, 0.5, 1.0))
+    losses = plotted(made).losses
+    (line,) = losses.lines.values()
+    assert line.barrier == pytest.approx(0.5) == made.verdict.barriers["aligned"][0].barrier != made.aligned.barrier
+    assert line.band[1] == pytest.approx((0.5, 0.5)) and line.band[0] == line.band[-1] == (0, 0)
+    assert losses.heading.measured.startswith("prose, code; 160 tokens") and "mean of the texts" in losses.heading.measured
+
+
+@pytest.mark.parametrize(("end", "said"), [(1.0, "nats"), (1.5, "not to be relied on")])
+def test_the_title_is_the_verdict_or_that_there_is_none(
+    end: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(drawing, "draw_losses", lambda losses: titles.append(losses.heading.title))
+    monkeypatch.setattr(style, "save", lambda *_: None)
+    report([1.0, 3.0, 1.0], [1.0, 1.5, end]).plot(tmp_path / "barrier.png")
+    assert len(titles) == 1 and said in titles[0]
 
 
 def test_the_page_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
