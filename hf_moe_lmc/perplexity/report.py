@@ -315,5 +315,9 @@ class BarrierReport:
             layers=self.layers,
             routing=self.routing or (),
             measured=self.subtitle,
-            finding=VOID if self.disagreement else self.verdict.title,
+            finding=_capital(VOID if self.disagreement else self.verdict.title),
         ).write(path, kind)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

@@ -42,6 +42,7 @@ def draw_losses(losses: Losses) -> Figure:
     below.set_xlabel("t   (0 is A, 1 is B)")
     below.set_xlim(-0.03, 1.03)
     if not np.isfinite(losses.ends).all():
+        below.set_yticks([])
         below.text(0.5, 0.5, "no line: the loss of an end is not finite", ha="center", va="bottom", transform=below.transAxes)
     _legend(figure, above, below, losses)
     return figure

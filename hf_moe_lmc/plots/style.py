@@ -31,7 +31,7 @@ LOAD_LABELS = ("1/4", "1/2", "0.8", "0.9", "1.1", "1.2", "2", "4")
 LOAD_COLOURS = ("#05142E", "#17468A", "#4279BF", "#8AABD3", "#C2C2C2", "#E3C984", "#F5D03C", "#FAE878", "#FFFDD8")
 NO_EXPERT = "xxxx"  # hatching
 TITLE_SIZE, NOTE_SIZE = 11, 8.5  # points
-LETTERS, SMALL_LETTERS = 10.0, 13.8  # that fit an inch of the title, and of the notes
+NARROW = 20  # letters that may fit an inch, if all are narrow
 DPI = 160
 
 
@@ -86,10 +86,26 @@ def heading_lines(heading: Heading, points: str, width: float) -> tuple[list[str
     notes = [f"A: {a}    B: {b}", f"{heading.measured}; {points}"]
     if heading.title == f"{a} to {b}":
         notes = notes[1:]
-    wrapped = [
-        line for note in notes for line in textwrap.wrap(note, int((width - 0.2) * SMALL_LETTERS), break_on_hyphens=False)
+    room = width - 0.2
+    return _wrapped(heading.title, room, TITLE_SIZE, "bold"), [
+        line for note in notes for line in _wrapped(note, room, NOTE_SIZE, "normal")
     ]
-    return textwrap.wrap(heading.title, int((width - 0.2) * LETTERS), break_on_hyphens=False), wrapped
+
+
+def _wrapped(text: str, width: float, size: float, weight: str) -> list[str]:
+    """Lines that are at most `width` inches wide."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+
+    def wide(line: str) -> bool:
+        return bool(text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] > 72 * width)
+
+    letters = min(len(text), int(NARROW * width))
+    while any(map(wide, lines := textwrap.wrap(text, letters, break_on_hyphens=False))):
+        letters -= 1
+    return lines
 
 
 def grid(axes: Axes) -> None:
