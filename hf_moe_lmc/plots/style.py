@@ -86,7 +86,7 @@ def heading_lines(heading: Heading, points: str, width: float) -> tuple[list[str
     notes = [f"A: {a}    B: {b}", f"{heading.measured}; {points}"]
     if heading.title == f"{a} to {b}":
         notes = notes[1:]
-    room = width - 0.2
+    room = 0.96 * width - 0.2  # letters on a screen are a little wider
     return _wrapped(heading.title, room, TITLE_SIZE, "bold"), [
         line for note in notes for line in _wrapped(note, room, NOTE_SIZE, "normal")
     ]

@@ -56,7 +56,7 @@ def test_what_is_plotted_is_what_was_measured() -> None:
         assert line.nll == pytest.approx(path.curve.nll) and line.barrier == pytest.approx(path.curve.barrier)
         assert line.excess == pytest.approx(path.curve.excess) and line.interval == pytest.approx(path.barrier_interval)
         assert np.array(line.band) == pytest.approx(np.array(path.excess_interval))
-    assert "95 % intervals, paired over 12 documents" in found.losses.sure
+    assert f"95 % intervals, paired over {made.bootstrap.count} documents" in found.losses.sure
     assert plotted(made).losses.heading.title == "org/a to org/b"
 
 
