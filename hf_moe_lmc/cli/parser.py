@@ -56,6 +56,7 @@ def _align(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
     _writing(verb)
     _publishing(verb)
+    _licence(verb)
 
 
 def _apply(verb: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def _apply(verb: argparse.ArgumentParser) -> None:
     _resuming(verb)
     _writing(verb)
     _publishing(verb)
+    _licence(verb)
 
 
 def _barrier(verb: argparse.ArgumentParser) -> None:
@@ -158,6 +160,7 @@ def _merge(verb: argparse.ArgumentParser) -> None:
     _resuming(verb)
     _writing(verb)
     _publishing(verb)
+    _licence(verb)
 
 
 def _push(verb: argparse.ArgumentParser) -> None:
@@ -270,3 +273,11 @@ def _publishing(
 ) -> None:
     verb.add_argument("--push-to-hub", metavar="REPO_ID", help=what)
     verb.add_argument("--private", action="store_true", help="publish it privately")
+
+
+def _licence(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence that the card names, such as apache-2.0 (default: what the cards of all parents name alike)",
+    )
