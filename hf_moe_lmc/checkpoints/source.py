@@ -182,5 +182,12 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
         raise HubError(f"{what}: {one_line(error)}{cause}") from error
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether a request failed for a reason that may pass: no connection, none in time, or an error of the server (5xx)."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.ProxyError)
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hf_moe_lmc.cli.commands import COMMANDS, SHARED
 from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.errors import InputError, MoELMCError, escaped
 from hf_moe_lmc.runtime import processes
+from hf_moe_lmc.runtime.notices import NOTES
 
 INTERRUPTED = 130
 
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(escaped(line), file=sys.stderr)
 
     warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+    NOTES.addHandler(_Notes(complain))
     try:
         processes.check_launch(["-m", "hf_moe_lmc", *(sys.argv[1:] if arguments is None else arguments)])
         if group.count > 1 and verb not in SHARED:
@@ -63,3 +66,14 @@ def _one_speaker(is_main: bool) -> Iterator[None]:
         return
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+class _Notes(logging.Handler):
+    """Prints notes."""
+
+    def __init__(self, complain: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._complain = complain
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._complain(f"note: {record.getMessage()}")

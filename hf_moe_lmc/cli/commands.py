@@ -76,7 +76,7 @@ def merge(given: Given) -> None:
 
 
 def push(given: Given) -> None:
-    print(f"published: {lmc.push(**given)}")
+    print(lmc.push(**given))
 
 
 def demo(given: Given) -> None:

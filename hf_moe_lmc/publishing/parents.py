@@ -46,13 +46,7 @@ class ParentCard:
         """Reads the card beside a checkpoint. One that is absent, or that the Hub could not read either, says nothing."""
         if CARD not in checkpoint.source.files():
             return cls()
-        try:
-            card = RepoCard(
-                checkpoint.source.path(CARD).read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True
-            )
-        except (ValueError, yaml.YAMLError):
-            return cls()
-        return cls.read(card.data.to_dict())
+        return cls.read(metadata_of(checkpoint.source.path(CARD).read_bytes()))
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any]) -> ParentCard:
@@ -124,6 +118,19 @@ class Inherited:
             f"{name} is under {one.in_words()}" if one else f"{name} names no licence" for name, one in self.licences.items()
         ]
         return "; ".join(said) + "."
+
+
+def metadata_of(card: bytes) -> dict[str, Any]:
+    """The metadata block of a card; one that the Hub could not read either says nothing.
+
+    Example:
+        >>> metadata_of(b"---\\nlicense: mit\\n---\\n# A model\\n"), metadata_of(b"---\\ntags: [moe\\n---\\n")
+        ({'license': 'mit'}, {})
+    """
+    try:
+        return RepoCard(card.decode(errors="replace"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError):
+        return {}
 
 
 def _common(values: Sequence[str | None]) -> str | None:

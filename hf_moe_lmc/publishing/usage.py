@@ -27,7 +27,7 @@ CHAT = (
 _ENCODER_DECODERS = {"switch_transformers", "nllb-moe"}
 _TEXT_ONLY = re.compile(r".*_text")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_LINE = re.compile(r'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"\n')
+_LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"\n')
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
@@ -75,15 +75,15 @@ def how_to_load(checkpoint: Checkpoint, files: Collection[str], name: str) -> st
     return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
-def named_for(card: str, repo_id: str) -> str:
-    """A card of this package whose lines that load the model name a repository.
+def named_for(card: bytes, repo_id: str) -> bytes:
+    """A card whose lines that load the model name the repository; a card that has no such lines is as it was.
 
     Example:
-        >>> card = '## How to load it\\n\\n```python\\nmodel_id = "merged"\\n```\\n'
-        >>> named_for(card, "me/merged") == card.replace('"merged"', '"me/merged"')
+        >>> card = b'## How to load it\\n\\n```python\\nmodel_id = "merged"\\n```\\n'
+        >>> named_for(card, "me/merged") == card.replace(b'"merged"', b'"me/merged"')
         True
     """
-    return _LINE.sub(rf'\g<1>"{repo_id}"' + "\n", card, count=1)
+    return _LINE.sub(rb"\g<1>" + f'"{repo_id}"\n'.encode(), card, count=1)
 
 
 def _reader(files: Collection[str]) -> tuple[str, str] | None:

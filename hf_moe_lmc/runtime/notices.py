@@ -1,7 +1,8 @@
-"""Warnings that point at the line outside this package that called it."""
+"""Warnings that point at the line outside this package that called it, and notes, which need no attention."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from types import FrameType
@@ -9,6 +10,16 @@ from types import FrameType
 from hf_moe_lmc.errors import MoELMCWarning
 
 PACKAGE = __name__.partition(".")[0]
+NOTES = logging.getLogger(PACKAGE)
+NOTES.setLevel(logging.INFO)
+
+
+def note(message: str) -> None:
+    """Tells what a user may want to know and nobody has to mind, such as that a stopped call continues.
+
+    It goes to the logger `hf_moe_lmc`, as INFO. The command line prints it.
+    """
+    NOTES.info(message)
 
 
 def warn(message: str) -> None:

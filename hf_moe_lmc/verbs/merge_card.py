@@ -38,7 +38,7 @@ def merge_card(
     """
     how, options = "B as it is.", ["--no-align"]
     if alignment:
-        how = "B with its experts and hidden units put where A has theirs, by weight matching. It computes the same function as B."
+        how = "B with its experts and hidden units put where A has theirs. It computes the same function as B."
         options = ["--order", alignment.order, "--units", alignment.units]
     elif symmetry:
         how = "B in the coordinates of a saved symmetry. It computes the same function as B."
