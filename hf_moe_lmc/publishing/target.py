@@ -145,8 +145,8 @@ def check_licence(target: Target, folder: Finished, card: bytes) -> None:
     metadata = metadata_of(card)
     if folder.kind == "checkpoint" and PROJECT in tags_of(metadata) and not metadata.get("license"):
         warn(
-            f"{target.name}: its card names no licence, without which nobody may use the model; add `license` to the first lines "
-            f"of {folder.path(CARD)} and push again"
+            f"{target.name}: its card names no licence, without which nobody may use the model; add `license` to the first "
+            f"lines of {folder.path(CARD)} and push again"
         )
 
 

@@ -96,8 +96,8 @@ def _commit(api: HfApi, target: Target, change: Change, commit: Commit) -> Commi
     def check() -> None:
         if api.model_info(target.repo_id, revision=commit.revision).sha != target.commit:
             raise HubError(
-                f"{target.name}: the Hub failed while it made the commit, and has a new one since, which may be this one; repeat "
-                "the same call: it publishes what is missing, if anything is"
+                f"{target.name}: the Hub failed while it made the commit, and has a new one since, which may be this one; "
+                "repeat the same call: it publishes what is missing, if anything is"
             )
 
     return _patiently(ask, check)
