@@ -221,8 +221,8 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
         found = _REPOSITORY_IN_URL.fullmatch(error.response.url.path)
         page = f"{ENDPOINT}/{found[1]}" if found else "its page on the Hub"
         raise CheckpointError(
-            f"{what}: access is gated. The Hub says: {error.server_message or one_line(error)} Accept its terms on {page}, then "
-            "log in with a token that may read it (hf auth login, or HF_TOKEN)"
+            f"{what}: access is gated. The Hub says: {error.server_message or one_line(error)} Accept its terms on {page}, "
+            "then log in with a token that may read it (hf auth login, or HF_TOKEN)"
         ) from error
     except RepositoryNotFoundError as error:
         if writing:

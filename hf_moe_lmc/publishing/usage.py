@@ -10,7 +10,17 @@ from typing import Any
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 
-CAUSAL, COMPOSITE, ENCODER_DECODER = "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"
+CAUSAL, COMPOSITE = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+# Model types that transformers lists elsewhere than their configuration suggests.
+OTHERS = {
+    **dict.fromkeys(("switch_transformers", "nllb-moe"), "AutoModelForSeq2SeqLM"),
+    **dict.fromkeys(
+        ("glm4v_moe_text", "glm5_next_text", "mistral_large4_text", "muse_spark_text", "qwen3_vl_moe_text"), "AutoModel"
+    ),
+    "mistral4": COMPOSITE,
+    "openai_privacy_filter": "AutoModelForTokenClassification",
+    "qwen3_omni_moe": "AutoModelForMultimodalLM",
+}
 TASKS = {CAUSAL: "text-generation", COMPOSITE: "image-text-to-text"}
 TOKENIZER = "tokenizer", "AutoTokenizer"
 PROMPT = (
@@ -24,8 +34,6 @@ CHAT = (
     ").to(model.device)",
     'print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]))',
 )
-_ENCODER_DECODERS = {"switch_transformers", "nllb-moe"}
-_TEXT_ONLY = re.compile(r".*_text")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"\n')
 
@@ -37,13 +45,8 @@ def auto_class(config: Mapping[str, Any]) -> str:
         >>> auto_class({"model_type": "mixtral"}), auto_class({"model_type": "llama4", "text_config": {}})
         ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
     """
-    model_type = str(config.get("model_type"))
-    if config.get("is_encoder_decoder") or model_type in _ENCODER_DECODERS:
-        return ENCODER_DECODER
-    if _TEXT_ONLY.fullmatch(model_type):
-        return CAUSAL
-    composite = any(isinstance(config.get(key), Mapping) for key in ("text_config", "vision_config", "thinker_config"))
-    return COMPOSITE if composite else CAUSAL
+    composite = any(isinstance(config.get(key), Mapping) for key in ("text_config", "vision_config"))
+    return OTHERS.get(str(config.get("model_type")), COMPOSITE if composite else CAUSAL)
 
 
 def common_dtype(checkpoint: Checkpoint) -> str:
