@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,20 +54,23 @@ def check_repo_id(repo_id: str | None) -> None:
             raise InputError(f"{repo_id}: not a Hub id to publish under ({one_line(error)})") from error
 
 
-def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool) -> None:
+def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool, license: str | None = None) -> None:
     """Looks, before other work, at the repository that its output is to be published in.
 
     Args:
         weights: the output is a checkpoint, so that weights there are in its way.
+        license: what its card is going to name; the Hub knows which there are.
 
     Raises:
-        InputError: they are.
+        InputError: they are, or the Hub does not know the licence.
         HubError: the Hub cannot be asked, or nobody is logged in.
     """
     if get_token() is None:
         raise HubError(f"{repo_id}: nothing can be published without a token of the Hub; log in first (hf auth login)")
     api = HfApi()
     with hub_errors(repo_id, writing=True):
+        if license is not None:
+            _validate(f"---\nlicense: {license}\n---\n".encode(), f"--license {license}")
         whole = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
             target = Target.look(api, whole, None, make_branch=False)
@@ -154,12 +158,21 @@ def push(
     return Published(target.name, address, changed)
 
 
-def _validate(card: bytes, path: Path) -> None:
+def _validate(card: bytes, where: str | Path) -> None:
     """Raises InputError for a card that the Hub refuses."""
     try:
         ModelCard(card.decode()).validate()
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: the Hub refuses the card: {one_line(error)}; correct its first lines") from error
+        raise InputError(f"{where}: the Hub refuses the metadata of the card ({_reason(error)}); correct it") from error
+
+
+def _reason(error: Exception) -> str:
+    """What the Hub, or YAML, has against the metadata of a card."""
+    try:
+        faults = json.loads(str(error))["errors"]
+        return "; ".join(one_line(Exception(fault["message"])) for fault in faults)
+    except (ValueError, KeyError, TypeError):
+        return one_line(error)
 
 
 def _keep_card(folder: Finished, card: bytes | None) -> None:
