@@ -238,14 +238,21 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
         raise CheckpointError(f"{what}: not a valid Hub id ({one_line(error)})") from error
     except HfHubHTTPError as error:
         login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
-        raise HubError(f"{what}: the Hub answered {one_line(error)}{login}") from error
+        raise HubError(f"{what}: the Hub answered {one_line(error)}{login}{_again(error, writing)}") from error
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)})") from error
+        raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)}){_again(error, writing)}") from error
     except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
         if isinstance(error.__cause__, BadRequestError):
             raise InputError(f"{what}: the Hub refuses the card: {one_line(error)}") from error
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
         raise HubError(f"{what}: {one_line(error)}{cause}") from error
+
+
+def _again(error: BaseException, writing: bool) -> str:
+    """The next step after a failure that may pass."""
+    if not is_outage(error):
+        return ""
+    return "; repeat the same call" + (": what was uploaded is not sent again" if writing else "")
 
 
 def is_outage(error: BaseException) -> bool:
