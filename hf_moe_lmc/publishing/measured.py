@@ -45,28 +45,47 @@ class Measured:
         return "\n".join(parts)
 
     def results(self) -> list[EvalResult]:
-        """Perplexity and loss of the checkpoint, for the metadata of the card; empty where its point was not measured."""
-        index = self._index()
-        if index is None:
-            return []
-        curve, evaluation = self.report["paths"][self.path], self.report["evaluation"]
+        """Perplexity and loss of the checkpoint on each text, for the metadata of the card; empty where it was not measured."""
+        evaluation = self.report["evaluation"]
         text = evaluation["text"]
-        dataset: dict[str, Any] = {"dataset_type": "text", "dataset_name": _text_name(text)}
-        if text["kind"] == "dataset":
-            name = "text" if _is_local(text["name"]) else text["name"]
-            dataset |= {"dataset_type": name, "dataset_config": text.get("config"), "dataset_split": text.get("split")}
-            dataset |= {"dataset_revision": text.get("revision")}
         arguments = {key: evaluation[key] for key in ("context", "stride", "tokens_scored") if key in evaluation}
-        common = {"task_type": "text-generation", "task_name": "Text generation", "dataset_args": arguments, **dataset}
-        values = {
-            "perplexity": ("Perplexity", curve["perplexity"][index]),
-            "nll": ("Loss, nats per token", curve["nll"][index]),
-        }
+        common: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text generation", "dataset_args": arguments}
+        common["dataset_type"] = "text"
+        if text["kind"] == "dataset":
+            common |= {f"dataset_{key}": text.get(key) for key in ("config", "split", "revision")}
+            common["dataset_type"] = "text" if _is_local(text["name"]) else text["name"]
         return [
-            EvalResult(metric_type=kind, metric_name=name, metric_value=round(value, 6), **common)
-            for kind, (name, value) in values.items()
-            if value is not None and math.isfinite(value)
+            EvalResult(
+                metric_type=kind,
+                metric_name=metric,
+                metric_value=round(value, 6),
+                dataset_name=name,
+                **{"dataset_config": name, **common},  # which tells files apart: the Hub takes results of one name together
+            )
+            for name, loss in self._own_losses().items()
+            if math.isfinite(loss)
+            for kind, metric, value in (
+                ("perplexity", "Perplexity", math.exp(loss)),
+                ("nll", "Loss, nats per token", loss),
+            )
         ]
+
+    def _own_losses(self) -> dict[str, float]:
+        """Of the checkpoint on each text, nats per token."""
+        if texts := self._by_text():
+            return {name: losses[self.path] for name, losses in texts.items() if losses.get(self.path) is not None}
+        index = self._index()
+        loss = None if index is None else self.report["paths"][self.path]["nll"][index]
+        return {} if loss is None else {_text_name(self.report["evaluation"]["text"]): loss}
+
+    def _by_text(self) -> Mapping[str, Mapping[str, Any]]:
+        """Losses by text and model at the point of the checkpoint; empty where there is one text, or the point is another."""
+        for key in ("verdict", "references"):
+            found = self.report.get(key)
+            if found and self.t is not None and abs(found["t"] - self.t) <= SAME_POINT and len(found["texts"]) > 1:
+                texts: Mapping[str, Mapping[str, Any]] = found["texts"]
+                return texts
+        return {}
 
     def _index(self) -> int | None:
         """Where the checkpoint stands on its path."""
@@ -78,6 +97,10 @@ class Measured:
 
     def _losses(self) -> str:
         """A, B and the checkpoint, in nats per token."""
+        if texts := self._by_text():
+            columns = ("a", "b", self.path)
+            rows = [[name, *(_number(losses.get(column), ".4f") for column in columns)] for name, losses in texts.items()]
+            return markdown_table(["loss, nats per token", "A", "B", "this checkpoint"], rows)
         reference = "naive" if "naive" in self.report["paths"] else "aligned"
         rows = [["A", *self._row(reference, 0)], ["B", *self._row(reference, -1)]]
         index = self._index()

@@ -237,6 +237,16 @@ def test_a_measured_barrier_is_told_and_becomes_results(pair: tuple[Path, Path],
     assert results["perplexity"].dataset_revision == text.get("revision")
 
 
+def test_each_of_several_texts_has_its_losses(pair: tuple[Path, Path]) -> None:
+    losses = {"prose": {"a": 1.0, "b": 2.0, "aligned": 0.5, "naive": None}, "code": {"a": 2.0, "b": 1.0, "aligned": 3.0}}
+    several = {**report(TEXTS), "verdict": {"t": 0.5, "texts": losses}}
+    found = card(*map(Checkpoint.open, pair), measured=Measured(report=several, t=0.5))
+    assert "| prose | 1.0000 | 2.0000 | 0.5000 |\n| code | 2.0000 | 1.0000 | 3.0000 |" in found.text
+    told = {(one.dataset_name, one.metric_type): one.metric_value for one in found.data.eval_results}
+    assert told.keys() == {(text, metric) for text in losses for metric in ("nll", "perplexity")}
+    assert told["prose", "nll"] == 0.5 and told["code", "perplexity"] == pytest.approx(20.0855, abs=1e-4)
+
+
 def test_a_verdict_comes_first_and_a_point_that_was_not_measured_has_no_results(pair: tuple[Path, Path]) -> None:
     measured = Measured(report=report(TEXTS), verdict=["Merge at t = 0.5.", "It is better."], t=0.3)
     found = card(*map(Checkpoint.open, pair), measured=measured)
