@@ -3,7 +3,8 @@
 The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
 `barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of their verb
 and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
-`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`, `Published`. A new family of models is a `MoEFamily`, made known with `register`.
+`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`, `Published`. A new family of models is a `MoEFamily`, made known with
+`register`.
 """
 
 from importlib import import_module
@@ -80,6 +81,7 @@ __all__ = [
     "MoELMCWarning",
     "ModelSymmetry",
     "Plan",
+    "Published",
     "SelfTest",
     "align",
     "apply",
