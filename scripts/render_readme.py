@@ -133,11 +133,12 @@ def verbs() -> str:
     """The verbs of the command line, in its own words."""
     from render_command_line import parsers
 
+    from hf_moe_lmc.cli.parser import VERBS
+
     rows = []
     for name, verb in parsers().items():
-        needed = [action for action in verb._actions if action.required or not action.option_strings]
-        usage = " ".join(f"{(action.option_strings or [''])[0]} {action.metavar}".strip() for action in needed)
-        rows.append((f"`{name} {usage}`".replace(" `", "`"), verb.description or ""))
+        usage = str(verb.usage).removeprefix("hf-moe-lmc ").removesuffix(" [options]")
+        rows.append((f"`{usage}`", f"{VERBS[name].summary[0].upper()}{VERBS[name].summary[1:]}."))
     return markdown_table(("verb", "does"), rows)
 
 

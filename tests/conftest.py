@@ -25,6 +25,7 @@ from hf_moe_lmc.perplexity import figures
 from tests import tiny
 from tests.hub_server import HubServer
 from tests.interpreter import Interpreter
+from tests.published import published
 
 TOKEN = "hf_tester"
 
@@ -44,6 +45,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int],
             folder = tmp_path_factory.mktemp(f"{family}-{layout}-{seed}-")
             made[key] = tiny.save(tiny.make_model(family, seed), folder, layout)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """(configuration, seed) -> folder of a published model cut small, made once. Read only: copy before changing it."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(name: str, seed: int) -> Path:
+        if (name, seed) not in made:
+            made[name, seed] = published(name, tmp_path_factory.mktemp("real") / f"{name}-{seed}", seed)
+        return made[name, seed]
 
     return get
 

@@ -293,6 +293,11 @@ def _create_repository(hub: HubServer, call: _Call) -> Answer:
     return _json(url)
 
 
+def _may_write(hub: HubServer, call: _Call, id: str) -> Answer:
+    hub.writable(call, id)
+    return _json({})
+
+
 def _whoami(hub: HubServer, call: _Call) -> Answer:
     hub.identified(call)
     return _json({"type": "user", "name": USER, "orgs": []})
@@ -435,6 +440,7 @@ ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = [
         ("GET", f"/api/models/{_ID}/revision/{_REVISION}", _model_info),
         ("GET", f"/api/models/{_ID}/tree/{_REVISION}", _tree),
         ("GET", f"/api/models/{_ID}", _model_info),
+        ("GET", f"/api/models/{_ID}/auth-check/write", _may_write),
         ("POST", f"/api/models/{_ID}/preupload/{_REVISION}", _preupload),
         ("POST", f"/api/models/{_ID}/commit/{_REVISION}", _commit),
         ("POST", f"/api/models/{_ID}/branch/(?P<branch>[^/]+)", _branch),

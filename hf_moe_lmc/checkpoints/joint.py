@@ -7,13 +7,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.extended import Assembled, ExtendedCheckpoint, Piece
 from hf_moe_lmc.checkpoints.token_ids import OF_A, OF_B, TokenIds
 
 # Tables with a row for each token id, wherever they stand: input embeddings, and heads that give a logit for each.
-EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|embed_in|tok_embeddings|word_embeddings|embeddings?|wte|shared)\.weight")
-HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_layer|shared_head\.head)\.(?:weight|bias)")
+EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens(?:_per_layer)?|embed_in|tok_embeddings|word_embeddings|embed(?:dings?)?|wte|shared)\.weight"
+)
+HEAD = re.compile(
+    r"(?:.*\.)?(?:lm_head|embed_out|output_layer|unembed|shared_head\.head)\.(?:weight|bias)|(?:head|output)\.(?:weight|bias)"
+)
+# What configurations call the number of rows of these tables, besides vocab_size.
+OTHER_SIZES = ("vocab_size_per_layer_input", "unpadded_vocab_size")
 # What older releases saved and no model reads: transformers computes it.
 IGNORED = re.compile(
     r"(?:.*\.)?(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias|position_ids|causal_mask)"
@@ -62,9 +70,19 @@ def embedding_of(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
     return min(fitting, key=len, default=None)
 
 
-def _vocab_size(checkpoint: Checkpoint) -> int | None:
+def head_of(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
+    """The head of the language model; None where a file has none."""
+    found = [name for name in names if HEAD.fullmatch(name) and name.endswith(".weight") and "shared_head" not in name]
+    return min(found, key=len, default=None)
+
+
+def _text_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
     text = checkpoint.config.get("text_config") or checkpoint.config
-    found = text.get("vocab_size") if isinstance(text, dict) else None
+    return text if isinstance(text, Mapping) else {}
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int | None:
+    found = _text_settings(checkpoint).get("vocab_size")
     return found if type(found) is int else None
 
 
@@ -105,10 +123,20 @@ def join(
     _join_heads(side_a, side_b, in_a, in_b, tied, notes)
     if not ids.alike:
         _join_tables(side_a, side_b, in_a, in_b, ids)
-        for side, rows in ((side_a, ids.rows_a), (side_b, ids.rows_b)):
-            if rows != ids.rows:
-                side.changes["vocab_size"] = ids.rows
+        _resize(side_a, side_b, ids)
     return Joint(side_a.extended(), side_b.extended(), tuple(notes))
+
+
+def _resize(side_a: _Side, side_b: _Side, ids: TokenIds) -> None:
+    """The sizes of the vocabulary in both configurations: the larger ones."""
+    for side, rows in ((side_a, ids.rows_a), (side_b, ids.rows_b)):
+        if rows != ids.rows:
+            side.changes["vocab_size"] = ids.rows
+    texts = [_text_settings(side.checkpoint) for side in (side_a, side_b)]
+    for key in OTHER_SIZES if ids.rows_a != ids.rows_b else ():
+        stated = [text[key] for text in texts if type(text.get(key)) is int]
+        if len(stated) == 2 and stated[0] != stated[1]:
+            side_a.changes[key] = side_b.changes[key] = max(stated)
 
 
 def _join_extra(
@@ -157,26 +185,64 @@ def _join_heads(
 
 
 def _join_tables(side_a: _Side, side_b: _Side, in_a: set[str], in_b: set[str], ids: TokenIds) -> None:
-    """Every row of a table over the vocabulary from where it belongs, see `TokenIds`."""
+    """Every row of a table over the vocabulary from where it belongs, see `TokenIds`.
+
+    A table of A for multi-token prediction that B lacks stays A's; for ids of B alone it gets the rows of B's own table of
+    its kind, as such tables are copies of the model's.
+    """
     names = sorted(in_a | in_b | side_a.assembled.keys() | side_b.assembled.keys())
-    for name in [name for name in names if EMBEDDING.fullmatch(name) or HEAD.fullmatch(name)]:
-        places = []
-        for side, own, rows in ((side_a, in_a, ids.rows_a), (side_b, in_b, ids.rows_b)):
-            source, table = side.checkpoint, name
-            if name not in own and name in side.assembled:
-                piece = side.assembled[name].pieces[0]
-                source, table = piece.checkpoint, piece.name
-            info = source.tensors.get(table)
-            if info is None or not info.shape or info.shape[0] != rows:
-                break
-            places.append((source, table, info))
-        if len(places) < 2 or places[0][2].shape[1:] != places[1][2].shape[1:]:
+    for name in [name for name in names if _is_table(name)]:
+        borrowed = (
+            name not in in_b and name in side_b.assembled and side_b.assembled[name].pieces[0].checkpoint is side_a.checkpoint
+        )
+        place_a = _place(side_a, in_a, name, ids.rows_a)
+        place_b = _place(side_b, in_b, _table_like(side_b.checkpoint, in_b, name) if borrowed else name, ids.rows_b)
+        if place_a is None or place_b is None or place_a.shape[1:] != place_b.shape[1:]:
             continue
-        width = max(places[0][2].numel // max(places[0][2].shape[0], 1), 1)
-        for side, own_kind in ((side_a, OF_A), (side_b, OF_B)):
+        width = max(place_a.numel // max(place_a.shape[0], 1), 1)
+        for side, own_kind in ((side_a, OF_A), (side_b, OF_A if borrowed else OF_B)):
+            own = place_a if own_kind == OF_A else place_b
             pieces = []
             for run in ids.runs():
-                source, table, _ = places[(run.kind or own_kind) - 1]
-                pieces.append(Piece(run.count * width, source, table, run.first * width))
-            info = places[own_kind - 1][2]
-            side.assembled[name] = Assembled(info.dtype, (ids.rows, *info.shape[1:]), tuple(pieces))
+                place = place_a if (run.kind or own_kind) == OF_A else place_b
+                pieces.append(Piece(run.count * width, place.checkpoint, place.name, run.first * width))
+            side.assembled[name] = Assembled(own.dtype, (ids.rows, *own.shape[1:]), tuple(pieces))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a table stands."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.checkpoint.tensors[self.name].shape
+
+    @property
+    def numel(self) -> int:
+        return self.checkpoint.tensors[self.name].numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.tensors[self.name].dtype
+
+
+def _place(side: _Side, own: set[str], name: str | None, rows: int) -> _Place | None:
+    """Where a side has a table, which may be that of another name; None: nowhere, or it has another number of rows."""
+    if name is None:
+        return None
+    place = _Place(side.checkpoint, name)
+    if name not in own and name in side.assembled:
+        piece = side.assembled[name].pieces[0]
+        place = _Place(piece.checkpoint, piece.name)
+    if place.name not in place.checkpoint.tensors:
+        return None
+    return place if place.shape[:1] == (rows,) else None
+
+
+def _table_like(checkpoint: Checkpoint, names: Collection[str], name: str) -> str | None:
+    """The table of a model that one for multi-token prediction is a copy of."""
+    embedding = embedding_of(checkpoint, names)
+    return embedding if EMBEDDING.fullmatch(name) else head_of(checkpoint, names) or embedding

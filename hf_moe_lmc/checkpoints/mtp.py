@@ -14,6 +14,7 @@ from typing import Any
 OWN_PREFIX = re.compile(r"(?:[^.]+\.)*?mtp(?:_[^.]+)?\..+")
 # What a layer that follows the last one holds, and no layer of the model.
 MARKS = re.compile(r"(?:.*\.)?(?:eh_proj|enorm|hnorm|shared_head|embed_tokens)\..+")
+ONLY_EXTRA = "only a layer for multi-token prediction has (eh_proj)"  # in words
 # What configurations call the number of these layers.
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 

@@ -25,8 +25,9 @@ _ADAPTER = re.compile(
     r"|vera_lambda_[bd]|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\..*)?"
 )
 # The parts of a decoder where its base class is saved alone: `model.` would stand before them.
-_BASE = re.compile(r"(?:language_model\.)?(?:embed_tokens|embed_in|wte|embeddings)\.weight")
+_BASE = re.compile(r"(?:language_model\.)?(?:embed_tokens|embed_in|embed|wte|embeddings)\.weight")
 _BASE_LAYER = re.compile(r"(?:language_model\.)?(?:layers|blocks)\.\d+\..+")
+_PREFIXES = {"embeddings.weight": "backbone.", "wte.weight": "transformer."}  # where it is another
 SENTENCES = "modules.json"  # of an embedding model, which has no head
 
 
@@ -78,7 +79,7 @@ def check_whole(name: str, names: Collection[str], files: Collection[str]) -> No
     headless = not any(one.startswith("lm_head.") for one in names)
     why = "only the base class was saved, without the head, which transformers would fill with random numbers"
     why = why if headless else "they are those of the base class"
-    prefix = "backbone." if "embeddings.weight" in names else "model."
+    prefix = next((_PREFIXES[one] for one in names if one in _PREFIXES), "model.")
     raise CheckpointError(
         f"{name}: the names lack '{prefix}' ({shown(first)}): {why}. Save the whole model (AutoModelForCausalLM) with "
         f"save_pretrained; if the head is tied or at hand, put '{prefix}' before all names but those of the head "

@@ -1,111 +1,106 @@
-"""What each verb of the command line does: it calls the function of that name and prints the result."""
+"""What each verb of the command line does: it calls the function of that name, and says what came of it."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
-from hf_moe_lmc.errors import OutputError
-
-if TYPE_CHECKING:
-    from hf_moe_lmc.matching.alignment import Alignment
 
 Given = dict[str, Any]  # the options that were given, by name
+Tell = Callable[[str], None]  # takes a line of a story that is told as it goes
 
 
-def inspect(given: Given) -> None:
-    as_json = given.pop("json", False)
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb has to say.
+
+    Attributes:
+        text: for a terminal.
+        document: the same for a program.
+        code: exit code.
+        problem: an error that comes with it: a plan that is not possible.
+    """
+
+    text: str
+    document: Mapping[str, Any]
+    code: int = 0
+    problem: str | None = None
+
+
+def inspect(given: Given, tell: Tell) -> Outcome:
     found = lmc.inspect(**given)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+    return Outcome(found.table(), found.to_dict())
 
 
-def selftest(given: Given) -> int:
-    as_json = given.pop("json", False)
-    found = lmc.selftest(**given)
-    if as_json:
-        checks = [
-            # JSON has no NaN: null stands for outputs that are not finite
-            {**vars(check), "difference": check.difference if math.isfinite(check.difference) else None, "passed": check.passed}
-            for check in found.checks
-        ]
-        print(json.dumps({**vars(found), "passed": found.passed, "checks": checks}, indent=2, allow_nan=False))
-    else:
-        print(found.table())
-    return 0 if found.passed else 1
-
-
-def families(given: Given) -> None:
+def families(given: Given, tell: Tell) -> Outcome:
     known = lmc.known_families()
-    print(json.dumps(known.to_dict(), indent=2) if given.get("json") else known.table())
+    return Outcome(known.table(), known.to_dict())
 
 
-def align(given: Given) -> None:
+def selftest(given: Given, tell: Tell) -> Outcome:
+    found = lmc.selftest(**given)
+    return Outcome(found.table(), found.to_dict(), code=0 if found.passed else 1)
+
+
+def align(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
-        return _print_plan(lmc.plan_align(**given))
-    print(_totals(lmc.align(**given)))
-    return _print_place(given)
+        return _planned(lmc.plan_align(**given))
+    alignment = lmc.align(**given)
+    return Outcome("\n".join([*alignment.sentences(), _place(given)]), alignment.to_dict())
 
 
-def apply(given: Given) -> None:
+def apply(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
-        return _print_plan(lmc.plan_apply(**given))
+        return _planned(lmc.plan_apply(**given))
     lmc.apply(**given)
-    return _print_place(given)
+    return Outcome(_place(given), {"output": str(given["output"])})
 
 
-def barrier(given: Given) -> int | None:
+def barrier(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
-        _print_plan(lmc.plan_barrier(**given))
-        return 0
+        return _planned(lmc.plan_barrier(**given))
     report = lmc.barrier(**given)
-    print(report.table())
-    _print_place(given)
-    return 1 if report.disagreement else 0
+    return Outcome("\n".join([report.table(), _place(given)]), report.to_dict(), code=1 if report.disagreement else 0)
 
 
-def merge(given: Given) -> None:
+def merge(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
-        return _print_plan(lmc.plan_merge(**given))
+        return _planned(lmc.plan_merge(**given))
     alignment = lmc.merge(**given)
-    if alignment:
-        print(_totals(alignment))
-    return _print_place(given)
+    document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
+    return Outcome("\n".join([*(alignment.sentences() if alignment else ()), _place(given)]), document)
 
 
-def push(given: Given) -> None:
-    print(lmc.push(**given))
+def push(given: Given, tell: Tell) -> Outcome:
+    published = lmc.push(**given)
+    return Outcome(str(published), {"url": published.address, "changed": published.changed})
 
 
-def demo(given: Given) -> None:
-    lmc.demo(**given, tell=lambda line: print(line, flush=True))
-    _print_place(given)
+def demo(given: Given, tell: Tell) -> Outcome:
+    reports = lmc.demo(**given, tell=tell)
+    return Outcome(_place(given), {pair: report.to_dict() for pair, report in reports.items()})
 
 
-COMMANDS = {command.__name__: command for command in (inspect, families, selftest, align, apply, barrier, merge, push, demo)}
+def completion(given: Given, tell: Tell) -> Outcome:
+    from hf_moe_lmc.cli.completion import script
+
+    text = script(given["shell"])
+    return Outcome(text, {"shell": given["shell"], "script": text})
+
+
+COMMANDS: dict[str, Callable[[Given, Tell], Outcome]] = {
+    command.__name__: command for command in (inspect, families, selftest, align, apply, barrier, merge, push, demo, completion)
+}
 SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several processes may call together
 
 
-def _print_plan(plan: lmc.Plan) -> None:
+def _planned(plan: lmc.Plan) -> Outcome:
     """The plan, also of what there is no room for; that is then an error, as it would be in the run."""
-    print(plan.table(), flush=True)
-    if plan.problem:
-        raise OutputError(plan.problem)
+    return Outcome(plan.table(), plan.to_dict(), problem=plan.problem)
 
 
-def _totals(alignment: Alignment) -> str:
-    totals = alignment.totals()
-    return (
-        f"moved {totals['experts_moved']} of {totals['experts']} experts and {totals['units_moved']} of {totals['units']} "
-        f"hidden units, flipped {totals['signs']} signs, kept the scales of {totals['scales_kept']} experts\n"
-        f"distance of the expert weights, relative to A: {totals['relative_distance_before']:.4f} before, "
-        f"{totals['relative_distance_after_order']:.4f} after the order, "
-        f"{totals['relative_distance_after_units']:.4f} after the units"
-    )
-
-
-def _print_place(given: Mapping[str, Any]) -> None:
+def _place(given: Mapping[str, Any]) -> str:
     published = f", published: {given['push_to_hub']}" if given.get("push_to_hub") else ""
-    print(f"written: {given['output']}{published}")
+    return f"written: {given['output']}{published}"

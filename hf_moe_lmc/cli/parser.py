@@ -1,79 +1,136 @@
-"""The words of the command line. What is not given is not passed on: defaults stand in the values behind the verbs."""
+"""The words of the command line: each verb with its arguments.
+
+An option is the keyword of the verb's function that its name says: `--max-tokens` is `max_tokens`. What is not given is not
+passed on, since defaults stand in the values behind the verbs. So a new option is one `add_argument` here, and one keyword
+there.
+"""
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import get_args
 
 from hf_moe_lmc import __version__
-from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
+from hf_moe_lmc.cli.arguments import (
+    WHERE,
+    add_matching,
+    add_messages,
+    add_model,
+    add_output,
+    add_pair,
+    add_publishing,
+    add_running,
+    default,
+    separator,
+    size,
+)
+from hf_moe_lmc.cli.usage import Parser, short_usage
 from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
+from hf_moe_lmc.runtime.tables import definitions
 
 JOIN = "\n\n"  # where --join has no separator: what perplexity recipes on WikiText do
 REFINE = 3  # halvings where --refine has no number
+SHELLS = ("bash", "zsh", "fish")
 
 
-def parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Verb:
+    """What the help of a verb says.
+
+    Attributes:
+        add: adds its arguments.
+        summary: one line, for the list of verbs.
+        examples: calls as one would type them.
+        more: what a newcomer should know besides.
+        failure: what exit code 1 means.
+    """
+
+    add: Callable[[Parser], None]
+    summary: str
+    examples: tuple[str, ...]
+    more: str = ""
+    failure: str = "failed"
+
+    @property
+    def description(self) -> str:
+        return f"{self.summary[0].upper()}{self.summary[1:]}.{' ' if self.more else ''}{self.more}"
+
+    @property
+    def epilog(self) -> str:
+        return "\n".join([*_listed("examples", self.examples), "", *_exit_codes(self.failure)])
+
+
+def parser() -> Parser:
     """The parser: a parsed namespace holds the given options, and as `verb` the name of one of VERBS."""
-    whole = argparse.ArgumentParser(
+    whole = Parser(
         prog="hf-moe-lmc",
-        description="Align, interpolate and merge Mixture-of-Experts language models. "
-        "MODEL, A and B are local folders or Hub ids, OWNER/NAME[@REVISION].",
+        description=f"Align, interpolate and merge Mixture-of-Experts language models. MODEL, A and B are each a {WHERE}.",
+        epilog="\n".join(
+            [
+                *_listed("examples", EXAMPLES),
+                "",
+                "hf-moe-lmc VERB --help describes a verb, with examples.",
+                "",
+                *_exit_codes("failed, or a check did not pass"),
+            ]
+        ),
     )
     whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = whole.add_subparsers(required=True, metavar="VERB")
-    for name, (describe, description) in VERBS.items():
-        verb = verbs.add_parser(
-            name,
-            help=description,
-            description=description[0].upper() + description[1:] + ".",
-            argument_default=argparse.SUPPRESS,
-        )
-        verb.set_defaults(verb=name)
-        describe(verb)
+    verbs = whole.add_subparsers(required=True, metavar="VERB", dest="verb", title="verbs", prog=whole.prog)
+    for name, words in VERBS.items():
+        verb = verbs.add_parser(name, help=words.summary, description=words.description, epilog=words.epilog)
+        words.add(verb)
+        add_messages(verb)
+        verb.usage = short_usage(verb)
+    whole.usage = short_usage(whole)
     return whole
 
 
-def _inspect(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL")
-    _json(verb)
+def _inspect(verb: Parser) -> None:
+    add_model(verb)
 
 
-def _selftest(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help="its weights are not read")
-    _json(verb)
+def _families(verb: Parser) -> None:
+    """Nothing but what every verb has."""
 
 
-def _align(verb: argparse.ArgumentParser) -> None:
-    _pair(verb)
-    _output(verb, "OUT")
-    _matching(verb)
-    _resuming(verb)
+def _selftest(verb: Parser) -> None:
+    add_model(verb, "; its weights are not read")
+
+
+def _align(verb: Parser) -> None:
+    add_pair(verb)
+    add_output(verb, "OUT")
     verb.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
-    _writing(verb)
-    _publishing(verb)
-    _licence(verb)
+    add_matching(verb)
+    add_running(verb)
+    add_publishing(verb)
 
 
-def _apply(verb: argparse.ArgumentParser) -> None:
+def _apply(verb: Parser) -> None:
     verb.add_argument("symmetry", metavar="SYMMETRY", help="symmetry.safetensors, or a folder that holds it")
-    verb.add_argument("b", metavar="B")
-    _output(verb, "OUT")
-    verb.add_argument("--inverse", action="store_true", help="undo it")
-    _resuming(verb)
-    _writing(verb)
-    _publishing(verb)
-    _licence(verb)
+    verb.add_argument("b", metavar="B", help=f"the model that it is applied to: a {WHERE}")
+    add_output(verb, "OUT")
+    verb.add_argument("--inverse", action="store_true", help="undo it: take an output of apply or align back to B")
+    add_running(verb)
+    add_publishing(verb)
 
 
-def _barrier(verb: argparse.ArgumentParser) -> None:
-    _pair(verb)
-    _output(verb, "DIR")
-    text = verb.add_mutually_exclusive_group(required=True)
+def _barrier(verb: Parser) -> None:
+    add_pair(verb)
+    add_output(verb, "DIR")
+    _text(verb)
+    _path(verb)
+    add_matching(verb)
+    _computing(verb)
+    add_running(verb, weights=False)
+    add_publishing(verb, "publish the folder; what is there stays", card=False)
+
+
+def _text(verb: Parser) -> None:
+    group = verb.add_argument_group("text to evaluate on")
+    text = group.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--text",
         metavar="FILE",
@@ -81,12 +138,14 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         help="UTF-8 text, one document; or .json, .jsonl, .csv, .tsv, .parquet or .arrow, each row a document; any of them may "
         "be compressed (.gz); repeatable",
     )
-    text.add_argument("--dataset", metavar="NAME", help="dataset on the Hub or in a folder; each row is a document")
-    verb.add_argument("--dataset-config", metavar="C")
-    verb.add_argument("--split", metavar="S", help="(default: test)")
-    verb.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
-    verb.add_argument("--column", metavar="COL", help="where the text of a row stands (default: text)")
-    verb.add_argument(
+    text.add_argument(
+        "--dataset", metavar="NAME", help="dataset on the Hub or in a folder, also one of save_to_disk; each row is a document"
+    )
+    group.add_argument("--dataset-config", metavar="C", help="configuration of the dataset, such as wikitext-2-raw-v1")
+    group.add_argument("--split", metavar="S", help="of the dataset (default: test)")
+    group.add_argument("--dataset-revision", metavar="R", help="branch, tag or commit of a dataset on the Hub")
+    group.add_argument("--column", metavar="COL", help="where the text of a row stands (default: text)")
+    group.add_argument(
         "--join",
         metavar="SEPARATOR",
         type=separator,
@@ -95,28 +154,20 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         help="put rows together into one document, with SEPARATOR between them (an empty line if not given), in which \\n and "
         "\\t stand for a new line and a tab",
     )
-    points = _default(GridOptions, "points")
-    verb.add_argument("--points", metavar="N", type=int, help=f"grid points, both ends included (default: {points})")
-    verb.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
-    verb.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
-    _matching(verb)
-    _resuming(verb)
-    verb.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
-    verb.add_argument(
+    group.add_argument("--context", metavar="N", type=int, help="tokens per window (default: 2048, or the model's maximum)")
+    group.add_argument(
         "--stride", metavar="N", type=int, help="let windows overlap, N tokens apart, each scored where the last ended"
     )
-    verb.add_argument("--max-tokens", metavar="N", type=int, help="tokens to read of each text (default: all)")
-    verb.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")
-    verb.add_argument("--dtype", choices=get_args(DType), help=f"(default: {_default(ComputeOptions, 'dtype')})")
-    verb.add_argument("--device", help="where the layers run (default: a GPU if there is one)")
-    verb.add_argument(
-        "--activation-memory",
-        metavar="SIZE",
-        type=size,
-        help="hidden states of all points and windows on their way, e.g. 4GiB; the smaller, the more often A and B are read "
-        "(default: half of the free memory)",
-    )
-    verb.add_argument(
+    group.add_argument("--max-tokens", metavar="N", type=int, help="tokens to read of each text (default: all)")
+
+
+def _path(verb: Parser) -> None:
+    group = verb.add_argument_group("path")
+    points = default(GridOptions, "points")
+    group.add_argument("--points", metavar="N", type=int, help=f"grid points, both ends included (default: {points})")
+    group.add_argument("--no-naive", dest="naive", action="store_false", help="skip the path to B as it is")
+    group.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")
+    group.add_argument(
         "--layerwise",
         metavar="N",
         type=int,
@@ -125,12 +176,12 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         help="also the barrier of each MoE layer alone, the rest staying A, with N points between its ends "
         f"({LAYERWISE} if not given)",
     )
-    verb.add_argument(
+    group.add_argument(
         "--layers",
         metavar="LAYERS",
         help="layers for --layerwise, e.g. each,0-3,8: every MoE layer alone, 0 to 3 together, 8 alone (default: each)",
     )
-    verb.add_argument(
+    group.add_argument(
         "--refine",
         metavar="N",
         type=int,
@@ -139,37 +190,51 @@ def _barrier(verb: argparse.ArgumentParser) -> None:
         help=f"halve the intervals beside the aligned maximum N times ({REFINE} if not given), reading both models again each "
         "time",
     )
-    verb.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
-    _dry_run(verb)
-    _publishing(verb, "publish the folder; what is there stays")
+    group.add_argument("--no-routing", dest="routing", action="store_false", help="do not record which experts the tokens take")
 
 
-def _merge(verb: argparse.ArgumentParser) -> None:
-    _pair(verb)
-    _output(verb, "OUT")
-    verb.add_argument("-t", type=float, help="0 is A, 1 is B (default: 0.5)")
-    how = verb.add_mutually_exclusive_group()
+def _computing(verb: Parser) -> None:
+    group = verb.add_argument_group("computing")
+    group.add_argument(
+        "--dtype", choices=get_args(DType), help=f"of the models while they run (default: {default(ComputeOptions, 'dtype')})"
+    )
+    group.add_argument(
+        "--device", metavar="DEVICE", help="where the layers run, e.g. cuda:1 or cpu (default: a GPU if there is one)"
+    )
+    group.add_argument("--batch-size", metavar="N", type=int, help="windows per forward pass (default: 4096 tokens' worth)")
+    group.add_argument(
+        "--activation-memory",
+        metavar="SIZE",
+        type=size,
+        help="hidden states of all points and windows on their way, e.g. 4GiB; the smaller, the more often A and B are read "
+        "(default: half of the free memory)",
+    )
+
+
+def _merge(verb: Parser) -> None:
+    add_pair(verb)
+    add_output(verb, "OUT")
+    verb.add_argument("-t", type=float, help="which point to write: 0 is A, 1 is B (default: 0.5)")
     verb.add_argument(
         "--tokenizer",
         choices=("a", "b"),
         help="whose tokenizer, chat template, generation configuration and special ids the output has (default: a)",
     )
-    how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is")
-    how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry instead of matching")
-    _matching(verb)
-    _resuming(verb)
-    _writing(verb)
-    _publishing(verb)
-    _licence(verb)
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is, without matching")
+    how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")
+    add_matching(verb)
+    add_running(verb)
+    add_publishing(verb)
 
 
-def _push(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("folder", metavar="DIR")
-    verb.add_argument("repo_id", metavar="REPO_ID")
-    verb.add_argument("--private", action="store_true")
-    verb.add_argument("--revision", metavar="BRANCH")
+def _push(verb: Parser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="what align, apply, merge or barrier finished")
+    verb.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME on the Hub; created where it does not exist")
+    verb.add_argument("--private", action="store_true", help="create it as a private repository")
+    verb.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     verb.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    verb.add_argument("--commit-message", metavar="TEXT")
+    verb.add_argument("--commit-message", metavar="TEXT", help="first line of the commit (default: what the folder holds)")
     verb.add_argument(
         "--overwrite",
         action="store_true",
@@ -178,106 +243,107 @@ def _push(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--overwrite-card", action="store_true", help="replace its README.md, whoever wrote it")
 
 
-VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
-    "inspect": (_inspect, "what a checkpoint is, from its headers alone"),
-    "families": (lambda verb: _json(verb), "the model types that are supported or refused, with their symmetries"),
-    "selftest": (
+def _demo(verb: Parser) -> None:
+    add_output(verb, "DIR")
+
+
+def _completion(verb: Parser) -> None:
+    verb.add_argument("shell", choices=SHELLS, help="the shell that you use")
+
+
+EXAMPLES = (
+    "hf-moe-lmc demo -o demo",
+    "hf-moe-lmc inspect allenai/OLMoE-1B-7B-0924",
+    "hf-moe-lmc barrier ./model-a ./model-b --text held_out.txt -o barrier",
+    "hf-moe-lmc merge ./model-a ./model-b -o merged",
+)
+VERBS: dict[str, Verb] = {
+    "inspect": Verb(
+        _inspect,
+        "what a checkpoint is, from its headers alone",
+        ("hf-moe-lmc inspect ./model-a", "hf-moe-lmc inspect allenai/OLMoE-1B-7B-0924 --json"),
+        "Its sizes, its experts, and what may change places in it without changing what it computes. "
+        "Of a Hub id only headers are fetched.",
+    ),
+    "families": Verb(
+        _families,
+        "the model types that are supported or refused, with their symmetries",
+        ("hf-moe-lmc families", "hf-moe-lmc families --json"),
+    ),
+    "selftest": Verb(
         _selftest,
         "prove on a small random model of the same configuration that the symmetries of MODEL are understood",
+        ("hf-moe-lmc selftest ./model-a",),
+        failure="failed, or a check did not pass",
     ),
-    "align": (_align, "write B with its experts and hidden units where A has them"),
-    "apply": (_apply, "apply a saved symmetry to B"),
-    "barrier": (_barrier, "measure the perplexity barrier between A and B, naive and aligned"),
-    "merge": (_merge, "write (1 - t) A + t B, aligned"),
-    "push": (_push, "publish a finished folder in one commit"),
-    "demo": (lambda verb: _output(verb, "DIR"), "train small models, measure their barriers, merge; no network needed"),
+    "align": Verb(
+        _align,
+        "write B with its experts and hidden units where A has them",
+        (
+            "hf-moe-lmc align ./model-a ./model-b -o aligned",
+            "hf-moe-lmc align ./model-a ./model-b -o symmetry --symmetry-only",
+        ),
+        "What B computes stays the same, so that A and the output can be averaged weight by weight.",
+    ),
+    "apply": Verb(
+        _apply,
+        "apply a saved symmetry to B",
+        (
+            "hf-moe-lmc apply symmetry.safetensors ./model-b -o applied",
+            "hf-moe-lmc apply aligned aligned -o restored --inverse",
+        ),
+        "The output computes what B computes.",
+    ),
+    "barrier": Verb(
+        _barrier,
+        "measure the perplexity barrier between A and B, naive and aligned",
+        (
+            "hf-moe-lmc barrier ./model-a ./model-b --text held_out.txt -o barrier",
+            "hf-moe-lmc barrier ./model-a ./model-b --text held_out.txt -o quick \\",
+            "    --points 5 --max-tokens 20000",
+            "hf-moe-lmc barrier ./model-a ./model-b -o barrier --join \\",
+            "    --dataset Salesforce/wikitext --dataset-config wikitext-2-raw-v1",
+        ),
+        "The loss on a held-out text is measured at points of the straight line from A to B, and from A to aligned B.",
+        failure="failed, or the two paths disagree at t = 1",
+    ),
+    "merge": Verb(
+        _merge,
+        "write (1 - t) A + t B, aligned",
+        (
+            "hf-moe-lmc merge ./model-a ./model-b -o merged",
+            "hf-moe-lmc merge ./model-a ./model-b -o merged -t 0.3 --dry-run",
+            "hf-moe-lmc merge ./model-a ./model-b -o average --no-align",
+        ),
+        "The output is a complete checkpoint with a model card.",
+    ),
+    "push": Verb(
+        _push,
+        "publish a finished folder in one commit",
+        ("hf-moe-lmc push merged me/merged --private", "hf-moe-lmc push merged me/merged --create-pr"),
+        "The repository is looked at first. What would replace weights there is refused, unless --overwrite is given.",
+    ),
+    "demo": Verb(
+        _demo,
+        "train small models, measure their barriers, merge; no network needed",
+        ("hf-moe-lmc demo -o demo",),
+    ),
+    "completion": Verb(
+        _completion,
+        "print a script that completes verbs and options in your shell",
+        (
+            "hf-moe-lmc completion bash > ~/.local/share/bash-completion/completions/hf-moe-lmc",
+            "hf-moe-lmc completion zsh > ~/.zfunc/_hf-moe-lmc  # a folder of $fpath",
+            "hf-moe-lmc completion fish > ~/.config/fish/completions/hf-moe-lmc.fish",
+        ),
+    ),
 }
 
 
-def _default(options: type, name: str) -> object:
-    """The default of a field of an option value."""
-    return next(field.default for field in fields(options) if field.name == name)
+def _exit_codes(failure: str) -> list[str]:
+    codes = {"0": "done", "1": failure, "2": "refused: wrong usage or input", "130": "interrupted"}
+    return ["exit codes:", *definitions(codes, width=78)]
 
 
-def _json(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _pair(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("a", metavar="A")
-    verb.add_argument("b", metavar="B")
-
-
-def _output(verb: argparse.ArgumentParser, metavar: str) -> None:
-    verb.add_argument("-o", "--output", metavar=metavar, type=Path, required=True, help="a new or empty folder")
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 4GiB, 500 MB or 1048576."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 4GiB, 500MB or a number of bytes")
-    number, unit, binary = found.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** (" kmgt".index(unit.lower()) if unit else 0))
-
-
-def separator(text: str) -> str:
-    r"""What stands between rows; shells do not make new lines of \n."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _matching(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--order",
-        choices=get_args(OrderMethod),
-        help="order the experts by router rows, by Gram matrices, or keep the better "
-        f"(default: {_default(WeightMatching, 'order')})",
-    )
-    verb.add_argument(
-        "--units",
-        choices=get_args(UnitMethod),
-        help=f"match hidden units as they are, or up to sign and scale (default: {_default(WeightMatching, 'units')})",
-    )
-    verb.add_argument(
-        "--exact", action="store_true", help="compute all costs in full for wide experts, too; without, sketches come first"
-    )
-
-
-def _resuming(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        help="continue from what a stopped call with the same inputs and options had done (the default), or start afresh",
-    )
-    verb.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what this package wrote in that folder before, once the new output is whole",
-    )
-
-
-def _writing(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite as they are")
-    _dry_run(verb)
-
-
-def _dry_run(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--dry-run", action="store_true", help="check everything, print what would be read and written; change nothing"
-    )
-
-
-def _publishing(
-    verb: argparse.ArgumentParser, what: str = "publish the result; a repository that holds weights is refused, see push"
-) -> None:
-    verb.add_argument("--push-to-hub", metavar="REPO_ID", help=what)
-    verb.add_argument("--private", action="store_true", help="publish it privately")
-
-
-def _licence(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--license",
-        metavar="ID",
-        help="licence that the card names, such as apache-2.0 (default: what the cards of all parents name alike)",
-    )
+def _listed(title: str, lines: tuple[str, ...]) -> list[str]:
+    return [f"{title}:", *(f"  {line}" for line in lines)]

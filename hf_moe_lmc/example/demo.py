@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 from transformers import MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from hf_moe_lmc.example.protocol import (
 )
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.perplexity.report import BarrierReport
+from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.verbs.apply import apply
 from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge
@@ -127,8 +127,8 @@ def _train(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small gain little from a second one, and lose much when a core is taken
     try:
-        with tqdm(total=recipe.steps, desc=name, unit="step") as bar:
-            return train(model, tokens, recipe, seed=seed, layers=layers, progress=lambda step: bar.update(1))
+        with bar(total=recipe.steps, desc=name, unit="step") as shown:
+            return train(model, tokens, recipe, seed=seed, layers=layers, progress=lambda step: shown.update())
     finally:
         torch.set_num_threads(threads)
 

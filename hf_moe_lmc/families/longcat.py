@@ -25,7 +25,6 @@ register(
             "model": "hidden_size",
         },
         top_k="moe_topk",
-        mtp_prefixes=("mtp.layers.{layer}.", "mtp.layers.{layer}.transformer_layer."),
         layers="num_layers",
         bank_units={"zero": "rigid"},
         when={

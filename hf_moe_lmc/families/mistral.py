@@ -43,5 +43,6 @@ register(
         sizes=DEEPSEEK_SIZES,
         moe_layers=LISTED,
         groups=GROUPS,
+        mtp_prefixes=("mtp_dspark.layers.{layer}.", "mtp_dspark.{layer}."),
     )
 )

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.utils import tqdm
 
 from hf_moe_lmc.checkpoints.pair import same_place
 from hf_moe_lmc.matching.blocks import match_layer
@@ -23,8 +22,9 @@ from hf_moe_lmc.matching.report import layer_report
 from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.ties import in_words
-from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.workspace import ResultFolder, Workspace
 
@@ -182,9 +182,9 @@ def _match_layers(
     for index in _only_in_b(a, b):
         deliver(index, b.layers[index].identity())
     if layers and processes.is_main:
-        warn(f"continuing: {len(layers)} of {len(common)} layers were matched by an earlier call")
+        note(f"continuing: {len(layers)} of {len(common)} layers were matched by an earlier call")
     remaining = [index for index in common if index not in layers]
-    with tqdm(total=len(common), initial=len(layers), desc="matching layers", unit="layer") as bar:
+    with bar(total=len(common), initial=len(layers), desc="matching layers", unit="layer") as shown:
         for first in range(0, len(remaining), processes.count):  # a round: one layer for each process
             indices = remaining[first : first + processes.count]
             own = [
@@ -204,7 +204,7 @@ def _match_layers(
                 if records:
                     write_matching(records, index, matching)
                 deliver(index, matching.symmetry)
-            bar.update(len(indices))
+            shown.update(len(indices))
     return dict(sorted(layers.items()))
 
 

@@ -94,7 +94,9 @@ def _table_cost(a: Bank, b: Bank) -> Tensor | None:
     """
     if "expert_table" not in a.roles:
         return None
-    named_by_a, named_by_b = (bank.values("expert_table").flatten().long() for bank in (a, b))
+    table_a, table_b = (bank.values("expert_table").long() for bank in (a, b))
+    rows = min(len(table_a), len(table_b))  # one vocabulary may have grown
+    named_by_a, named_by_b = table_a[:rows].flatten(), table_b[:rows].flatten()
     permutation = torch.full((a.experts,), -1)
     permutation[named_by_a] = named_by_b
     named = permutation >= 0

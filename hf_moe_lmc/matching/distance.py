@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.matching.rows import BLOCK
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.runtime.progress import tracked
 
 UNRELATED_COSINE = 0.5  # median over matrices outside the MoE blocks; independent initialisations have about 0
 
@@ -46,7 +46,7 @@ def outside_distance(a: MoEModel, b: MoEModel, *, allow_nonfinite: bool = False)
     relative, cosines = {}, []
     total = total_norm = 0.0
     in_both = set(b.outside)
-    for name in tqdm([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
+    for name in tracked([name for name in a.outside if name in in_both], desc="comparing the rest", unit="tensor"):
         info = a.checkpoint.tensors[name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2 or info.numel == 0:
             continue  # quantized values mean nothing without their scales

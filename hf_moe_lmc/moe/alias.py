@@ -11,13 +11,15 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import without_foreign_switches
 from hf_moe_lmc.errors import CheckpointError, listing, shown
+
+if TYPE_CHECKING:  # the list of families is data, for which neither torch nor transformers is needed
+    from transformers import PreTrainedConfig
+
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 
 # Keys of any configuration that say nothing of the model, or that transformers reads for every class.
 _COMMON = {
@@ -58,6 +60,8 @@ def read_as(checkpoint: Checkpoint, alias: Alias) -> PreTrainedConfig:
             f"{where}: model type {alias.model_type!r} asks for code of its own, which is never run, and no class of "
             f"transformers computes the same: {alias.reason}"
         )
+    from transformers import CONFIG_MAPPING
+
     known: Any = CONFIG_MAPPING[known_as]
     if problems := _problems(checkpoint.config, known, alias):
         raise CheckpointError(

@@ -35,6 +35,9 @@ from hf_moe_lmc.moe.notation import (
 )
 from hf_moe_lmc.symmetry.banks import FIRST
 
+# Prefixes of multi-token-prediction layers; the decoder block may stand in a part of its own.
+MTP_PREFIXES = tuple(f"mtp.layers.{{layer}}.{part}" for part in ("", "mtp_block.", "transformer_block.", "transformer_layer."))
+
 
 @dataclass(frozen=True)
 class Template:
@@ -174,7 +177,7 @@ class MoEFamily:
     layer_prefix: str = "model.layers.{layer}."
     layers: str = "num_hidden_layers"
     extra_layers: str = "attr('num_nextn_predict_layers', 0)"
-    mtp_prefixes: tuple[str, ...] = ("mtp.layers.{layer}.",)
+    mtp_prefixes: tuple[str, ...] = MTP_PREFIXES
     mtp_counts: tuple[str, ...] = COUNTS
     bank_units: Mapping[str, str] = field(default_factory=dict)
     when: Mapping[str, str | None] = field(default_factory=dict)

@@ -155,7 +155,7 @@ class MoEModel:
         Experts of one tie that are equal may change places among themselves. Reads the weights.
         """
         broken = []
-        for index in symmetry.layers:
+        for index in sorted(symmetry.layers.keys() & self.layers.keys()):  # either may lack those for multi-token prediction
             layer = self.layers[index]
             orders = {name: bank.expert_order for name, bank in symmetry.layers[index].banks.items()}
             moved = {name for name, order in orders.items() if not torch.equal(order, torch.arange(len(order)))}

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import with_changes, without_foreign_switches
-from hf_moe_lmc.checkpoints.mtp import MARKS, has_own_prefix
+from hf_moe_lmc.checkpoints.mtp import MARKS, ONLY_EXTRA, has_own_prefix
+from hf_moe_lmc.checkpoints.sizes import check_head
 from hf_moe_lmc.checkpoints.tensor_names import check_whole
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown, worded
 from hf_moe_lmc.moe.alias import read_as
@@ -46,6 +47,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
     config = read_config(checkpoint)
     if config.model_type in WITH_HEAD:
         check_whole(checkpoint.name, checkpoint.tensors, checkpoint.source.files())
+        check_head(checkpoint, tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", True)))
     family = family or get_family(model_type(config), checkpoint.name)
     check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
@@ -211,8 +213,7 @@ def _blocks(
     expected = range(count) if stack.stem.endswith("{layer}.") else moe
     problems = [f"layer {index} is missing" for index in expected if index not in layers]
     problems += [
-        f"layer {index} is one too many"
-        + ("" if index >= count + extra else ", as it holds nothing that only a layer for multi-token prediction has (eh_proj)")
+        f"layer {index} is one too many" + ("" if index >= count + extra else f", as it holds nothing that {ONLY_EXTRA}")
         for index in sorted(layers)
         if index >= count + extra or (index >= count and not any(map(MARKS.fullmatch, layers[index])))
     ]
@@ -239,13 +240,14 @@ def _blocks(
 def _blocks_apart(checkpoint: Checkpoint, family: MoEFamily, first: int) -> dict[int, tuple[str, dict[str, str]]]:
     """The MoE blocks for multi-token prediction under prefixes of their own: {layer: (prefix, {key below it: name})}.
 
-    Layers count from `first` on, dense ones included; those of a second stack follow the first one's.
+    Layers count from `first` on, dense ones included; those under a second prefix follow the first one's.
     """
-    stacks: dict[str, dict[int, tuple[str, dict[str, str]]]] = {}
+    stacks: dict[tuple[str, int], dict[int, tuple[str, dict[str, str]]]] = {}
     for name in filter(has_own_prefix, checkpoint.tensors):
-        for match in filter(None, (pattern.fullmatch(name) for pattern in family.mtp_patterns)):
-            if match["rest"].startswith(family.block_prefixes):
-                _, names = stacks.setdefault(match["stack"], {}).setdefault(int(match["layer"]), (match["prefix"], {}))
+        for kind, match in enumerate(pattern.fullmatch(name) for pattern in family.mtp_patterns):
+            if match and match["rest"].startswith(family.block_prefixes):
+                stack = stacks.setdefault((match["stack"], kind), {})
+                _, names = stack.setdefault(int(match["layer"]), (match["prefix"], {}))
                 names[match["rest"]] = name
                 break
     blocks = {}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,8 +19,9 @@ from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
 from hf_moe_lmc.runtime.memory import available_memory
-from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.workspace import Workspace
@@ -174,14 +174,14 @@ class Evaluator:
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=total, desc="evaluating the path", unit="step", disable=not processes.is_main) as bar,
+                bar(total=total, desc="evaluating the path", unit="step", quiet=not processes.is_main) as shown,
             ):
                 for number in range(max(processes.exchange(len(chunks)))):
                     with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:
                         running.append(sweep)
                         lanes = sweep.start(results.todo, chunks[number] if number < len(chunks) else [])
                         results.mark(lanes)
-                        _run(job, results.todo, sweep, lanes, bar.update, results.take)
+                        _run(job, results.todo, sweep, lanes, shown.update, results.take)
         finally:
             for observer in observers:
                 observer.end()
@@ -273,7 +273,7 @@ class _Results:
                     observer.restore({key.removeprefix(start): seen[key] for key in seen if key.startswith(start)})
         if bool(self.done.any()):
             count, of = int(self.done.sum()), self.done.numel()
-            warn(f"continuing: {count} of {of} batches at points were evaluated by an earlier call")
+            note(f"continuing: {count} of {of} batches at points were evaluated by an earlier call")
 
     def mark(self, lanes: Sequence[Lane]) -> None:
         """Tells lanes that an earlier call has taken to the end, and that run for the sake of others, from those that count."""

@@ -135,8 +135,8 @@ class Measurement:
             facts["routing_unavailable"] = found.problem
         numbers = {"dtype": str(evaluator.options.dtype).removeprefix("torch."), "batch_size": evaluator.options.batch_size}
         return BarrierReport(
-            a={**evaluator.a.checkpoint.origin(), "source": evaluator.a.checkpoint.name},
-            b={**evaluator.b.checkpoint.origin(), "source": evaluator.b.checkpoint.name},
+            a=evaluator.a.checkpoint.origin(),
+            b=evaluator.b.checkpoint.origin(),
             evaluation={"text": text, **self.windows.describe(), **numbers, **facts, **vars(found.cost)},
             matching=matching,
             windows=self.windows,

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.windows import Windows
+from hf_moe_lmc.runtime.documents import as_json
 
 REPORT_VERSION = 1
 TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-3  # nats per token, in float32 and in narrower dtypes
@@ -192,7 +191,7 @@ class BarrierReport:
 
     def to_json(self) -> str:
         """report.json: null stands for a number that is not finite."""
-        return json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
+        return as_json(self.to_dict())
 
     def of_layers(self, first: int, last: int | None = None) -> tuple[BarrierCurve, Interval | None]:
         """Curve of the path on which some layers alone are interpolated, and the interval of its barrier.
@@ -251,12 +250,3 @@ class BarrierReport:
         """
         ends = self.a["source"], self.b["source"]
         rendering.plot(path, ends, self.paths, layers=self.layers, routing=self.routing or ())
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None takes their place."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

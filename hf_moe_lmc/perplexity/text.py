@@ -13,6 +13,8 @@ from hf_moe_lmc.checkpoints.source import looks_local
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.perplexity.documents import Document, joined
 from hf_moe_lmc.perplexity.rows import BOM, has_rows, only_column, read_rows, text_blocks, wrong_column
+from hf_moe_lmc.perplexity.saved import is_one, is_saved, load_saved
+from hf_moe_lmc.runtime.progress import quiet_datasets
 
 DEFAULT_SPLIT = "test"
 DEFAULT_COLUMN = "text"
@@ -44,7 +46,7 @@ class TextOptions:
     Attributes:
         text: a UTF-8 file or several, each one document; each row of a .json, .jsonl, .csv, .tsv, .parquet or .arrow file is
             a document. Any may be compressed, named .gz.
-        dataset: name on the Hub, or folder, of a dataset whose rows are documents.
+        dataset: name on the Hub, or folder, of a dataset whose rows are documents; also a folder of `save_to_disk`.
         dataset_config: configuration of the dataset.
         dataset_revision: branch, tag or commit of a dataset on the Hub.
         split: of the dataset, by default DEFAULT_SPLIT.
@@ -102,7 +104,11 @@ class TextOptions:
                 f"dataset-revision {self.dataset_revision}: {self.dataset} is a folder here, which has no revisions; "
                 "leave it out"
             )
-        split = DEFAULT_SPLIT if self.split is None else self.split
+        if is_saved(folder):
+            self._refuse(("dataset_config",), f"{self.dataset} was written by save_to_disk, which keeps one configuration")
+        if is_one(folder):
+            self._refuse(("split",), f"{self.dataset} holds one dataset without splits")
+        split = None if is_one(folder) else DEFAULT_SPLIT if self.split is None else self.split
         return DatasetText(self.dataset, self.dataset_config, split, column, self.dataset_revision, self.join)
 
     def _refuse(self, names: Sequence[str], reason: str) -> None:
@@ -231,16 +237,19 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class DatasetText:
-    """One column of a dataset on the Hub or in a folder, as `datasets.load_dataset` takes it; each row is a document.
+    """One column of a dataset on the Hub or in a folder, as `load_dataset` takes it or `save_to_disk` wrote it.
+
+    Each row is a document.
 
     Attributes:
+        split: None: a saved dataset without splits.
         join: put between the rows, which are then one document; None: each row is one.
         reading: what was read last.
     """
 
     name: str
     config: str | None = None
-    split: str = DEFAULT_SPLIT
+    split: str | None = DEFAULT_SPLIT
     column: str = DEFAULT_COLUMN
     revision: str | None = None
     join: str | None = None
@@ -255,17 +264,22 @@ class DatasetText:
         return (document.whole() for text in self.texts() for document in text)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        from datasets import load_dataset  # slow to import, and text files need none of it
         from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
         try:
-            # slices such as train[:100] exist only without streaming
-            streaming = "[" not in self.split
-            rows = load_dataset(self.name, self.config, split=self.split, streaming=streaming, revision=self.revision)
+            with quiet_datasets():
+                folder = Path(self.name).expanduser()
+                rows = load_saved(folder, self.split) if is_saved(folder) else self._load()
             yield from only_column(rows, self.column, f"dataset {self.name}")
         except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ValueError) as error:
             at = f", revision {self.revision}" if self.revision else ""
             raise InputError(f"dataset {self.name}, config {self.config}, split {self.split}{at}: {error}") from error
+
+    def _load(self) -> Any:
+        from datasets import load_dataset  # slow to import, and text files need none of it
+
+        streaming = "[" not in (self.split or "")  # slices such as train[:100] exist only without
+        return load_dataset(self.name, self.config, split=self.split, streaming=streaming, revision=self.revision)
 
     def describe(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("name", "config", "split", "column", "revision")}

@@ -107,6 +107,11 @@ class SelfTest:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict and each check."""
+        checks = [{**vars(check), "passed": check.passed} for check in self.checks]
+        return {**vars(self), "passed": self.passed, "checks": checks}
+
     def table(self) -> str:
         """For a terminal: one check a line."""
         failed = sum(not check.passed for check in self.checks)

@@ -13,7 +13,6 @@ from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import model_type, read_config, read_model
 from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
-from hf_moe_lmc.proof.fit import check_tensors
 from hf_moe_lmc.runtime.notices import warn
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def recognise(checkpoint: Checkpoint) -> MoEModel:
     model = read_model(checkpoint, family)
     found = checkpoint.config.get("model_type")
     if config.model_type != found and found in aliases():
+        from hf_moe_lmc.proof.fit import check_tensors  # see `_derived`
+
         check_tensors(model)
         warn(
             f"{checkpoint.name}: model type {found!r} is read as {config.model_type!r}: all keys of its configuration and "

@@ -7,16 +7,18 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCardData
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.source import Folder, Repository
 from hf_moe_lmc.errors import InputError, shown
 from hf_moe_lmc.publishing.measured import Measured
 from hf_moe_lmc.publishing.parents import Inherited, Licence, ParentCard
 from hf_moe_lmc.publishing.usage import TASKS, auto_class, how_to_load
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 
 PROJECT = "hf_moe_lmc"
 PAGE = "https://pypi.org/project/hf_moe_lmc/"

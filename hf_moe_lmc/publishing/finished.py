@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE
 from hf_moe_lmc.checkpoints.source import Folder, looks_local
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import InputError, shown
 from hf_moe_lmc.publishing.weights import CONFIG, EXPLICIT, NUMBERED, is_weights
-from hf_moe_lmc.symmetry.group import ModelSymmetry
 
 CARD = "README.md"
 REPORT = "report.json"
@@ -46,6 +44,8 @@ class Finished:
             a, b = (_short(str(report.get(side, {}).get("source", side.upper()))) for side in "ab")
             return f"Perplexity barrier between {a} and {b}"
         if self.kind == "symmetry":
+            from hf_moe_lmc.symmetry.group import ModelSymmetry  # needs torch
+
             file = next(file for file in SYMMETRIES if file in self.files)
             found = ModelSymmetry.load(self.path(file)).metadata
             return f"Symmetry that aligns {found['b_source']} to {found['a_source']}" if "b_source" in found else "Symmetry"
@@ -85,12 +85,11 @@ def _short(source: str) -> str:
 
 
 def _progress(root: Path) -> Path | None:
-    """Where an output of this name is unfinished; None: nowhere."""
+    """Where an output of this name is unfinished; None: nowhere. Of one that is there, no file is left in its workspace."""
     whole = root.resolve()
     for folder in (whole.parent / f".{whole.name}.progress", whole / ".progress"):
         begun = list(folder.glob("output-*"))
-        published = (folder / "publication.json").exists()  # then its files left for the output, unless some are still there
-        if any(not published or any(path.is_file() for path in one.rglob("*")) for one in begun):
+        if begun and (not root.is_dir() or any(path.is_file() for one in begun for path in one.rglob("*"))):
             return folder
     return None
 
@@ -136,5 +135,7 @@ def _check_checkpoint(root: Path, files: list[str]) -> None:
         raise InputError(
             f"{root}: {CONFIG} has transformers take its weights from {explicit} ({EXPLICIT}); remove that key first"
         )
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint  # needs torch, which most refusals come before
+
     with Checkpoint.open(root):  # every header is whole
         pass

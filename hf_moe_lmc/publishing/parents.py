@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import RepoCard
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import shown
 from hf_moe_lmc.publishing.finished import CARD
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool,
 
     Raises:
         InputError: they are, or the Hub does not know the licence.
-        HubError: the Hub cannot be asked, or nobody is logged in.
+        HubError: the Hub cannot be asked, nobody is logged in, or whoever is may not write there.
     """
     if get_token() is None:
         raise HubError(f"{repo_id}: nothing can be published without a token of the Hub; log in first (hf auth login)")
@@ -76,6 +76,7 @@ def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool,
             target = Target.look(api, whole, None, make_branch=False)
         except RepositoryNotFoundError:  # it is going to be made
             return
+        api.auth_check(whole, write=True)
         held = target.weights() if weights else []
     if held:
         refuse_weights(

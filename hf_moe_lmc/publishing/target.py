@@ -106,7 +106,7 @@ def check_remains(target: Target, folder: Finished) -> None:
 
 
 def check_paths(folder: Finished) -> None:
-    """Warns of paths of this machine in a report, which names local models as they were given."""
+    """Warns of paths of this machine in a report, in which older releases named local models as they were given."""
     if REPORT not in folder.files:
         return
     report = read_json_object(folder.path(REPORT), str(folder.path(REPORT)), constants=True)

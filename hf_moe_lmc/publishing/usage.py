@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 
 CAUSAL, COMPOSITE = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 # Model types that transformers lists elsewhere than their configuration suggests.

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ class _Barrier(Job[BarrierReport]):
         """What B is aligned with, and what a report says of it."""
         given = self.pair.symmetry
         if given is not None:
-            return given, {"symmetry": self.file, **given.metadata}
+            return given, {"symmetry": self.file and Path(self.file).name, **given.metadata}  # no path of this machine
         alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workspace=workspace)
         return alignment.symmetry, alignment.to_dict()
 

@@ -12,10 +12,12 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts, differing, with_changes, without_foreign_switches
 from hf_moe_lmc.checkpoints.pair import check_plain_pair
 from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
+from hf_moe_lmc.proof.miniature import build
+from hf_moe_lmc.proof.small_config import shrink
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.merge import merge
-from tests import tiny
+from tests import tiny, zoo
 from tests.checkpoints.test_checkpoint import truncate
 
 
@@ -182,3 +184,12 @@ def test_counts_that_no_model_has_are_refused() -> None:
     assert with_changes({"a": 1, "text_config": {"a": 2, "b": 3}}, {"a": ABSENT, "c": ABSENT}) == {"text_config": {"b": 3}}
     with pytest.raises(CheckpointError, match="2 faults"):
         check_counts("here", {"num_labels": 10**9, "num_hidden_layers": -(10**4000)})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["longcat_flash", "ernie4_5_vl_moe", "step3p5", "openai_privacy_filter", "inkling2_text"])
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_the_plain_merge_takes_what_transformers_saves(case: str, layout: str, tmp_path: Path) -> None:
+    """Experts without weights, experts of two modalities, towers alone, a head that is cut to its tokens."""
+    build(shrink(zoo.original(case)), 0).save_pretrained(tmp_path / "a", save_original_format=layout == "per-expert")
+    merge.plan(tmp_path / "a", tmp_path / "a", tmp_path / "out", align=False)

@@ -244,7 +244,6 @@ def test_other_refusals_name_what_is_wrong(
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("nothing",),
         ("align", "a"),
         ("align", "a", "b"),

@@ -45,7 +45,7 @@ def test_only_what_is_given_is_passed_on() -> None:
 def test_each_option_is_a_keyword_of_the_verb_and_each_keyword_an_option(verb: str) -> None:
     subparsers = next(action for action in parser()._actions if action.choices is not None)
     assert isinstance(subparsers.choices, dict) and subparsers.choices.keys() == VERBS.keys()
-    words = {action.dest for action in subparsers.choices[verb]._actions} - {"help", "dry_run", "json"}
+    words = {action.dest for action in subparsers.choices[verb]._actions} - {"help", "dry_run", "json", "quiet"}
     keywords = set(signature(getattr(lmc, verb)).parameters)
     assert words == keywords - {"token"}
     if verb in ("align", "apply", "barrier", "merge"):

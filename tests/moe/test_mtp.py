@@ -242,3 +242,44 @@ def test_a_last_layer_is_not_taken_for_one(copy: Callable[..., Path]) -> None:
 )
 def test_prefixes(name: str, expected: bool) -> None:
     assert has_own_prefix(name) is expected
+
+
+def test_blocks_of_one_number_under_two_prefixes_are_two(tmp_path: Path) -> None:
+    a = base("qwen3_next", tmp_path / "a")
+    names = with_mtp("qwen3_next", a)
+    before = read(a)
+    inner = "mtp.layers.0.transformer_block."
+
+    def add(content: dict[str, torch.Tensor]) -> None:
+        for name in (one for one in names if one.startswith("mtp.layers.0.")):
+            content[name.replace("mtp.layers.0.", inner)] = content[name].clone()
+            content[f"model.{name}"] = content[name].clone()
+
+    tiny.edit(a, add)
+    model = read(a)
+    assert len(model.extra_layers) == 3 * len(before.extra_layers) == 3
+    assert {name for name in tiny.tensors(a) if "mtp" in name and ".experts." in name} <= model.layer_of.keys()
+    apply(random_symmetry(model), a, tmp_path / "b")
+    align(a, tmp_path / "b", tmp_path / "out")
+    back, stored = tiny.tensors(tmp_path / "out"), tiny.tensors(a)
+    assert all(torch.allclose(back[name].float(), stored[name].float(), atol=1e-4) for name in stored)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_symmetry_with_more_layers_than_both_models_acts_on_those_they_have(tmp_path: Path) -> None:
+    a = base("deepseek_v3", tmp_path / "a")
+    b = Path(shutil.copytree(a, tmp_path / "b"))
+    with_mtp("deepseek_v3", b)
+    align(a, b, tmp_path / "aligned")
+    merge(a, b, tmp_path / "out", symmetry=tmp_path / "aligned")
+    assert tiny.tensors(tmp_path / "out").keys() == tiny.tensors(a).keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_plain_merge_takes_no_last_layer_for_one(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy("deepseek_v3")
+    tiny.edit_config(folder, num_hidden_layers=2, num_nextn_predict_layers=1)
+    with pytest.raises(FamilyError, match=r"layer 2 is one too many, as it holds nothing"):
+        merge(folder, folder, tmp_path / "out", align=False)
+    tiny.edit(folder, lambda content: content.update({"model.layers.2.enorm.weight": torch.ones(16)}))
+    merge(folder, folder, tmp_path / "out", align=False)

@@ -25,7 +25,6 @@ from tests.interpreter import Interpreter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:outside the MoE blocks:UserWarning"),  # random models are unrelated
-    pytest.mark.filterwarnings("always:continuing:UserWarning"),
 ]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -12,9 +12,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hf_moe_lmc as lmc
+from hf_moe_lmc.checkpoints.joint import EMBEDDING, HEAD
 from hf_moe_lmc.cli.command_line import main
-from hf_moe_lmc.errors import MismatchError, MoELMCWarning
-from tests import tiny
+from hf_moe_lmc.errors import CheckpointError, MismatchError, MoELMCWarning
+from hf_moe_lmc.proof.miniature import build
+from hf_moe_lmc.proof.small_config import shrink
+from tests import tiny, zoo
 from tests.schemas import check_alignment, check_report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -213,3 +216,66 @@ def test_another_number_of_experts_per_token_is_measured_apart(
         assert report.own["b"]["nll"] == pytest.approx(loss, abs=1e-5)
     assert report.naive is not None and abs(report.naive.nll[-1] - report.own["b"]["nll"]) > 1e-4
     assert "B by itself" in (tmp_path / "path" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["deepseek_v4", "mistral_large4", "inkling_mm_model", "gemma4", "nemotron_h", "dbrx"])
+def test_every_table_over_the_vocabulary_has_a_known_name(case: str, tmp_path: Path) -> None:
+    """Makers have names of their own for them, and the Hub's layout keeps those."""
+    rows = 331  # of nothing else
+    config = shrink(zoo.original(case))
+    for key in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(config.get_text_config(), key):
+            setattr(config.get_text_config(), key, rows)
+    build(config).save_pretrained(tmp_path, save_original_format=True)
+    found = {name for name, values in tiny.tensors(tmp_path).items() if rows in values.shape and values.is_floating_point()}
+    assert len(found) > 1
+    assert {name for name in found if not (EMBEDDING.fullmatch(name) or HEAD.fullmatch(name))} == set()
+    assert not HEAD.fullmatch("vision.head.weight") and not HEAD.fullmatch("model.layers.0.attention.output.weight")
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+def test_tables_for_multi_token_prediction_grow_with_the_vocabulary(tmp_path: Path, both: bool, align: bool) -> None:
+    a = saved(tmp_path / "a", "deepseek_v3", 0, rows=TOKENS)
+    b = saved(tmp_path / "b", "deepseek_v3", 1, rows=264, more=("<pad>",))
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    added = ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight")
+
+    def add(content: dict[str, torch.Tensor]) -> None:
+        content["model.layers.3.eh_proj.weight"] = torch.ones(2, 2)
+        content |= {name: content[table] + 1 for name, table in zip(added, tables, strict=True)}
+
+    for folder in (a, b) if both else (a,):
+        tiny.edit(folder, add)
+        tiny.edit_config(folder, num_nextn_predict_layers=1)
+    lmc.merge(a, b, tmp_path / "out", 0.25, align=align)
+    out, of_a, of_b = (tiny.tensors(folder) for folder in (tmp_path / "out", a, b))
+    for name, table in zip(added, tables, strict=True):
+        assert torch.equal(out[name][TOKENS], of_b[name if both else table][TOKENS])
+        expected = torch.lerp(of_a[name], of_b[name][:TOKENS], 0.25) if both else of_a[name]
+        assert out[name].shape == out[table].shape and torch.equal(out[name][:TOKENS], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lost_head_is_refused_and_a_tied_one_is_none(tmp_path: Path, family: str, text_file: Path) -> None:
+    def drop_head(content: dict[str, torch.Tensor]) -> None:
+        del content["lm_head.weight"]
+
+    a, b = (saved(tmp_path / name, family, seed, rows=272) for seed, name in enumerate("ab"))
+    for folder in (a, b):
+        tiny.edit(folder, drop_head)
+        tiny.edit_config(folder, tie_word_embeddings=False)
+    for call in (
+        lambda: lmc.align(a, b, tmp_path / "out"),
+        lambda: lmc.merge(a, b, tmp_path / "out"),
+        lambda: lmc.merge(a, b, tmp_path / "out", align=False),
+        lambda: lmc.barrier(a, b, tmp_path / "out", text=text_file),
+    ):
+        with pytest.raises(CheckpointError, match=r"no head among the tensors[^$]*tie_word_embeddings"):
+            call()
+    for folder in (a, b):
+        tiny.edit_config(folder, tie_word_embeddings=True)
+    lmc.merge(a, b, tmp_path / "out", align=False)
+    for folder in (a, b):  # a reward model, or an embedding model, has another head or none
+        tiny.edit_config(folder, tie_word_embeddings=False, architectures=["MixtralForSequenceClassification"])
+    lmc.merge(a, b, tmp_path / "other", align=False)
