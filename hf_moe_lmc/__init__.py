@@ -3,7 +3,8 @@
 The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
 `barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of their verb
 and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
-`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`. A new family of models is a `MoEFamily`, made known with `register`.
+`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`, `Published`. A new family of models is a `MoEFamily`, made known with
+`register`.
 """
 
 from importlib import import_module
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.perplexity.report import BarrierReport
     from hf_moe_lmc.proof.checks import SelfTest
     from hf_moe_lmc.proof.recognition import selftest
-    from hf_moe_lmc.publishing.push import push
+    from hf_moe_lmc.publishing.push import Published, push
     from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
     from hf_moe_lmc.verbs.align import align, plan_align
     from hf_moe_lmc.verbs.apply import apply, plan_apply
@@ -47,6 +48,7 @@ _HOMES = {
     "MoELMCWarning": "errors",
     "ModelSymmetry": "symmetry.group",
     "Plan": "verbs.planning",
+    "Published": "publishing.push",
     "SelfTest": "proof.checks",
     "align": "verbs.align",
     "apply": "verbs.apply",
@@ -79,6 +81,7 @@ __all__ = [
     "MoELMCWarning",
     "ModelSymmetry",
     "Plan",
+    "Published",
     "SelfTest",
     "align",
     "apply",

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import RLock, Thread
 from typing import Any, Self
@@ -26,6 +27,7 @@ import yaml
 
 USER = "tester"  # owner of repositories that are created without one
 ATTRIBUTES = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}  # every new repository has these
+LICENCES = ("apache-2.0", "mit", "other")  # some of those that the Hub knows
 NOT_LOGGED_IN = "Invalid username or password."
 BAD_TOKEN = "Invalid credentials in Authorization header"
 
@@ -86,6 +88,20 @@ class Failure:
     path: str
 
 
+@dataclass
+class Cut:
+    """Ends the connection of the next requests of `method` to `path` without an answer.
+
+    Attributes:
+        done: the request has been carried out before.
+    """
+
+    times: int
+    method: str
+    path: str
+    done: bool
+
+
 class Refused(Exception):
     """An answer that is an error; `code` is what the client tells errors apart by."""
 
@@ -118,6 +134,7 @@ class HubServer:
         self.token: str | None = None
         self.log: list[Request] = []
         self._failures: list[Failure] = []
+        self._cuts: list[Cut] = []
         self._interventions: list[tuple[str, Callable[[], object]]] = []
         self.lock = RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -148,6 +165,20 @@ class HubServer:
         with self.lock:
             self._failures.append(Failure(status, times, method, path))
 
+    def cut(self, method: str, path: str, times: int = 1, *, done: bool = False) -> None:
+        """Ends the connection of the next requests; see `Cut`."""
+        with self.lock:
+            self._cuts.append(Cut(times, method, path, done))
+
+    def is_cut(self, method: str, target: str, *, done: bool) -> bool:
+        """Whether a request ends here without an answer."""
+        path = urlsplit(target).path
+        for one in self._cuts:
+            if one.times and one.method == method and one.done == done and re.search(one.path, path):
+                one.times -= 1
+                return True
+        return False
+
     def meanwhile(self, path: str, action: Callable[[], object]) -> None:
         """Does something once, just before the next request whose path matches is answered: somebody else was faster."""
         with self.lock:
@@ -160,6 +191,7 @@ class HubServer:
             self.objects.clear()
             self.log.clear()
             self._failures.clear()
+            self._cuts.clear()
             self._interventions.clear()
             self.token = None
 
@@ -275,7 +307,9 @@ def _validate_yaml(hub: HubServer, call: _Call) -> Answer:
     card = re.match(r"---\n(.*?)\n---\n", call.json["content"], re.DOTALL)
     warnings = [] if card else [{"message": "empty or missing yaml metadata in repo card"}]
     try:
-        yaml.safe_load(card[1] if card else "")
+        metadata = yaml.safe_load(card[1] if card else "") or {}
+        if metadata.get("license") not in (None, *LICENCES):
+            return _json({"errors": [{"message": '"license" must be one of [...]'}], "warnings": warnings}, 400)
     except yaml.YAMLError as error:
         return _json({"errors": [{"message": str(error)}], "warnings": warnings}, 400)
     return _json({"errors": [], "warnings": warnings})
@@ -301,7 +335,7 @@ def _tree(hub: HubServer, call: _Call, id: str, revision: str) -> Answer:
 def _resolve(hub: HubServer, call: _Call, id: str, revision: str, path: str) -> Answer:
     commit = hub.revision(call, id, revision)
     if hub.repositories[id].gated:
-        raise Refused(403, "Access to this model is restricted", "GatedRepo")
+        raise Refused(403, f"Access to model {id} is restricted and you are not in the authorized list.", "GatedRepo")
     if path not in commit.files:
         raise Refused(404, "Entry not found", "EntryNotFound")
     content = commit.files[path]
@@ -320,10 +354,12 @@ def _preupload(hub: HubServer, call: _Call, id: str, revision: str) -> Answer:
     hub.writable(call, id)
     held = hub.revision(call, id, revision).files
     answers = []
+    ignored = call.json.get("gitIgnore", held.get(".gitignore", b"").decode()).splitlines()
     for file in call.json["files"]:
         path = file["path"]
+        ignore = any(fnmatch(path, pattern) for pattern in ignored)
         oid = {"oid": _oid(path, held[path])} if path in held else {}
-        answers.append({"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": False, **oid})
+        answers.append({"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": ignore, **oid})
     return _json({"files": answers})
 
 
@@ -423,6 +459,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
 
         def respond(self) -> None:
+            if hub.is_cut(self.command, self.path, done=False):  # in the middle of what is sent
+                self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+                self.close_connection = True
+                return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with hub.lock:
                 try:
@@ -434,6 +474,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 sent = 0 if self.command == "HEAD" else len(answer.body)
                 path = unquote(urlsplit(self.path).path)
                 hub.log.append(Request(self.command, path, answer.status, self.headers.get("Range"), sent))
+                if hub.is_cut(self.command, self.path, done=True):
+                    self.close_connection = True
+                    return
             self.send_response(answer.status)
             for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
                 self.send_header(name, value)

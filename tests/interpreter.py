@@ -50,7 +50,7 @@ class Ran:
         """The exit code, and one line of complaint that has all `words` and nothing of Python's."""
         assert self.code == code, self
         assert "Traceback" not in self.errors
-        [complaint] = [line for line in self.errors.splitlines() if line and not line.startswith("warning: ")]
+        [complaint] = [line for line in self.errors.splitlines() if line and not line.startswith(("warning: ", "note: "))]
         assert complaint.startswith("error: ")
         for word in words:
             assert word in complaint

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from threading import Lock
 from typing import Any, Self
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts
@@ -38,7 +40,9 @@ from hf_moe_lmc.checkpoints.untrusted import open_regular, read_json_object
 from hf_moe_lmc.checkpoints.weight_map import check_weight_map, read_weight_map
 from hf_moe_lmc.errors import CheckpointError, Faults, InputError
 from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.runtime.progress import size_of
 
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
@@ -146,11 +150,19 @@ class Checkpoint:
         """Whether its weights can be read without a download."""
         return isinstance(self.source, Folder) or self.source.cached
 
+    def absent(self) -> dict[str, int]:
+        """Bytes of the files that `download` would bring from the Hub."""
+        return {} if self.is_downloaded else self.source.absent(self._needed())
+
+    def _needed(self) -> list[str]:
+        """Files of a Hub checkpoint that are read: no others are fetched, whatever else the repository holds."""
+        return [*self.shards, *self.side_files(), *(file for file in ("README.md",) if file in self.source.files())]
+
     def download(self) -> None:
-        """Brings the shards and side files of a Hub checkpoint here; nothing to do for a folder."""
+        """Brings the shards, side files and card of a Hub checkpoint here; nothing to do for a folder."""
         if self.is_downloaded:
             return
-        self.source.download([*self.shards, *self.side_files()])
+        self.source.download(self._needed())
         here = Folder(self.source.path("config.json").parent)
         for name in self.shards:  # what came must be whole, and what was checked from afar
             shard, infos = _read_shard(here, name)
@@ -303,10 +315,31 @@ def download_checkpoints(*checkpoints: Checkpoint) -> None:
     """Brings the weights of checkpoints here, once on each machine; all processes have to see the same ones."""
     processes = process_group()
     with processes.main_first():
+        _announce({checkpoint.name: checkpoint.absent() for checkpoint in checkpoints})
         for checkpoint in checkpoints:
             checkpoint.download()
     if processes.count > 1:
         processes.check_equal({checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints})
+
+
+def _announce(absent: Mapping[str, Mapping[str, int]]) -> None:
+    """Says how much is going to be fetched from the Hub, by checkpoint and file, and whether there is room for it.
+
+    Raises:
+        InputError: there is not.
+    """
+    sizes = {name: sum(files.values()) for name, files in absent.items() if files}
+    if not sizes:
+        return
+    cache = Path(HF_HUB_CACHE).expanduser()
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if sum(sizes.values()) > free:
+        raise InputError(
+            f"{cache}: {size_of(sum(sizes.values()))} are to be fetched from the Hub ({', '.join(sizes)}), {size_of(free)} are "
+            "free there; free some space, or let HF_HOME name a folder on another disk"
+        )
+    for name, size in sizes.items():
+        note(f"{name}: fetching {len(absent[name])} files, {size_of(size)}, from the Hub into {cache}")
 
 
 def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]] | InputError:

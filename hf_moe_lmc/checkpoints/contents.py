@@ -34,7 +34,9 @@ def check_contents(source: Folder | Repository, files: set[str], faults: Faults)
             f"{name}: {ADAPTER} lies beside full weights, to which transformers would attach the adapter; the full weights are "
             f"used without it. Remove {ADAPTER} if it was merged into them; if not, merge it first (peft: merge_and_unload)"
         )
-    if INDEX not in top and SINGLE not in top:
+    if INDEX not in top and SINGLE not in top and isinstance(source, Repository) and source.cached:
+        faults.add(CheckpointError(f"{name}: expected {SINGLE} or {INDEX}, found neither in the cache; {source.remedy}"))
+    elif INDEX not in top and SINGLE not in top:
         faults.add(CheckpointError(f"{name}: {_instead_of_weights(source, files, top)}"))
     if "config.json" not in top and weights:
         found = instead(source, "config.json")

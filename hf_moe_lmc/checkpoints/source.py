@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -24,10 +25,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.hf_api import RepoFile
 
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
+from hf_moe_lmc.runtime.notices import note
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY_IN_URL = re.compile(r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(?:resolve|revision|tree)/.*)?")
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,32 @@ class Folder:
     def path(self, file: str) -> Path:
         return self.root / file
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is missing."""
+        return "fetch it again"
+
+    def absent(self, files: Sequence[str]) -> dict[str, int]:
+        """Bytes of the files that a download would bring."""
+        return {}
+
     def download(self, files: Sequence[str]) -> None:
         return None
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A checkpoint in a Hub repository, pinned to a commit when it was resolved."""
+    """A checkpoint in a Hub repository, pinned to a commit when it was resolved.
+
+    Attributes:
+        listed: the files there; of a repository that is read from the cache, those that are in it.
+        cached: the Hub is not asked: offline mode, or it cannot be reached.
+    """
 
     repo_id: str
     commit: str
     listed: tuple[str, ...]
-    cached: bool = False  # offline: everything there is, is in the cache
+    cached: bool = False
 
     @property
     def name(self) -> str:
@@ -70,15 +89,36 @@ class Repository:
     def files(self) -> list[str]:
         return list(self.listed)
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is missing."""
+        if not self.cached:
+            return "fetch it again"
+        return "the Hub is not reached, so only its cache is read; repeat the call with a connection"
+
     def path(self, file: str) -> Path:
         with hub_errors(self.repo_id):
-            return Path(hf_hub_download(self.repo_id, file, revision=self.commit))
+            return Path(hf_hub_download(self.repo_id, file, revision=self.commit, local_files_only=self.cached))
+
+    def absent(self, files: Sequence[str]) -> dict[str, int]:
+        """Bytes of the files that a download would bring: those that are not in the cache.
+
+        Raises:
+            HubError: the Hub cannot be reached.
+        """
+        cached = (try_to_load_from_cache(self.repo_id, file, revision=self.commit) for file in files)
+        wanted = {file for file, path in zip(files, cached, strict=True) if not isinstance(path, str)}
+        if self.cached or not wanted:
+            return {}
+        with hub_errors(self.repo_id):
+            tree = HfApi().list_repo_tree(self.repo_id, recursive=True, revision=self.commit)
+            return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile) and entry.path in wanted}
 
     def download(self, files: Sequence[str]) -> None:
         if self.cached:
             return
         with hub_errors(self.repo_id):
-            snapshot_download(self.repo_id, revision=self.commit, allow_patterns=list(files))
+            snapshot_download(self.repo_id, revision=self.commit, allow_patterns=[_literally(file) for file in files])
 
     def header(self, file: str) -> dict[str, Any]:
         """The safetensors header of a remote shard, read with range requests."""
@@ -124,12 +164,33 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
         raise CheckpointError(f"{text}: neither a local folder nor a Hub id of the form OWNER/NAME[@REVISION]")
     with hub_errors(f"{text} (no such folder here)"):
         if is_offline_mode():
-            snapshot = Path(hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True)).parent
-            return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
-        info = HfApi().model_info(repo_id, revision=revision or None)
+            return _in_cache(repo_id, hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True))
+        try:
+            return _on_hub(text, repo_id, revision or "main")
+        except httpx2.HTTPError as error:
+            config = try_to_load_from_cache(repo_id, "config.json", revision=revision or None)
+            if not is_outage(error) or not isinstance(config, str):
+                raise
+            found = _in_cache(repo_id, config)
+            note(f"{text}: the Hub cannot be reached ({one_line(error)}); read from its cache, commit {found.commit[:12]}")
+            return found
+
+
+def _on_hub(text: str, repo_id: str, revision: str) -> Repository:
+    """A repository as the Hub has it now."""
+    info = HfApi().model_info(repo_id, revision=revision)
     if info.sha is None:
         raise HubError(f"{text}: the Hub did not say which commit this is")
-    return Repository(repo_id, info.sha, tuple(sorted(sibling.rfilename for sibling in info.siblings or ())))
+    files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
+    if "config.json" in files and not COMMIT.fullmatch(revision):
+        hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch, too: for calls offline
+    return Repository(repo_id, info.sha, files)
+
+
+def _in_cache(repo_id: str, config: str) -> Repository:
+    """What the cache holds of the commit whose configuration is there."""
+    snapshot = Path(config).parent
+    return Repository(repo_id, snapshot.name, tuple(Folder(snapshot).files()), cached=True)
 
 
 def _expanded(text: str) -> Path:
@@ -157,7 +218,12 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise CheckpointError(f"{what}: access is gated; accept its terms on the Hub and log in (hf auth login)") from error
+        found = _REPOSITORY_IN_URL.fullmatch(error.response.url.path)
+        page = f"{ENDPOINT}/{found[1]}" if found else "its page on the Hub"
+        raise CheckpointError(
+            f"{what}: access is gated. The Hub says: {error.server_message or one_line(error)} Accept its terms on {page}, "
+            "then log in with a token that may read it (hf auth login, or HF_TOKEN)"
+        ) from error
     except RepositoryNotFoundError as error:
         if writing:
             raise HubError(f"{what}: no such repository, or no permission to write to it; log in (hf auth login)") from error
@@ -172,14 +238,33 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
         raise CheckpointError(f"{what}: not a valid Hub id ({one_line(error)})") from error
     except HfHubHTTPError as error:
         login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
-        raise HubError(f"{what}: the Hub answered {one_line(error)}{login}") from error
+        raise HubError(f"{what}: the Hub answered {one_line(error)}{login}{_again(error, writing)}") from error
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)})") from error
+        raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)}){_again(error, writing)}") from error
     except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
         if isinstance(error.__cause__, BadRequestError):
             raise InputError(f"{what}: the Hub refuses the card: {one_line(error)}") from error
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
         raise HubError(f"{what}: {one_line(error)}{cause}") from error
+
+
+def _again(error: BaseException, writing: bool) -> str:
+    """The next step after a failure that may pass."""
+    if not is_outage(error):
+        return ""
+    return "; repeat the same call" + (": what was uploaded is not sent again" if writing else "")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a request failed for a reason that may pass: no connection, none in time, or an error of the server (5xx)."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.ProxyError)
+
+
+def _literally(file: str) -> str:
+    """A pattern that fits one file name alone."""
+    return re.sub(r"([*?[])", r"[\1]", file)
 
 
 def one_line(error: BaseException) -> str:

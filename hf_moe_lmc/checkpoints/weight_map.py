@@ -51,7 +51,7 @@ def read_weight_map(source: Folder | Repository, files: set[str], faults: Faults
         if faults.enough("missing shards"):
             continue
         found = instead(source, file)
-        state = f"expected a file, found {found}" if found else "is missing; fetch it again"
+        state = f"expected a file, found {found}" if found else f"is missing; {source.remedy}"
         message = f"shard {shown(file)}, listed in {INDEX} for {shown(keys[0])}"
         message += f" and {len(keys) - 1} more tensors, {state}" if len(keys) > 1 else f", {state}"
         faults.add(CheckpointError(f"{source.name}: {message}", kind="missing shards"))

@@ -90,11 +90,22 @@ def add_running(verb: Parser, *, weights: bool = True) -> None:
 
 
 def add_publishing(
-    verb: Parser, what: str = "publish the result; a repository that holds weights is refused, see push"
+    verb: Parser, what: str = "publish the result; a repository that holds weights is refused, see push", *, card: bool = True
 ) -> None:
+    """Where an output is published.
+
+    Args:
+        card: the verb writes a model card.
+    """
     group = verb.add_argument_group("publishing")
     group.add_argument("--push-to-hub", metavar="REPO_ID", help=what)
     group.add_argument("--private", action="store_true", help="publish it privately")
+    if card:
+        group.add_argument(
+            "--license",
+            metavar="ID",
+            help="licence that the card names, such as apache-2.0 (default: what the cards of all parents name alike)",
+        )
 
 
 def add_messages(verb: Parser) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
-
-if TYPE_CHECKING:
-    from hf_moe_lmc.matching.alignment import Alignment
 
 Given = dict[str, Any]  # the options that were given, by name
 Tell = Callable[[str], None]  # takes a line of a story that is told as it goes
@@ -51,7 +48,7 @@ def align(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
         return _planned(lmc.plan_align(**given))
     alignment = lmc.align(**given)
-    return Outcome("\n".join([_totals(alignment), _place(given)]), alignment.to_dict())
+    return Outcome("\n".join([*alignment.sentences(), _place(given)]), alignment.to_dict())
 
 
 def apply(given: Given, tell: Tell) -> Outcome:
@@ -73,12 +70,12 @@ def merge(given: Given, tell: Tell) -> Outcome:
         return _planned(lmc.plan_merge(**given))
     alignment = lmc.merge(**given)
     document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
-    return Outcome("\n".join([*([_totals(alignment)] if alignment else []), _place(given)]), document)
+    return Outcome("\n".join([*(alignment.sentences() if alignment else ()), _place(given)]), document)
 
 
 def push(given: Given, tell: Tell) -> Outcome:
-    address = lmc.push(**given)
-    return Outcome(f"published: {address}", {"url": address})
+    published = lmc.push(**given)
+    return Outcome(str(published), {"url": published.address, "changed": published.changed})
 
 
 def demo(given: Given, tell: Tell) -> Outcome:
@@ -102,17 +99,6 @@ SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several proces
 def _planned(plan: lmc.Plan) -> Outcome:
     """The plan, also of what there is no room for; that is then an error, as it would be in the run."""
     return Outcome(plan.table(), plan.to_dict(), problem=plan.problem)
-
-
-def _totals(alignment: Alignment) -> str:
-    totals = alignment.totals()
-    return (
-        f"moved {totals['experts_moved']} of {totals['experts']} experts and {totals['units_moved']} of {totals['units']} "
-        f"hidden units, flipped {totals['signs']} signs, kept the scales of {totals['scales_kept']} experts\n"
-        f"distance of the expert weights, relative to A: {totals['relative_distance_before']:.4f} before, "
-        f"{totals['relative_distance_after_order']:.4f} after the order, "
-        f"{totals['relative_distance_after_units']:.4f} after the units"
-    )
 
 
 def _place(given: Mapping[str, Any]) -> str:

@@ -126,7 +126,7 @@ def _barrier(verb: Parser) -> None:
     add_matching(verb)
     _computing(verb)
     add_running(verb, weights=False)
-    add_publishing(verb, "publish the folder; what is there stays")
+    add_publishing(verb, "publish the folder; what is there stays", card=False)
 
 
 def _text(verb: Parser) -> None:

@@ -17,6 +17,7 @@ from hf_moe_lmc.matching.blocks import match_layer
 from hf_moe_lmc.matching.distance import OutsideDistance, outside_distance
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.matching.records import matchings, write_matching
+from hf_moe_lmc.matching.report import in_words as changes_in_words
 from hf_moe_lmc.matching.report import layer_report
 from hf_moe_lmc.matching.result import Matching
 from hf_moe_lmc.moe.model import MoEModel
@@ -89,6 +90,10 @@ class Alignment:
         """The same, with the fingerprint of the aligned checkpoint on record: what the inverse acts on."""
         metadata = {**self.symmetry.metadata, "aligned_fingerprint": fingerprint}
         return replace(self, symmetry=replace(self.symmetry, metadata=metadata))
+
+    def sentences(self) -> tuple[str, ...]:
+        """What was changed in B, and how close it came to A, for a card or a terminal."""
+        return changes_in_words(self.totals(), [layer_report(index, matching) for index, matching in self.layers.items()])
 
     def totals(self) -> dict[str, float]:
         """Counts and relative distances over all layers."""

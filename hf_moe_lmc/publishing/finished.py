@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE
-from hf_moe_lmc.checkpoints.source import Folder
+from hf_moe_lmc.checkpoints.source import Folder, looks_local
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
-from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.errors import InputError, shown
 from hf_moe_lmc.publishing.weights import CONFIG, EXPLICIT, NUMBERED, is_weights
 
 CARD = "README.md"
@@ -18,6 +19,7 @@ REPORT = "report.json"
 REPORT_TEXT = "report.md"
 SYMMETRIES = ("symmetry.safetensors", "alignment/symmetry.safetensors")
 Kind = Literal["checkpoint", "report", "symmetry"]
+_HEADING = re.compile(r"^# +(.*\S)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,21 @@ class Finished:
 
     def path(self, file: str) -> Path:
         return self.root / file
+
+    def title(self) -> str:
+        """What it is, for a commit message."""
+        if self.kind == "report":
+            report = read_json_object(self.path(REPORT), str(self.path(REPORT)), constants=True)
+            a, b = (_short(str(report.get(side, {}).get("source", side.upper()))) for side in "ab")
+            return f"Perplexity barrier between {a} and {b}"
+        if self.kind == "symmetry":
+            from hf_moe_lmc.symmetry.group import ModelSymmetry  # needs torch
+
+            file = next(file for file in SYMMETRIES if file in self.files)
+            found = ModelSymmetry.load(self.path(file)).metadata
+            return f"Symmetry that aligns {found['b_source']} to {found['a_source']}" if "b_source" in found else "Symmetry"
+        heading = _HEADING.search(self.path(CARD).read_text(encoding="utf-8", errors="replace"))
+        return shown(heading[1]) if heading else f"Checkpoint {self.root.resolve().name}"
 
 
 def finished(folder: str | os.PathLike[str]) -> Finished:
@@ -60,6 +77,11 @@ def finished(folder: str | os.PathLike[str]) -> Finished:
     if kind == "checkpoint":
         _check_checkpoint(root, files)
     return Finished(root, kind, tuple(files))
+
+
+def _short(source: str) -> str:
+    """A model as a report names it, without the path to a local folder."""
+    return shown(Path(source).name if looks_local(source) else source)
 
 
 def _progress(root: Path) -> Path | None:

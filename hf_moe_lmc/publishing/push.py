@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+import yaml
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_moe_lmc.checkpoints.source import hub_errors, one_line
 from hf_moe_lmc.errors import HubError, InputError
-from hf_moe_lmc.publishing.card import card_without_weights
-from hf_moe_lmc.publishing.finished import CARD, REPORT_TEXT, Finished, finished
-from hf_moe_lmc.publishing.target import Target, check_paths, check_remains, refuse_weights, replaces_card
+from hf_moe_lmc.publishing.change import Change, Contents
+from hf_moe_lmc.publishing.finished import CARD, Finished, finished
+from hf_moe_lmc.publishing.target import Target, refuse_weights
+from hf_moe_lmc.publishing.upload import Commit, send
+from hf_moe_lmc.runtime.notices import warn
 
-CHANGED_MEANWHILE = (409, 412)
+
+@dataclass(frozen=True)
+class Published:
+    """What a push did.
+
+    Attributes:
+        repository: OWNER/NAME, with @BRANCH where it is not the main one.
+        address: of the commit or pull request; of the commit that holds all of it already, where nothing was to be done.
+        changed: something was published.
+
+    Example:
+        >>> str(Published("me/merged", "https://huggingface.co/me/merged/commit/0123", changed=True))
+        'published: https://huggingface.co/me/merged/commit/0123'
+    """
+
+    repository: str
+    address: str
+    changed: bool
+
+    def __str__(self) -> str:
+        if self.changed:
+            return f"published: {self.address}"
+        return f"nothing to publish: {self.repository} holds all of it already ({self.address})"
 
 
 def check_repo_id(repo_id: str | None) -> None:
@@ -26,20 +54,23 @@ def check_repo_id(repo_id: str | None) -> None:
             raise InputError(f"{repo_id}: not a Hub id to publish under ({one_line(error)})") from error
 
 
-def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool) -> None:
+def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool, license: str | None = None) -> None:
     """Looks, before other work, at the repository that its output is to be published in.
 
     Args:
         weights: the output is a checkpoint, so that weights there are in its way.
+        license: what its card is going to name; the Hub knows which there are.
 
     Raises:
-        InputError: they are.
+        InputError: they are, or the Hub does not know the licence.
         HubError: the Hub cannot be asked, nobody is logged in, or whoever is may not write there.
     """
     if get_token() is None:
         raise HubError(f"{repo_id}: nothing can be published without a token of the Hub; log in first (hf auth login)")
     api = HfApi()
     with hub_errors(repo_id, writing=True):
+        if license is not None:
+            _validate(f"---\nlicense: {license}\n---\n".encode(), f"--license {license}")
         whole = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
             target = Target.look(api, whole, None, make_branch=False)
@@ -78,90 +109,80 @@ def push(
     overwrite: bool = False,
     overwrite_card: bool = False,
     token: str | None = None,
-) -> str:
+) -> Published:
     """Publishes a finished folder, with its card, in one commit, so that no half of it is ever visible.
 
     The repository is looked at first. Weights there are replaced only with `overwrite`, and a card of somebody else only with
     `overwrite_card`. Adapters, GGUF files and whatever else is no part of a transformers checkpoint stay.
+
+    Large files are uploaded first, and one commit makes all of them visible. A call that was stopped is repeated: what the Hub
+    has is not uploaded again. Where the repository holds all of it already, no commit is made. In the card, the lines that load
+    the model name the repository, in the folder as well.
 
     Args:
         folder: what `align`, `apply`, `merge` or `barrier` wrote. A report or a symmetry gets a card where there is none.
         repo_id: OWNER/NAME; created where it does not exist.
         revision: branch to commit to; created from the main branch where it does not exist.
         create_pr: open a pull request instead of committing to the branch.
+        commit_message: by default what the folder holds, such as "Merge of org/a and org/b at t = 0.5".
         overwrite: weights that are there go in the same commit: those which this checkpoint replaces, and those which
             `from_pretrained` could take instead of them.
         overwrite_card: README.md is replaced, whoever wrote it.
 
     Returns:
-        The address of the commit or pull request.
+        The address of the commit or pull request, and whether there was anything to publish.
 
     Raises:
         InputError: the folder is unfinished or has no card, or the repository holds weights.
         HubError: the Hub cannot be reached, or refused; or the branch changed meanwhile.
 
     Example:
-        >>> import hf_moe_lmc as lmc
-        >>> lmc.merge("model-a", "model-b", "merged", align=False)
-        >>> lmc.push("merged", "me/merged", private=True)
+        >>> lmc.push("merged", "me/merged", private=True).address  # doctest: +SKIP
         'https://huggingface.co/me/merged/commit/...'
     """
     check_repo_id(repo_id)
     whole = finished(folder)
+    commit = Commit(commit_message or whole.title(), revision, create_pr)
     api = HfApi(token=token)
     with hub_errors(repo_id, writing=True):
         created = api.create_repo(repo_id, private=private, exist_ok=True)
         target = Target.look(api, created.repo_id, revision, make_branch=not create_pr)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        operations += _deletions(target, whole, overwrite=overwrite)
-        operations += _additions(target, whole, overwrite_card=overwrite_card)
-        if target.is_new:
-            api.create_branch(target.repo_id, branch=target.branch, revision=target.commit, exist_ok=True)
-        try:
-            commit = api.create_commit(
-                target.repo_id,
-                operations,
-                commit_message=commit_message or f"Upload a {whole.kind} made by hf_moe_lmc",
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=target.commit,
-            )
-        except HfHubHTTPError as error:
-            if error.response.status_code in CHANGED_MEANWHILE:
-                raise HubError(
-                    f"{target.name}: somebody changed it since it was looked at (commit {target.commit[:12]}), so that nothing "
-                    f"was published ({one_line(error)}); look at it, and push again"
-                ) from error
-            raise
-    return commit.pr_url or commit.commit_url
+        contents = Contents.of(whole, target.repo_id)
+        change = Change.of(target, contents, overwrite=overwrite, overwrite_card=overwrite_card)
+        if change.is_empty and not target.is_new:
+            address, changed = f"{api.endpoint}/{target.repo_id}/commit/{target.commit}", False
+        else:
+            if contents.card is not None and any(addition.path_in_repo == CARD for addition in change.additions):
+                _validate(contents.card, whole.path(CARD))  # before gigabytes go there
+            address, changed = send(api, target, change, commit), True
+    _keep_card(whole, contents.card)
+    return Published(target.name, address, changed)
 
 
-def _deletions(target: Target, folder: Finished, *, overwrite: bool) -> list[CommitOperationDelete]:
-    """What goes when a folder comes; InputError where that was not asked for.
-
-    A branch that is made now takes nothing from anybody: what it begins with stays where it comes from.
-    """
-    if folder.kind != "checkpoint":
-        check_paths(folder)
-        return []
-    held = target.weights()
-    if held and not overwrite and not target.is_new and not target.holds(folder, held):
-        refuse_weights(target, held, "replace them with --overwrite, or name another repository or --revision")
-    check_remains(target, folder)
-    return [CommitOperationDelete(path_in_repo=file, is_folder=False) for file in held if file not in folder.files]
+def _validate(card: bytes, where: str | Path) -> None:
+    """Raises InputError for a card that the Hub refuses."""
+    try:
+        ModelCard(card.decode()).validate()
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{where}: the Hub refuses the metadata of the card ({_reason(error)}); correct it") from error
 
 
-def _additions(target: Target, folder: Finished, *, overwrite_card: bool) -> list[CommitOperationAdd]:
-    files = [file for file in folder.files if file != CARD]
-    additions = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder.path(file))) for file in files]
-    if replaces_card(target, folder, overwrite=overwrite_card):
-        additions.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=_card(folder)))
-    return additions
+def _reason(error: Exception) -> str:
+    """What the Hub, or YAML, has against the metadata of a card."""
+    try:
+        faults = json.loads(str(error))["errors"]
+        return "; ".join(one_line(Exception(fault["message"])) for fault in faults)
+    except (ValueError, KeyError, TypeError):
+        return one_line(error)
 
 
-def _card(folder: Finished) -> str | bytes:
-    """The path or the content of README.md; a report is its own card."""
-    if CARD in folder.files or folder.kind == "checkpoint":
-        return str(folder.path(CARD))
-    text = folder.path(REPORT_TEXT).read_text(encoding="utf-8") if REPORT_TEXT in folder.files else None
-    return card_without_weights(folder.kind, text).encode()
+def _keep_card(folder: Finished, card: bytes | None) -> None:
+    """Puts the card that was published, which names the repository, in the place of the folder's."""
+    if CARD not in folder.files or card is None or folder.path(CARD).read_bytes() == card:
+        return
+    written = folder.root / f".{CARD}.new"
+    try:
+        written.write_bytes(card)
+        written.replace(folder.path(CARD))
+    except OSError as error:  # a folder that may only be read: what was published is whole all the same
+        warn(f"{folder.path(CARD)}: not rewritten ({error.strerror}); the published card differs: it names the repository")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.repocard import metadata_load
 
 from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import parse_json, read_json_object
 from hf_moe_lmc.errors import HubError, InputError, shown
 from hf_moe_lmc.publishing.card import PROJECT
 from hf_moe_lmc.publishing.finished import CARD, REPORT, Finished
+from hf_moe_lmc.publishing.parents import metadata_of
 from hf_moe_lmc.publishing.weights import other_layouts, weight_files
 from hf_moe_lmc.runtime.notices import warn
 
@@ -77,15 +76,11 @@ class Target:
             return {}
         return value if isinstance(value, dict) else {}
 
-    def holds(self, folder: Finished, files: Sequence[str]) -> bool:
-        """Whether some files are there as they are in a folder, byte for byte."""
-        if not set(files) <= set(folder.files):
-            return False
-        tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.commit)
-        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        if any(there[file].size != folder.path(file).stat().st_size for file in files):
-            return False  # seen without reading anything
-        return all(_is_same(there[file], folder.path(file)) for file in files)
+    @cached_property
+    def tree(self) -> Mapping[str, RepoFile]:
+        """What the Hub lists of each file: size and hash."""
+        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.commit)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def refuse_weights(target: Target, held: Sequence[str], way_out: str) -> None:
@@ -121,15 +116,15 @@ def check_paths(folder: Finished) -> None:
         warn(f"{folder.path(REPORT)}: names folders of this machine ({named(paths)}), which are published with it")
 
 
-def replaces_card(target: Target, folder: Finished, *, overwrite: bool) -> bool:
+def replaces_card(target: Target, folder: Finished, card: bytes, *, overwrite: bool) -> bool:
     """Whether the card of a folder goes in; one of somebody else stays, and the user is told."""
     checkpoint = folder.kind == "checkpoint"
     if CARD not in target.files or overwrite or (target.is_new and checkpoint):
         return True
     there = target.path(CARD)
-    if CARD in folder.files and there.read_bytes() == folder.path(CARD).read_bytes():
+    if there.read_bytes() == card:
         return True
-    tags = _tags(there)
+    tags = tags_of(metadata_of(there.read_bytes()))
     if PROJECT not in tags:
         warn(f"{target.name}: its {CARD} is not from {PROJECT}, so that it stays; replace it with --overwrite-card")
         return False
@@ -145,20 +140,17 @@ def named(files: Sequence[str]) -> str:
     return ", ".join(map(shown, files[:NAMED])) + rest
 
 
-def _tags(card: Path) -> list[str]:
-    """The tags of a card; one whose metadata cannot be read has none."""
-    try:
-        metadata = metadata_load(card)
-    except (ValueError, yaml.YAMLError):
-        return []
-    tags = (metadata or {}).get("tags")
+def check_licence(target: Target, folder: Finished, card: bytes) -> None:
+    """Warns where the card of a checkpoint of this package names no licence, without which nobody may use it."""
+    metadata = metadata_of(card)
+    if folder.kind == "checkpoint" and PROJECT in tags_of(metadata) and not metadata.get("license"):
+        warn(
+            f"{target.name}: its card names no licence, without which nobody may use the model; add `license` to the first "
+            f"lines of {folder.path(CARD)} and push again"
+        )
+
+
+def tags_of(metadata: Mapping[str, Any]) -> list[str]:
+    """The tags of a card."""
+    tags = metadata.get("tags")
     return [str(tag) for tag in tags] if isinstance(tags, list) else []
-
-
-def _is_same(there: RepoFile, path: Path) -> bool:
-    """Whether a file has the hash that the Hub lists: of LFS its SHA-256, else git's."""
-    if there.lfs is not None:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
-    content = path.read_bytes()
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest() == there.blob_id

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import Alignment, align_models, matching_facts
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.publishing.card import model_card
+from hf_moe_lmc.publishing.card import OUT, Destination, model_card
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
@@ -34,6 +35,7 @@ def align(
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    license: str | None = None,
     resume: bool | None = None,
     overwrite: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -53,6 +55,7 @@ def align(
         symmetry_only: write no checkpoint.
         push_to_hub: OWNER/NAME to publish the result under, where it holds no weights yet; see `push`.
         private: publish it as a private repository.
+        license: identifier of the licence that the card names, such as apache-2.0; by default that of B's card.
         resume: continue from the layers and shards of an earlier call with the same inputs and options that was stopped (the
             default). Until the output is whole they are kept in `.OUT.progress` beside it.
         overwrite: `output` may be what this package wrote before; it is replaced when the new one is whole.
@@ -69,10 +72,12 @@ def align(
     """
     given = locals()
     method, options = filled(WeightMatching, given), filled(OutputOptions, given)
+    if symmetry_only:
+        refuse_idle({"license": license}, "a symmetry gets no card")
 
     def prepare(inputs: Inputs) -> Job[Alignment]:
         pair = inputs.pair(a, b, inside_only=True)
-        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite)
+        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite, options.destination(output))
 
     return Request(
         verb="align",
@@ -94,6 +99,7 @@ class _Alignment(Job[Alignment]):
     method: WeightMatching
     symmetry_only: bool
     allow_nonfinite: bool
+    destination: Destination
 
     @property
     def work(self) -> Work:
@@ -127,7 +133,7 @@ class _Alignment(Job[Alignment]):
                 writer.write_checkpoint_files(self.b.checkpoint)
             alignment = alignment.with_output(process_group().from_main(writer.fingerprint() if writer else ""))
             if writer:
-                writer.write_text("README.md", align_card(self.a, self.b, alignment))
+                writer.write_text("README.md", align_card(self.a, self.b, alignment, self.destination))
                 write_alignment(writer, alignment, "alignment/")
         return alignment
 
@@ -138,15 +144,18 @@ def write_alignment(writer: FolderWriter, alignment: Alignment, folder: str) -> 
     writer.write_text(f"{folder}alignment.json", alignment.to_json())
 
 
-def align_card(a: MoEModel, b: MoEModel, alignment: Alignment) -> str:
+def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination) -> str:
     """The model card of an aligned checkpoint."""
     return model_card(
-        title=f"{b.checkpoint.display_name}, aligned to {a.checkpoint.display_name}",
-        summary="The same function as B, with experts and hidden units in the places where A has theirs, so that the two can "
-        "be averaged weight by weight.",
+        title="{B} aligned to {A}",
+        summary="The same function as B. Its experts and hidden units have the places that they have in A, so that the weights "
+        "of the two can be averaged.",
         inputs={"A": a.checkpoint, "B": b.checkpoint},
-        base=[b.checkpoint],
+        base="B",
         relation="finetune",
-        command=f"hf-moe-lmc align A B -o OUT --order {alignment.order} --units {alignment.units}",
-        alignment=alignment.totals(),
+        command=["align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units],
+        template=b.checkpoint,
+        destination=destination,
+        alignment=alignment.sentences(),
+        matched=True,
     )

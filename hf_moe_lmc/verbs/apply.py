@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.publishing.card import model_card
+from hf_moe_lmc.publishing.card import OUT, Destination, model_card
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.options import OutputOptions, filled
+from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.streams import rewritten
@@ -29,6 +29,7 @@ def apply(
     inverse: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    license: str | None = None,
     resume: bool | None = None,
     overwrite: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -43,7 +44,7 @@ def apply(
         b: a local folder or Hub id (OWNER/NAME[@REVISION]).
         output: a new or empty folder.
         inverse: undo it.
-        push_to_hub, private, resume, overwrite, allow_nonfinite: as for `align`.
+        push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
         The output.
@@ -61,7 +62,8 @@ def apply(
 
     def prepare(inputs: Inputs) -> Job[Path]:
         model, given = inputs.single(b, symmetry, inverse=inverse)
-        return _Application(Path(output), model, given, inverse, options.allow_nonfinite)
+        destination = options.destination(output)
+        return _Application(Path(output), model, given, file_name(symmetry), inverse, options.allow_nonfinite, destination)
 
     return Request(verb="apply", output=output, inputs=(b,), options=options, prepare=prepare)
 
@@ -71,11 +73,19 @@ plan_apply = apply.plan
 
 @dataclass(frozen=True)
 class _Application(Job[Path]):
+    """A model and the symmetry that acts on it.
+
+    Attributes:
+        file: where the symmetry is from, for the card.
+    """
+
     output: Path
     model: MoEModel
     symmetry: ModelSymmetry
+    file: str
     inverse: bool
     allow_nonfinite: bool
+    destination: Destination
 
     @property
     def work(self) -> Work:
@@ -94,19 +104,21 @@ class _Application(Job[Path]):
                 writer.write_tensors(rewritten(self.model, self.symmetry.layers))
                 writer.write_checkpoint_files(checkpoint)
                 self.symmetry.save(writer.path("alignment/symmetry.safetensors"))
-                writer.write_text("README.md", apply_card(self.model, inverse=self.inverse))
+                writer.write_text("README.md", self._card())
         return self.output
 
-
-def apply_card(model: MoEModel, *, inverse: bool) -> str:
-    """The model card of a checkpoint in other coordinates."""
-    return model_card(
-        title=f"{model.checkpoint.display_name}, in other coordinates",
-        summary=f"The same function as B, with its experts and hidden units moved by a {'reversed ' if inverse else ''}saved "
-        "symmetry (alignment/symmetry.safetensors).",
-        inputs={"B": model.checkpoint},
-        base=[model.checkpoint],
-        relation="finetune",
-        command=f"hf-moe-lmc apply SYMMETRY B -o OUT{' --inverse' if inverse else ''}",
-        alignment=None,
-    )
+    def _card(self) -> str:
+        """The model card of a checkpoint in other coordinates."""
+        found = self.symmetry.metadata
+        origin = f" It was found by matching {found['b_source']} to {found['a_source']}." if "b_source" in found else ""
+        return model_card(
+            title="{B} in the coordinates of a saved symmetry",
+            summary="The same function as B. Its experts and hidden units were moved by "
+            f"{'the inverse of ' if self.inverse else ''}a saved symmetry (`alignment/symmetry.safetensors`).{origin}",
+            inputs={"B": self.model.checkpoint},
+            base="B",
+            relation="finetune",
+            command=["apply", self.file, "B", "-o", OUT, *(["--inverse"] if self.inverse else [])],
+            template=self.model.checkpoint,
+            destination=self.destination,
+        )

@@ -81,7 +81,8 @@ class Request(Generic[R]):
         inputs = Inputs(stack, self.output, overwrite=self.options.overwrite)
         repo_id = self.options.push_to_hub
         if repo_id and process_group().is_main:
-            inputs.check_first(lambda: check_target(repo_id, self.output, weights=self.writes_weights))
+            license = self.options.license
+            inputs.check_first(lambda: check_target(repo_id, self.output, weights=self.writes_weights, license=license))
         return self.prepare(inputs)
 
 

@@ -15,10 +15,11 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
-from hf_moe_lmc.publishing.card import model_card
+from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.verbs.inputs import Inputs, Pair
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.options import OutputOptions, filled
+from hf_moe_lmc.verbs.merge_card import merge_card
+from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.output import FolderWriter, open_writer
@@ -45,6 +46,7 @@ def merge(
     exact: bool | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    license: str | None = None,
     resume: bool | None = None,
     overwrite: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -61,7 +63,7 @@ def merge(
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
         tokenizer: whose tokenizer, chat template, generation configuration and special ids the output has, together.
-        order, units, exact, push_to_hub, private, resume, overwrite, allow_nonfinite: as for `align`.
+        order, units, exact, push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
         The alignment that was computed, or None where there was nothing to compute.
@@ -83,16 +85,17 @@ def merge(
     if tokenizer not in ("a", "b"):
         raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
     point = _Point(t, tokenizer, options.allow_nonfinite)
+    destination = options.destination(output)
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
         plain = None if align else inputs.plain_pair(a, b)
         if plain:
-            return _PlainMerge(*plain, point)
+            return _PlainMerge(*plain, point, destination)
         from hf_moe_lmc.writing.streams import refuse_quantized
 
         pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
         matched = method if align and pair.symmetry is None else None
-        return _Merge(pair, point, matched)
+        return _Merge(pair, point, matched, destination, file_name(symmetry))
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
 
@@ -126,6 +129,7 @@ class _PlainMerge(Job["Alignment | None"]):
     b: Checkpoint
     ids: TokenIds
     point: _Point
+    destination: Destination
 
     @property
     def work(self) -> Work:
@@ -141,7 +145,10 @@ class _PlainMerge(Job["Alignment | None"]):
             if writer:
                 writer.write_tensors(PlainStream(self.a, self.b, self.point.t))
                 writer.write_checkpoint_files(self.a, self.b if self.point.tokenizer == "b" else None)
-                writer.write_text("README.md", merge_card(self.a, self.b, self.point, self.ids))
+                writer.write_text(
+                    "README.md",
+                    merge_card(self.a, self.b, self.point.t, self.ids, self.destination, tokenizer=self.point.tokenizer),
+                )
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,14 @@ class _Merge(Job["Alignment | None"]):
 
     Attributes:
         method: how B is matched to A; None: it is not, or was before.
+        file: where a given symmetry is from, for the card.
     """
 
     pair: Pair
     point: _Point
     method: WeightMatching | None
+    destination: Destination
+    file: str
 
     @property
     def inputs(self) -> list[Checkpoint]:
@@ -200,7 +210,17 @@ class _Merge(Job["Alignment | None"]):
                     used.save(writer.path("alignment/symmetry.safetensors"))
                 if alignment:
                     writer.write_text("alignment/alignment.json", alignment.to_json())
-                card = merge_card(a, b, self.point, self.pair.ids, alignment=alignment, symmetry=self.pair.symmetry)
+                card = merge_card(
+                    a,
+                    b,
+                    self.point.t,
+                    self.pair.ids,
+                    self.destination,
+                    tokenizer=self.point.tokenizer,
+                    alignment=alignment,
+                    symmetry=self.pair.symmetry,
+                    symmetry_name=self.file,
+                )
                 writer.write_text("README.md", card)
         return alignment
 
@@ -220,32 +240,3 @@ class _Merge(Job["Alignment | None"]):
         if writer:
             writer.write_tensors(interpolated(a, b, self.used.layers, t, rounded=True))
         return None
-
-
-def merge_card(
-    a: Checkpoint,
-    b: Checkpoint,
-    point: _Point,
-    ids: TokenIds,
-    *,
-    alignment: Alignment | None = None,
-    symmetry: ModelSymmetry | None = None,
-) -> str:
-    """The model card of a merge, with what B was aligned by: an alignment, a saved symmetry, or nothing."""
-    how, options = "not aligned", " --no-align"
-    if alignment:
-        how, options = "aligned to A by weight matching", f" --order {alignment.order} --units {alignment.units}"
-    elif symmetry:
-        how, options = "aligned to A by a saved symmetry", " --symmetry SYMMETRY"
-    options += " --tokenizer b" if point.tokenizer == "b" else ""
-    return model_card(
-        title=f"A merge of {a.display_name} and {b.display_name}",
-        summary=f"The point t = {point.t:g} of the straight line (1 - t) A + t B' between two "
-        f"{'Mixture-of-Experts ' if alignment or symmetry else ''}models, where B' is B, {how}.",
-        inputs={"A": a, "B": b},
-        base=[a, b],
-        relation="merge",
-        command=f"hf-moe-lmc merge A B -o OUT -t {point.t:g}{options}",
-        alignment=alignment.totals() if alignment else None,
-        vocabulary=None if ids.alike else ids.account(),
-    )

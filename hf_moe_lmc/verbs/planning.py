@@ -138,7 +138,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         verb=verb,
         tensors=len(template.tensors) if template else 0,
         shards=len(template.shards) if template else 0,
-        bytes_to_download=sum(checkpoint.nbytes for checkpoint in away),
+        bytes_to_download=sum(sum(checkpoint.absent().values()) for checkpoint in away),
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,

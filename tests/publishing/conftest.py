@@ -15,6 +15,7 @@ from tests.conftest import TOKEN
 from tests.hub_server import ATTRIBUTES, HubServer
 from tests.interpreter import COMMAND_LINE, Interpreter, Ran
 
+IMPATIENT = "import time; time.sleep = lambda seconds: None; " + COMMAND_LINE  # the client and we wait before trying again
 PROBE = 100_001  # bytes of a shard that the client asks for to read its header
 
 
@@ -29,7 +30,7 @@ def hub(server: HubServer) -> HubServer:
 @pytest.fixture
 def run(interpreter: Interpreter) -> Callable[..., Ran]:
     """(arguments, more environment) -> what the command line did."""
-    return partial(interpreter.run, COMMAND_LINE)
+    return partial(interpreter.run, IMPATIENT)
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def test_push_refuses_a_card_that_the_hub_refuses(
 def test_a_push_that_fails_shows_nothing_and_is_taken_up_again(hub: HubServer, run: Callable[..., Ran], finished: Path) -> None:
     hub.fail(403, method="PUT")
     run("push", finished, "tester/new").expect(1, "tester/new", "model.safetensors", "403")
-    hub.fail(503, path="/commit/")
+    hub.fail(503, times=4, path="/commit/")
     run("push", finished, "tester/new").expect(1, "tester/new", "503")
     assert history(hub, "tester/new") == []
     hub.log.clear()

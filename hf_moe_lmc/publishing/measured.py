@@ -1,0 +1,149 @@
+"""What a card says of a measured barrier: the verdict, the losses of checkpoint and parents, and results for the Hub."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from hf_moe_lmc.checkpoints.source import looks_local
+from hf_moe_lmc.runtime.tables import markdown_table
+
+SAME_POINT = 1e-9  # values of t no further apart are one point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A measured barrier, as far as the card of a checkpoint on its path needs it.
+
+    Attributes:
+        report: the content of report.json (`BarrierReport.to_dict`, or the file).
+        verdict: sentences, the answer first; empty: the barriers of the paths are said.
+        t: the checkpoint is this point of the path; None: it is none of them.
+        path: `aligned` or `naive`, the path that it is on.
+        plot: a picture that lies beside the card, by its name there.
+    """
+
+    report: Mapping[str, Any]
+    verdict: Sequence[str] = ()
+    t: float | None = None
+    path: str = "aligned"
+    plot: str | None = None
+
+    def section(self) -> str:
+        """The section of the card, in Markdown."""
+        said = list(self.verdict) or [self._barrier(name) for name in self.report["paths"]]
+        parts = ["## Results\n", *(f"{sentence}\n" for sentence in said)]
+        if self.plot:
+            parts.append(f"![Loss along the path from A to B]({self.plot})\n")
+        parts += [self._losses(), self._text()]
+        return "\n".join(parts)
+
+    def results(self) -> list[EvalResult]:
+        """Perplexity and loss of the checkpoint on each text, for the metadata of the card; empty where it was not measured."""
+        evaluation = self.report["evaluation"]
+        text = evaluation["text"]
+        arguments = {key: evaluation[key] for key in ("context", "stride", "tokens_scored") if key in evaluation}
+        common: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text generation", "dataset_args": arguments}
+        common["dataset_type"] = "text"
+        if text["kind"] == "dataset":
+            common |= {f"dataset_{key}": text.get(key) for key in ("config", "split", "revision")}
+            common["dataset_type"] = "text" if _is_local(text["name"]) else text["name"]
+        return [
+            EvalResult(
+                metric_type=kind,
+                metric_name=metric,
+                metric_value=round(value, 6),
+                dataset_name=name,
+                **{"dataset_config": name, **common},  # which tells files apart: the Hub takes results of one name together
+            )
+            for name, loss in self._own_losses().items()
+            if math.isfinite(loss)
+            for kind, metric, value in (
+                ("perplexity", "Perplexity", math.exp(loss)),
+                ("nll", "Loss, nats per token", loss),
+            )
+        ]
+
+    def _own_losses(self) -> dict[str, float]:
+        """Of the checkpoint on each text, nats per token."""
+        if texts := self._by_text():
+            return {name: losses[self.path] for name, losses in texts.items() if losses.get(self.path) is not None}
+        index = self._index()
+        loss = None if index is None else self.report["paths"][self.path]["nll"][index]
+        return {} if loss is None else {_text_name(self.report["evaluation"]["text"]): loss}
+
+    def _by_text(self) -> Mapping[str, Mapping[str, Any]]:
+        """Losses by text and model at the point of the checkpoint; empty where there is one text, or the point is another."""
+        for key in ("verdict", "references"):
+            found = self.report.get(key)
+            if found and self.t is not None and abs(found["t"] - self.t) <= SAME_POINT and len(found["texts"]) > 1:
+                texts: Mapping[str, Mapping[str, Any]] = found["texts"]
+                return texts
+        return {}
+
+    def _index(self) -> int | None:
+        """Where the checkpoint stands on its path."""
+        curve = self.report["paths"].get(self.path)
+        if self.t is None or curve is None:
+            return None
+        near = [i for i, t in enumerate(curve["t"]) if abs(t - self.t) <= SAME_POINT]
+        return near[0] if near else None
+
+    def _losses(self) -> str:
+        """A, B and the checkpoint, in nats per token."""
+        if texts := self._by_text():
+            columns = ("a", "b", self.path)
+            rows = [[name, *(_number(losses.get(column), ".4f") for column in columns)] for name, losses in texts.items()]
+            return markdown_table(["loss, nats per token", "A", "B", "this checkpoint"], rows)
+        reference = "naive" if "naive" in self.report["paths"] else "aligned"
+        rows = [["A", *self._row(reference, 0)], ["B", *self._row(reference, -1)]]
+        index = self._index()
+        if index is not None:
+            rows.append(["this checkpoint", *self._row(self.path, index)])
+        level = 100 * self.report["statistics"]["level"]
+        return markdown_table(["", "loss, nats per token", f"{level:g} % interval", "perplexity"], rows)
+
+    def _row(self, path: str, index: int) -> list[str]:
+        curve = self.report["paths"][path]
+        interval = (curve.get("nll_interval") or [None])[index] if curve.get("nll_interval") else None
+        brackets = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "not known"
+        return [_number(curve["nll"][index], ".4f"), brackets, _number(curve["perplexity"][index], ".2f")]
+
+    def _barrier(self, path: str) -> str:
+        curve = self.report["paths"][path]
+        interval = curve.get("barrier_interval")
+        brackets = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+        return (
+            f"Barrier on the {path} path: {_number(curve['barrier'], '.4f')} nats per token{brackets}, at t = "
+            f"{_number(curve['barrier_t'], '.3g')}."
+        )
+
+    def _text(self) -> str:
+        evaluation = self.report["evaluation"]
+        return (
+            f"Measured on {_text_name(evaluation['text'])}: {evaluation['tokens_scored']:,} tokens in windows of "
+            f"{evaluation['context']:,}, in {evaluation['dtype']}.\n"
+        )
+
+
+def _text_name(text: Mapping[str, Any]) -> str:
+    """The text of an evaluation for a reader elsewhere: no local path is in it."""
+    if text["kind"] != "dataset":
+        return ", ".join(file["name"] for file in text["files"])
+    name = PurePath(text["name"]).name if _is_local(text["name"]) else text["name"]
+    parts = [text.get("config"), text.get("split")]
+    return f"{name} ({', '.join(part for part in parts if part)})" if any(parts) else name
+
+
+def _is_local(name: str) -> bool:
+    return os.sep in name and looks_local(name)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)

@@ -1,0 +1,62 @@
+"""The model card of a merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.token_ids import TokenIds
+from hf_moe_lmc.publishing.card import OUT, Destination, model_card
+from hf_moe_lmc.publishing.measured import Measured
+
+if TYPE_CHECKING:
+    from hf_moe_lmc.matching.alignment import Alignment
+    from hf_moe_lmc.symmetry.group import ModelSymmetry
+
+
+def merge_card(
+    a: Checkpoint,
+    b: Checkpoint,
+    t: float,
+    ids: TokenIds,
+    destination: Destination,
+    *,
+    tokenizer: str = "a",
+    alignment: Alignment | None = None,
+    symmetry: ModelSymmetry | None = None,
+    symmetry_name: str = "SYMMETRY",
+    measured: Measured | None = None,
+    calibration: str | None = None,
+) -> str:
+    """The model card of a merge, with what B was aligned by: an alignment, a saved symmetry, or nothing.
+
+    Args:
+        tokenizer: the side whose tokenizer the output has.
+        symmetry_name: the saved symmetry's file or folder, without the path to it.
+        measured: a barrier between A and B, on whose path the merge lies.
+        calibration: the text that matching looked at, as a sentence.
+    """
+    how, options = "B as it is.", ["--no-align"]
+    if alignment:
+        how = "B with its experts and hidden units put where A has theirs. It computes the same function as B."
+        options = ["--order", alignment.order, "--units", alignment.units]
+    elif symmetry:
+        how = "B in the coordinates of a saved symmetry. It computes the same function as B."
+        options = ["--symmetry", symmetry_name]
+    options += ["--tokenizer", "b"] if tokenizer == "b" else []
+    kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
+    return model_card(
+        title=f"Merge of {{A}} and {{B}} at t = {t:g}",
+        summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two {kind}. B' is {how}",
+        inputs={"A": a, "B": b},
+        base="AB",
+        relation="merge",
+        command=["merge", "A", "B", "-o", OUT, "-t", f"{t:g}", *options],
+        template=a,
+        destination=destination,
+        alignment=alignment.sentences() if alignment else (),
+        matched=alignment is not None,
+        vocabulary=None if ids.alike else ids.account(),
+        measured=measured,
+        calibration=calibration,
+    )
