@@ -154,7 +154,7 @@ def _check_release(checkpoint: Checkpoint, alias: Alias | None) -> None:
     if release and not {name, known_as} & CONFIG_MAPPING.keys():
         raise FamilyError(
             f"{checkpoint.name}: transformers {transformers.__version__} does not have model type {shown(repr(known_as))}; "
-            f"release {release} is the first that has it. Install that release or a later one: pip install 'transformers>={release},<6'"
+            f"release {release} is the first that has it. Install that or a later one: pip install 'transformers>={release},<6'"
         )
 
 
