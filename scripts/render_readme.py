@@ -71,11 +71,23 @@ def demo() -> str:
         "independent": "independent initialisations",
         "shuffled": "one initialisation, other data, B then shuffled",
     }
+    runs = read("demo")["runs"]
+
+    def span(values: list[float], form: str) -> str:
+        return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
+
     rows = []
-    for pair, found in read("demo")["pairs"].items():
-        naive, aligned = found["naive"]["barrier"], found["aligned"]["barrier"]
-        rows.append((names[pair], f"{naive:.3f}", f"{aligned:.3f}", f"{100 * aligned / naive:.1f} %"))
-    return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows)
+    for pair, words in names.items():
+        found = [run["pairs"][pair] for run in runs]
+        naive, aligned = ([each[path]["barrier"] for each in found] for path in ("naive", "aligned"))
+        left = [each["aligned_percent_of_naive"] for each in found]
+        rows.append((words, span(naive, ".2f"), span(aligned, ".3f"), f"{span(left, '.1f')} %"))
+    note = (
+        f"\nThe ranges are those of {len(runs)} runs, with one and two threads and with the kernels of older processors. "
+        "Training is chaotic:\na difference in the last bit of a sum grows. The text is that of the Python installation. "
+        "On one machine figures repeat.\n"
+    )
+    return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows) + note
 
 
 def families() -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of the client's own HTTP library: httpx in its releases 1, httpx2 in 2
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -239,7 +239,7 @@ def hub_errors(what: str, writing: bool = False) -> Iterator[None]:
     except HfHubHTTPError as error:
         login = "; log in with a token that may do this (hf auth login)" if error.response.status_code in (401, 403) else ""
         raise HubError(f"{what}: the Hub answered {one_line(error)}{login}{_again(error, writing)}") from error
-    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise HubError(f"{what}: the Hub cannot be reached ({one_line(error)}){_again(error, writing)}") from error
     except (ValueError, RuntimeError) as error:  # what the client makes of a card, an upload or an answer gone wrong
         if isinstance(error.__cause__, BadRequestError):

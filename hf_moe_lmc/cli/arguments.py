@@ -75,6 +75,13 @@ def add_running(verb: Parser, *, weights: bool = True) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="check everything, print what would be read and written; change nothing"
     )
+    add_resuming(group)
+    if weights:
+        group.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite as they are")
+
+
+def add_resuming(group: argparse._ActionsContainer) -> None:
+    """--resume and --overwrite, for a verb or a group of its options."""
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -85,8 +92,6 @@ def add_running(verb: Parser, *, weights: bool = True) -> None:
         action="store_true",
         help="replace what this package wrote in that folder before, once the new output is whole",
     )
-    if weights:
-        group.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite as they are")
 
 
 def add_publishing(

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_moe_lmc.cli.commands import COMMANDS, SHARED
+from hf_moe_lmc.cli.commands import COMMANDS, RESUMING, SHARED
 from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.errors import InputError, MoELMCError, OutputError, escaped
 from hf_moe_lmc.runtime import processes
@@ -60,6 +60,7 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
 
 def _run(verb: str, given: dict[str, Any], words: Sequence[str]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages: far fewer page faults
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads sleep, not spin, until others are ready; read with torch
     group = processes.process_group()
 
     def complain(line: str) -> None:
@@ -91,7 +92,7 @@ def _run(verb: str, given: dict[str, Any], words: Sequence[str]) -> int:
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        kept = ", what is done is kept: the same call continues" if verb in SHARED else ""
+        kept = ", what is done is kept: the same call continues" if verb in RESUMING else ""
         complain(f"interrupted; nothing unfinished was left behind{kept}")
         return INTERRUPTED
 

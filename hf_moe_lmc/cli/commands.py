@@ -80,7 +80,7 @@ def push(given: Given, tell: Tell) -> Outcome:
 
 def demo(given: Given, tell: Tell) -> Outcome:
     reports = lmc.demo(**given, tell=tell)
-    return Outcome(_place(given), {pair: report.to_dict() for pair, report in reports.items()})
+    return Outcome(_place(given), reports)
 
 
 def completion(given: Given, tell: Tell) -> Outcome:
@@ -93,6 +93,7 @@ def completion(given: Given, tell: Tell) -> Outcome:
 COMMANDS: dict[str, Callable[[Given, Tell], Outcome]] = {
     command.__name__: command for command in (inspect, families, selftest, align, apply, barrier, merge, push, demo, completion)
 }
+RESUMING = ("align", "apply", "barrier", "merge", "demo")  # the verbs that continue what a stopped call has done
 SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several processes may call together
 
 

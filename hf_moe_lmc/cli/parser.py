@@ -20,6 +20,7 @@ from hf_moe_lmc.cli.arguments import (
     add_output,
     add_pair,
     add_publishing,
+    add_resuming,
     add_running,
     default,
     separator,
@@ -252,6 +253,7 @@ def _push(verb: Parser) -> None:
 
 def _demo(verb: Parser) -> None:
     add_output(verb, "DIR")
+    add_resuming(verb)
 
 
 def _completion(verb: Parser) -> None:

@@ -21,6 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from hf_moe_lmc.runtime.progress import tracked
+from hf_moe_lmc.runtime.threads import products_of, suited
+
 AUXILIARY_LOSS_WEIGHT = 0.02
 GRADIENT_CLIP = 1.0
 HELD_OUT_EVERY = 10  # every tenth file is kept for evaluation
@@ -39,9 +42,9 @@ def standard_library_text(root: Path | None = None, minimum_characters: int = 40
     """Documentation strings of the standard library (or of the modules below `root`), one document per module."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     documents = []
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "lib2to3"} & set(path.relative_to(root).parts):
-            continue
+    left_out = {"site-packages", "test", "tests", "lib2to3"}
+    paths = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+    for path in tracked(paths, desc="reading", unit="file"):
         text = "\n\n".join(_documentation(path))
         if len(text) >= minimum_characters:
             documents.append(text)
@@ -158,22 +161,23 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     model.train()
     losses = []
-    for step in range(recipe.steps):
-        starts = torch.randint(len(tokens) - recipe.sequence, (recipe.batch, 1), generator=generator)
-        batch = tokens[starts + torch.arange(recipe.sequence)].to(model.device)
-        output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
-        balance = load_balancing_loss_func(
-            tuple(output.router_logits[layer] for layer in trained),
-            model.config.num_local_experts,
-            model.config.num_experts_per_tok,
-        )
-        language_loss = output.loss - model.config.router_aux_loss_coef * output.aux_loss
-        (language_loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(language_loss.item())
-        progress(step + 1)
+    with suited(products_of(model, recipe.batch * recipe.sequence, model.config.num_experts_per_tok)):
+        for step in range(1, recipe.steps + 1):
+            starts = torch.randint(len(tokens) - recipe.sequence, (recipe.batch, 1), generator=generator)
+            batch = tokens[starts + torch.arange(recipe.sequence)].to(model.device)
+            output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
+            balance = load_balancing_loss_func(
+                tuple(output.router_logits[layer] for layer in trained),
+                model.config.num_local_experts,
+                model.config.num_experts_per_tok,
+            )
+            language_loss = output.loss - model.config.router_aux_loss_coef * output.aux_loss
+            (language_loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(language_loss.item())
+            progress(step)
     model.eval()
     return sum(losses[-20:]) / len(losses[-20:])

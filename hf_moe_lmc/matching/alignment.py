@@ -25,6 +25,7 @@ from hf_moe_lmc.moe.ties import in_words
 from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar
+from hf_moe_lmc.runtime.threads import Products, suited
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.writing.workspace import ResultFolder, Workspace
 
@@ -142,8 +143,9 @@ def align_models(
     processes = process_group()
     started = time.perf_counter()
     origins = {"a": a.checkpoint.origin(), "b": b.checkpoint.origin()}
-    layers = _match_layers(a, b, method, workspace, deliver)
-    outside = processes.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if processes.is_main else None)
+    with suited(_products(a)):
+        layers = _match_layers(a, b, method, workspace, deliver)
+        outside = processes.from_main(outside_distance(a, b, allow_nonfinite=allow_nonfinite) if processes.is_main else None)
     assert outside is not None
     warnings = tuple(_warnings(a, b, method, layers, outside))
     for warning in warnings:
@@ -163,6 +165,12 @@ def align_models(
         warnings=warnings,
         seconds=processes.from_main(time.perf_counter() - started),
     )
+
+
+def _products(model: MoEModel) -> list[Products]:
+    """Costs of hidden units against each other, of one pair of experts in each layer and bank."""
+    banks = [bank for layer in model.layers.values() for bank in layer.banks.values()]
+    return [Products(1, bank.unit_count * bank.width, bank.unit_count) for bank in banks if bank.unit_count]
 
 
 def _match_layers(

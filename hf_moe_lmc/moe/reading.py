@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,7 +20,7 @@ from hf_moe_lmc.checkpoints.mtp import MARKS, ONLY_EXTRA, has_own_prefix
 from hf_moe_lmc.checkpoints.sizes import check_head
 from hf_moe_lmc.checkpoints.tensor_names import check_whole
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown, worded
-from hf_moe_lmc.moe.alias import read_as
+from hf_moe_lmc.moe.alias import Alias, read_as
 from hf_moe_lmc.moe.block import Block
 from hf_moe_lmc.moe.claim import claim_block
 from hf_moe_lmc.moe.family import MoEFamily, Stack
@@ -27,7 +28,7 @@ from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import is_expert_role
 from hf_moe_lmc.moe.quantized import check_declared, check_scales
-from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
+from hf_moe_lmc.moe.registry import aliases, families, first_releases, get_family, refusals
 
 # Model types that have a class with a head, which a checkpoint of the base class alone lacks.
 WITH_HEAD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
@@ -117,9 +118,11 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """config.json as AutoConfig reads it, without switches to foreign code and without what no tensor bears out.
 
     Raises:
+        FamilyError: the installed release of transformers is older than the model type.
         CheckpointError: transformers cannot read it, or it asks for code of its own.
     """
     alias = aliases().get(str(checkpoint.config.get("model_type")))
+    _check_release(checkpoint, alias)
     if alias and alias.model_type not in CONFIG_MAPPING:
         return read_as(checkpoint, alias)
     written = with_changes(without_foreign_switches(checkpoint.config), checkpoint.changes)
@@ -141,6 +144,18 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(f"{checkpoint.name}/config.json: transformers cannot read it ({reason})") from error
     config._name_or_path = str(checkpoint.source.path("config.json").parent)
     return config
+
+
+def _check_release(checkpoint: Checkpoint, alias: Alias | None) -> None:
+    """Raises FamilyError where a later release of transformers has the model type."""
+    name = str(checkpoint.config.get("model_type"))
+    known_as = alias.known_as if alias and alias.known_as else name
+    release = first_releases().get(known_as)
+    if release and not {name, known_as} & CONFIG_MAPPING.keys():
+        raise FamilyError(
+            f"{checkpoint.name}: transformers {transformers.__version__} does not have model type {shown(repr(known_as))}; "
+            f"release {release} is the first that has it. Install that or a later one: pip install 'transformers>={release},<6'"
+        )
 
 
 def _check_routing(name: str, text: PreTrainedConfig, layers: Mapping[int, MoELayer], groups: int, top_k: int) -> None:

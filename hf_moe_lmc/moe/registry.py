@@ -12,6 +12,7 @@ from hf_moe_lmc.moe.family import MoEFamily
 _FAMILIES: dict[str, MoEFamily] = {}
 _REFUSALS: dict[str, str] = {}
 _ALIASES: dict[str, Alias] = {}
+_RELEASES: dict[str, str] = {}
 
 
 def register(family: MoEFamily) -> MoEFamily:
@@ -51,6 +52,17 @@ def refuse(model_type: str, reason: str) -> None:
 def register_alias(alias: Alias) -> None:
     """Makes known that a model type is one that transformers has under another name."""
     _ALIASES[alias.model_type] = alias
+
+
+def added_in(release: str, *model_types: str) -> None:
+    """Makes known which release of transformers first has some model types."""
+    _RELEASES.update(dict.fromkeys(model_types, release))
+
+
+def first_releases() -> dict[str, str]:
+    """The first release of transformers by model type, where it is later than the oldest that this package works with."""
+    _load_data()
+    return dict(_RELEASES)
 
 
 def aliases() -> dict[str, Alias]:

@@ -22,6 +22,7 @@ from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar
+from hf_moe_lmc.runtime.threads import Products, products_of, suited
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.workspace import Workspace
@@ -121,6 +122,11 @@ class Evaluator:
     def _layers(self, ends: Endpoints) -> list[nn.Module]:
         return list(self._skeleton.module.get_submodule(ends.layers_path).children())
 
+    def _products(self, batches: Sequence[list[int]]) -> list[Products]:
+        """The matrix products of one forward pass."""
+        tokens = max((sum(len(self.windows.rows[i]) for i in batch) for batch in batches), default=0)
+        return products_of(self._skeleton.module, tokens, self.a.top_k)
+
     def cost(self, paths: Collection[str], points: int) -> Cost:
         """What so many points on these paths would take, with the memory that is free now."""
         ends = self._ends({path: self.b.identity() for path in paths})
@@ -174,6 +180,7 @@ class Evaluator:
         try:
             with (
                 torch.inference_mode(),
+                suited(self._products(batches)),
                 bar(total=total, desc="evaluating the path", unit="step", quiet=not processes.is_main) as shown,
             ):
                 for number in range(max(processes.exchange(len(chunks)))):

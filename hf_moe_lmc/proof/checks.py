@@ -30,6 +30,7 @@ from hf_moe_lmc.moe.ties import SEEN, bound_orders
 from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.proof.miniature import miniature, ordinary_tokens, outputs
 from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
@@ -120,6 +121,7 @@ class SelfTest:
         return "\n".join([title, *(f"  {check}" for check in self.checks)])
 
 
+@suited()
 def prove(family: MoEFamily, config: PreTrainedConfig, *, seed: int = 0) -> SelfTest:
     """Runs the self-test of `family` on a miniature of `config`.
 

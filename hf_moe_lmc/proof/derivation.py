@@ -47,6 +47,7 @@ from hf_moe_lmc.proof.disk_layout import read_templates
 from hf_moe_lmc.proof.memory_layout import Block, find_blocks
 from hf_moe_lmc.proof.miniature import miniature, outputs, skeleton
 from hf_moe_lmc.runtime.progress import quiet_transformers
+from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 
@@ -55,6 +56,7 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "m
 GROUPS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"), ("n_groups", "topk_groups"))
 
 
+@suited()
 def derive(config: PreTrainedConfig, where: str) -> MoEFamily:
     """The family of a configuration that no data file describes; it is good for this configuration only.
 

@@ -27,7 +27,8 @@ LOCK = "lock"
 OUTPUT = "output"  # the kind of result that becomes the output
 REPLACED = "replaced"
 PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
-MARKERS = ("config.json", "report.json", "symmetry.safetensors")  # one of them is in whatever this package writes
+DEMO = "demo.json"  # the record of a demo
+MARKERS = ("config.json", "report.json", "symmetry.safetensors", DEMO)  # one of them is in whatever this package writes
 
 
 def working_folder(root: Path) -> Path:
