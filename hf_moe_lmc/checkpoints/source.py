@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the client's own HTTP library: httpx in its releases 1, httpx2 in 2
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -30,6 +31,7 @@ from huggingface_hub.hf_api import RepoFile
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
 from hf_moe_lmc.runtime.notices import note
 
+HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])  # the client's: httpx in its releases 1, httpx2 in 2
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY_IN_URL = re.compile(r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(?:resolve|revision|tree)/.*)?")
@@ -167,7 +169,7 @@ def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
             return _in_cache(repo_id, hf_hub_download(repo_id, "config.json", revision=revision or None, local_files_only=True))
         try:
             return _on_hub(text, repo_id, revision or "main")
-        except httpx2.HTTPError as error:
+        except HTTPError as error:
             config = try_to_load_from_cache(repo_id, "config.json", revision=revision or None)
             if not is_outage(error) or not isinstance(config, str):
                 raise
@@ -259,7 +261,7 @@ def is_outage(error: BaseException) -> bool:
     """Whether a request failed for a reason that may pass: no connection, none in time, or an error of the server (5xx)."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500
-    return isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.ProxyError)
+    return isinstance(error, HTTP.TransportError) and not isinstance(error, HTTP.ProxyError)
 
 
 def _literally(file: str) -> str:

@@ -151,7 +151,7 @@ def _check_release(checkpoint: Checkpoint, alias: Alias | None) -> None:
     name = str(checkpoint.config.get("model_type"))
     known_as = alias.known_as if alias and alias.known_as else name
     release = first_releases().get(known_as)
-    if release and not {name, known_as} & CONFIG_MAPPING.keys():
+    if release and name not in CONFIG_MAPPING and known_as not in CONFIG_MAPPING:
         raise FamilyError(
             f"{checkpoint.name}: transformers {transformers.__version__} does not have model type {shown(repr(known_as))}; "
             f"release {release} is the first that has it. Install that or a later one: pip install 'transformers>={release},<6'"

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from hf_moe_lmc.checkpoints.source import is_outage, one_line
 from hf_moe_lmc.errors import HubError
@@ -45,7 +44,7 @@ def send(api: HfApi, target: Target, change: Change, commit: Commit) -> str:
 
     Raises:
         HubError: the branch changed meanwhile.
-        HfHubHTTPError, httpx2.HTTPError: what the client raises.
+        HfHubHTTPError, HTTPError: what the client raises.
     """
     additions = list(change.additions)
     if additions:
@@ -108,7 +107,7 @@ def _patiently(ask: Callable[[], R], check: Callable[[], None] = lambda: None) -
     for wait in WAITS:
         try:
             return ask()
-        except httpx2.HTTPError as error:
+        except HTTPError as error:
             if not is_outage(error):
                 raise
             note(f"{one_line(error)[:200]}; trying again in {wait:g} s")
