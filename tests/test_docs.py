@@ -94,6 +94,8 @@ class StandIn:
     def model_info(self, repo_id: str, **_: object) -> SimpleNamespace:
         return SimpleNamespace(sha="0" * 40, siblings=[])
 
+    def auth_check(self, repo_id: str, *, write: bool) -> None: ...
+
     def create_branch(self, repo_id: str, **_: object) -> None: ...
 
     def create_commit(self, repo_id: str, operations: list[Any], **options: object) -> SimpleNamespace:
