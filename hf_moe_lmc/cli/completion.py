@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import shtab
 
@@ -19,7 +20,7 @@ def script(shell: str) -> str:
     for name, verb in verbs.choices.items():
         verb.description = VERBS[name].summary  # a shell shows one line
         for action in verb._actions:
-            kind = KINDS.get(str(action.metavar).rpartition("=")[2].rstrip("]"))
-            if kind:
+            word = re.search(r"[A-Z]+$", str(action.metavar))  # of [NAME=]FILE the last
+            if word and (kind := KINDS.get(word[0])):
                 action.complete = kind
     return shtab.complete(whole, shell)

@@ -16,7 +16,12 @@ def is_one(folder: Path) -> bool:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Whether `save_to_disk` wrote this folder.
+
+    Example:
+        >>> is_saved(Path("data.jsonl"))
+        False
+    """
     return is_one(folder) or (folder / SPLITS).is_file()
 
 
@@ -28,6 +33,12 @@ def load_saved(folder: Path, split: str | None) -> Any:
 
     Raises:
         InputError: there is no such split.
+
+    Example:
+        >>> from datasets import Dataset, DatasetDict
+        >>> DatasetDict(test=Dataset.from_dict({"text": ["one", "two", "three"]})).save_to_disk("saved")  # doctest: +SKIP
+        >>> load_saved(Path("saved"), "test[1:]")["text"][:]  # doctest: +SKIP
+        ['two', 'three']
     """
     from datasets import DatasetDict, ReadInstruction, concatenate_datasets, load_from_disk
 

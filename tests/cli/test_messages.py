@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import hf_moe_lmc as lmc
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.cli.parser import VERBS
 from hf_moe_lmc.proof.checks import Check, SelfTest
+from hf_moe_lmc.publishing.push import Published
 from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.verbs.inspect import inspect
 from tests.perplexity.reports import on_documents
@@ -70,13 +70,14 @@ def test_each_verb_that_computes_prints_one_document(
 
 
 def test_so_do_the_others(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def demo(output: Path, *, tell: Callable[[str], None]) -> dict[str, lmc.BarrierReport]:
+    def demo(output: Path, *, tell: Callable[[str], None]) -> dict[str, Any]:
         tell("training")
-        return {"independent": on_documents()}
+        return {"independent": on_documents().to_dict()}
 
-    monkeypatch.setattr("hf_moe_lmc.publishing.push.push", lambda *_, **__: "https://hub/commit/1")
+    published = Published("me/x", "https://hub/commit/1", changed=True)
+    monkeypatch.setattr("hf_moe_lmc.publishing.push.push", lambda *_, **__: published)
     monkeypatch.setattr("hf_moe_lmc.example.demo.demo", demo)
-    assert document(run, "push", tmp_path, "me/x") == {"url": "https://hub/commit/1"}
+    assert document(run, "push", tmp_path, "me/x") == {"url": "https://hub/commit/1", "changed": True}
     check_report(document(run, "demo", "-o", tmp_path / "demo")["independent"])
     assert document(run, "completion", "fish").keys() == {"shell", "script"}
     assert run("demo", "-o", "d") == (0, "training\nwritten: d\n", "")

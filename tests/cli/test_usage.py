@@ -77,8 +77,8 @@ def test_the_examples_of_a_verb_are_calls_of_it(verb: str) -> None:
         ("merge a b -o c --o=d", ["unknown option --o; did you mean -o?"]),
         ("merge a b -o c -overwrite", ["unknown option -overwrite; did you mean --overwrite?"]),  # nor -o verwrite
         ("merge", ["missing: A, B, -o OUT"]),
-        ("barrier a b -o c", ["missing: --text FILE or --dataset NAME"]),
-        ("barrier a", ["missing: B, -o DIR, --text FILE or --dataset NAME"]),
+        ("barrier a b -o c", ["missing: --text [NAME=]FILE or --dataset NAME"]),
+        ("barrier a", ["missing: B, -o DIR, --text [NAME=]FILE or --dataset NAME"]),
         ("inspect a b c", ["unexpected argument b", "unexpected argument c"]),
         ("align a b -o c --order gaet", ["argument --order: gaet: expected one of gate, expert, best; did you mean gate?"]),
         ("barrier a b -o c --text x --points many", ["argument --points: invalid int value: 'many'"]),

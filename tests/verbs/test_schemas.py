@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_moe_lmc.matching.alignment import Alignment
 from hf_moe_lmc.matching.certificate import CERTIFICATES
@@ -96,6 +97,7 @@ def reports(
     rows.write_text("".join(json.dumps({"text": text_file.read_text()[: 8 + n % 12]}) + "\n" for n in range(40)))
     long = tmp_path_factory.mktemp("long") / "long.txt"
     long.write_text(text_file.read_text() * 200)
+    Dataset.from_dict({"text": [text_file.read_text()]}).save_to_disk(long.with_name("one"))
     align(*pair, folder / "aligned")
     options: list[dict[str, Any]] = [
         {
@@ -109,7 +111,7 @@ def reports(
         },
         {"dataset": str(folder), "max_tokens": 1000, "symmetry": folder / "aligned", "naive": False, "routing": False},
         {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
-        {"text": text_file, "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
+        {"dataset": str(long.with_name("one")), "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BarrierReport, "plot", lambda *_: None)  # drawing takes longer than measuring
