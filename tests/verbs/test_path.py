@@ -99,7 +99,7 @@ def measured(
     output = tmp_path_factory.mktemp("barrier") / "out"
     a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
     with pytest.warns(UserWarning, match="outside the MoE blocks"):
-        barrier(a, b, output, text=[text_file, text_file], points=5, context=32, max_tokens=500)
+        barrier(a, b, output, text=[text_file, f"again={text_file}"], points=5, context=32, max_tokens=500)
     return output, json.loads((output / "report.json").read_text())
 
 
@@ -156,7 +156,7 @@ def test_a_given_symmetry_is_used_and_no_naive_path_left_out(
     output, report = measured
     a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
     again = barrier(
-        a, b, tmp_path / "out", text=[text_file, text_file], points=5, context=32, max_tokens=500, naive=False,
+        a, b, tmp_path / "out", text=[text_file, f"again={text_file}"], points=5, context=32, max_tokens=500, naive=False,
         symmetry=output / "symmetry.safetensors",
     )  # fmt: skip
     symmetry = ModelSymmetry.load(output)
