@@ -23,6 +23,7 @@ from hf_moe_lmc.cli.arguments import (
     add_resuming,
     add_running,
     default,
+    point,
     separator,
     size,
 )
@@ -222,7 +223,13 @@ def _computing(verb: Parser) -> None:
 def _merge(verb: Parser) -> None:
     add_pair(verb)
     add_output(verb, "OUT")
-    verb.add_argument("-t", type=float, help="which point to write: 0 is A, 1 is B (default: 0.5)")
+    verb.add_argument(
+        "-t",
+        type=point,
+        action="append",
+        help="which point to write: 0 is A, 1 is B (default: 0.5), or `best` for the one of the least loss on --text; "
+        "repeatable: A and B are read once, and OUT/t0.3 and so on hold a checkpoint each",
+    )
     verb.add_argument(
         "--tokenizer",
         choices=("a", "b"),

@@ -18,7 +18,7 @@ from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
-from hf_moe_lmc.writing.output import lack_of_space
+from hf_moe_lmc.writing.output import WHOLE, lack_of_space, shards_left
 from hf_moe_lmc.writing.shard_file import worker_count
 from hf_moe_lmc.writing.spans import SPAN
 from hf_moe_lmc.writing.workspace import kept_files
@@ -38,6 +38,7 @@ class Work:
     Attributes:
         inputs: what is read.
         template: what is written has its tensors; None: no checkpoint is written.
+        folders: of the output, each of which gets a checkpoint.
         models: what is read, where it was recognised.
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
@@ -47,6 +48,7 @@ class Work:
 
     inputs: Sequence[Checkpoint]
     template: Checkpoint | None = None
+    folders: Sequence[str] = WHOLE
     models: Sequence[MoEModel] = ()
     matched: bool = False
     evaluated: Cost | None = None
@@ -58,7 +60,7 @@ class Work:
             return []
         here = all(checkpoint.is_downloaded for checkpoint in self.inputs)
         whole = kept_files(output, self.facts()) if here else set()
-        return [shard for shard in self.template.shards.values() if shard.name not in whole]
+        return [shard for shard, _ in shards_left(self.template, self.folders, whole)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Plan:
     """What a verb would do, from headers and a short probe of this machine.
 
     Attributes:
-        tensors, shards: of the output; 0 where no checkpoint is written.
+        checkpoints: that are written, each in a folder of its own where there are several.
+        tensors, shards: of each of them; 0 where none is written.
         bytes_to_download: of checkpoints on the Hub that are not in the cache.
         bytes_to_read: from disk; a checkpoint that is matched and rewritten counts twice, though much may still be cached.
         bytes_free: where the output would be.
@@ -92,6 +95,7 @@ class Plan:
     matching_seconds: float
     passes: int = 0
     problem: str | None = None
+    checkpoints: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +103,8 @@ class Plan:
     def table(self) -> str:
         """For a terminal: one fact a line."""
         rows = {
-            "tensors": f"{self.tensors:,} in {self.shards} shards",
+            "checkpoints": f"{self.checkpoints}, in one pass over A and B" if self.checkpoints > 1 else "",
+            "tensors": f"{self.tensors:,} in {self.shards} shards" + (" each" if self.checkpoints > 1 else ""),
             "to download": size_of(self.bytes_to_download) if self.bytes_to_download else "",
             "to read": size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else ""),
             "to write": f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; "
@@ -142,7 +147,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
-        peak_memory=max(_memory(models, work.matched), evaluating),
+        peak_memory=max(_memory(models, work.matched, len(work.folders)), evaluating),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
@@ -150,17 +155,19 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         matching_seconds=flops / _multiplying() if flops else 0.0,
         passes=work.evaluated.passes if work.evaluated else 0,
         problem=lack_of_space(output, left, nearest),
+        checkpoints=len(work.folders) if template else 0,
     )
 
 
-def _memory(models: Sequence[MoEModel], matched: bool) -> int:
+def _memory(models: Sequence[MoEModel], matched: bool, checkpoints: int) -> int:
     """Bytes: buffers of the writer, copies of an expert in each of its threads, and what matching holds of a pair."""
-    buffers = worker_count() * 2 * SPAN
+    buffers = worker_count() * (2 if checkpoints == 1 else 3) * SPAN
     if not models:
         return buffers
     expert = max(layer.expert_numel for model in models for layer in model.layers.values())
     units = max(bank.unit_count for model in models for layer in model.layers.values() for bank in layer.banks.values())
-    writing = buffers + worker_count() * 3 * 4 * expert // 3  # three copies of one of its matrices in float32
+    copies = 3 if checkpoints == 1 else 5  # of one of its matrices in float32; those of A and of B are held for several
+    writing = buffers + worker_count() * copies * 4 * expert // 3
     return writing + ((2 * 4 * expert + 8 * units**2 + (32 << 20)) if matched else 0)
 
 

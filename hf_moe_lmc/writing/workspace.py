@@ -68,7 +68,7 @@ class Workspace:
         return results
 
     def publish(self, results: ResultFolder, *, last: str, durable: bool = True) -> None:
-        """Makes `results` the output, the file named `last` at the end."""
+        """Makes `results` the output, the files named `last` at the end."""
         self.publication.publish(results, last=last, overwrite=self.overwrite, durable=durable)
 
     def check_empty(self, shown: Path) -> None:
