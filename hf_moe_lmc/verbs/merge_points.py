@@ -24,14 +24,16 @@ class MergePoints:
     """The points that are written, all in one pass over the inputs.
 
     Attributes:
-        t: of each; empty: the best one, which is still to be found.
+        t: of each; empty while the best one is still to be found.
         tokenizer: the side whose tokenizer the outputs have.
         allow_nonfinite: write weights that are NaN or infinite.
+        best: t is, or will be, that of the least loss on a text.
     """
 
     t: tuple[float, ...]
     tokenizer: str
     allow_nonfinite: bool
+    best: bool = False
 
     @property
     def folders(self) -> Sequence[str]:
@@ -46,7 +48,13 @@ class MergePoints:
         """What the shards depend on besides the two checkpoints."""
         layouts = {f"layout_{side}": one.layout_digest() for side, one in (("a", a), ("b", b)) if one.layout_digest()}
         t: float | list[float] = self.t[0] if len(self.t) == 1 else list(self.t)
-        return {"what": "merge", "t": t, "allow_nonfinite": self.allow_nonfinite, **layouts}
+        return {
+            "what": "merge",
+            "t": t,
+            **({"best": True} if self.best else {}),
+            "allow_nonfinite": self.allow_nonfinite,
+            **layouts,
+        }
 
 
 def chosen(t: T) -> tuple[float, ...]:

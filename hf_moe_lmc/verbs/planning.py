@@ -43,7 +43,8 @@ class Work:
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
         evaluated: cost of an evaluation, which reads both models in each pass.
-        facts: what the shards are made from, of which some may have been written by a call that was stopped.
+        facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
+            known only when something has been measured.
     """
 
     inputs: Sequence[Checkpoint]
@@ -52,14 +53,14 @@ class Work:
     models: Sequence[MoEModel] = ()
     matched: bool = False
     evaluated: Cost | None = None
-    facts: Callable[[], Mapping[str, Any]] = dict
+    facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
         """Shards of the template that an earlier call has not written yet."""
         if self.template is None:
             return []
         here = all(checkpoint.is_downloaded for checkpoint in self.inputs)
-        whole = kept_files(output, self.facts()) if here else set()
+        whole = kept_files(output, self.facts() if self.facts else None) if here else set()
         return [shard for shard, _ in shards_left(self.template, self.folders, whole)]
 
 
@@ -127,8 +128,10 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     """The plan for work that has been checked."""
     template, models = work.template, work.models
     outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
-    reading = sum(checkpoint.nbytes for checkpoint in work.inputs) if work.matched or not work.evaluated else 0
-    reading += outside if work.matched and template else 0
+    both = sum(checkpoint.nbytes for checkpoint in work.inputs)
+    reading = both if work.matched or template or not work.evaluated else 0
+    if work.matched and template:  # what is evaluated in between is not in the page cache any more
+        reading += both if work.evaluated else outside
     reading += work.evaluated.passes * work.evaluated.bytes_of_both if work.evaluated else 0
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)

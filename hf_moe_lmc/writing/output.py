@@ -33,7 +33,7 @@ from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.results import ResultFolder, sync
 from hf_moe_lmc.writing.shard_file import ShardFile, run_in_parallel
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workspace import Workspace, open_workspace
+from hf_moe_lmc.writing.workspace import Workspace, kept_files, open_workspace
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WHOLE = ("",)  # the one folder of an output that is a single checkpoint
@@ -227,6 +227,17 @@ def shards_left(template: Checkpoint, folders: Sequence[str], written: Collectio
     """
     every = ((shard, folder) for shard in template.shards.values() for folder in folders)
     return [(shard, folder) for shard, folder in every if posixpath.join(folder, shard.name) not in written]
+
+
+def check_room(workspace: Workspace, template: Checkpoint, folders: Sequence[str]) -> None:
+    """As `FolderWriter.check_space`, before the facts of an output are known: what was begun there is continued or removed.
+
+    Raises:
+        OutputError: not enough space.
+    """
+    left = [shard for shard, _ in shards_left(template, folders, kept_files(workspace.root, None))]
+    if problem := lack_of_space(workspace.root, left, workspace.folder):
+        raise OutputError(problem)
 
 
 def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | None:
