@@ -165,7 +165,7 @@ class _Barrier(Job[BarrierReport]):
             inputs=[pair.a.checkpoint, pair.b.checkpoint],
             models=[pair.a, pair.b],
             matched=pair.symmetry is None,
-            evaluated=self.subject.cost(self.paths),
+            evaluated=self.subject.plan(self.paths),
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:

@@ -67,6 +67,11 @@ class EarlierReport:
                 raise InputError(f"{folder}/{REPORT}: {'.'.join(keys)} is missing; measure again with this release")
         return cls(root, content)
 
+    def check_early(self, a: Checkpoint, b: Checkpoint) -> None:
+        """As `check`, as soon as that is possible: before anything is fetched, only where both are here."""
+        if a.is_downloaded and b.is_downloaded:
+            self.check(a, b)
+
     def check(self, a: Checkpoint, b: Checkpoint) -> None:
         """Raises InputError unless the report is of these two; they have been downloaded.
 

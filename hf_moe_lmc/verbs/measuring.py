@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ import torch
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.pair import function_settings
-from hf_moe_lmc.path.evaluation import Cost, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.measurement import Measurement, evaluation_options, layer_spans, own_losses
 from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
+from hf_moe_lmc.perplexity.verdict import MIDPOINT
 from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Pair
 from hf_moe_lmc.verbs.options import filled
+from hf_moe_lmc.verbs.planning import Evaluation
 from hf_moe_lmc.writing.workspace import Workspace
 
 
@@ -88,11 +90,20 @@ class Subject:
         options = evaluation_options(model_class, asked.compute, context, masked)
         return cls(pair, asked, Evaluator(pair.a, pair.b, windows, options), spans)
 
-    def cost(self, paths: tuple[str, ...]) -> Cost:
-        """What a measurement on some paths takes, without what `refine` adds."""
-        grid = self.asked.grid
-        points = 1 + len(paths) * (len(grid.t) - 1) + len(self.spans) * len(grid.steps)
-        return self.evaluator.cost(paths, points)
+    def plan(self, paths: Sequence[str]) -> Evaluation:
+        """What a measurement on some paths takes."""
+        grid, pair = self.asked.grid, self.pair
+        halfway = grid.halfway and MIDPOINT not in grid.t
+        points = 1 + len(paths) * (len(grid.t) - 1 + halfway) + len(self.spans) * len(grid.steps)
+        return Evaluation(
+            cost=self.evaluator.cost(paths, points),
+            points=points,
+            tokens=int(self.evaluator.windows.scored.sum()),
+            refinements=grid.refine,
+            own_bytes=sum(
+                2 * model.checkpoint.nbytes for side, model in zip("ab", pair.alone, strict=True) if self._because()[side]
+            ),
+        )
 
     def check_processes(self) -> None:
         """Raises MismatchError where the processes do not see the same text."""
@@ -122,10 +133,14 @@ class Subject:
         _warn(report)
         return report
 
+    def _because(self) -> dict[str, list[str]]:
+        """By side, what of a model by itself is another on the path."""
+        other = [] if self.pair.ids.alike else ["vocabulary"]
+        return {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
+
     def _own(self) -> dict[str, dict[str, Any]] | None:
         """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
-        other = [] if self.pair.ids.alike else ["vocabulary"]
-        because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
+        because = self._because()
         found = {
             side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
             for side, model in zip("ab", self.pair.alone, strict=True)

@@ -124,10 +124,14 @@ def merge(
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
         plain = None if align or asked else inputs.plain_pair(a, b)
         if plain:
+            if earlier:
+                earlier.check_early(*plain[:2])
             return PlainMerge(*plain, written, destination, earlier)
         from hf_moe_lmc.writing.streams import refuse_quantized
 
         pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        if earlier:
+            earlier.check_early(pair.a.checkpoint, pair.b.checkpoint)
         matched = method if align and pair.symmetry is None else None
         subject = None
         if asked:

@@ -109,7 +109,7 @@ class Merge(Job["Alignment | None"]):
             folders=self.points.folders,
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
-            evaluated=self.subject.cost(tuple(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
+            evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
             facts=None if self.points.best else self.facts,
         )
 

@@ -32,6 +32,30 @@ PRODUCT = 1024  # rows of the matrix product that is timed
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A measurement on a text.
+
+    Attributes:
+        cost: of all points of the grid.
+        points: of the grid on all paths, and of the paths of single layers.
+        tokens: that are scored at each of them.
+        refinements: how often points may be added, for which both models are read again.
+        own_bytes: read besides, for models by themselves.
+    """
+
+    cost: Cost
+    points: int
+    tokens: int
+    refinements: int = 0
+    own_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Read at most."""
+        return (1 + self.refinements) * self.cost.passes * self.cost.bytes_of_both + self.own_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a verb reads and writes.
 
@@ -42,7 +66,7 @@ class Work:
         models: what is read, where it was recognised.
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
-        evaluated: cost of an evaluation, which reads both models in each pass.
+        evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
         facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
             known only when something has been measured.
     """
@@ -52,7 +76,7 @@ class Work:
     folders: Sequence[str] = WHOLE
     models: Sequence[MoEModel] = ()
     matched: bool = False
-    evaluated: Cost | None = None
+    evaluated: Evaluation | None = None
     facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
@@ -77,7 +101,9 @@ class Plan:
         peak_memory: bytes, besides what Python and the libraries take.
         seconds: of reading and writing at the rates that the probe saw, downloads left out; None where nothing is here yet.
         matching_seconds: of the matching besides, at most: every expert compared in full. Related ones take a fraction.
-        passes: how often both models are read to evaluate them; 0: nothing is evaluated.
+        passes: how often both models are read to evaluate all points of the grid; 0: nothing is evaluated.
+        refinements: how often that may happen again, for points that are added.
+        points, tokens: that are evaluated, and that are scored at each point.
         problem: why it is not possible all the same: there is no room for the output; None: it is.
     """
 
@@ -95,6 +121,9 @@ class Plan:
     layers_to_match: int
     matching_seconds: float
     passes: int = 0
+    refinements: int = 0
+    points: int = 0
+    tokens: int = 0
     problem: str | None = None
     checkpoints: int = 1
 
@@ -105,23 +134,37 @@ class Plan:
         """For a terminal: one fact a line."""
         rows = {
             "checkpoints": f"{self.checkpoints}, in one pass over A and B" if self.checkpoints > 1 else "",
-            "tensors": f"{self.tensors:,} in {self.shards} shards" + (" each" if self.checkpoints > 1 else ""),
+            "tensors": f"{self.tensors:,} in {self.shards} shards{' each' if self.checkpoints > 1 else ''}"
+            if self.tensors
+            else "",
             "to download": size_of(self.bytes_to_download) if self.bytes_to_download else "",
             "to read": size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else ""),
-            "to write": f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; "
-            f"{size_of(self.bytes_free)} free",
+            "to write": f"{self._written()}; {size_of(self.bytes_free)} free",
             "peak memory": f"{size_of(self.peak_memory)} besides Python and its libraries",
             "reading and writing": f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download",
         }
         if self.layers_to_match:
-            meanwhile = ", meanwhile written" if self.tensors else ""
+            meanwhile = ", meanwhile written" if self.tensors and not self.passes else ""
             rows["matching"] = f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}{meanwhile}"
         if self.passes:
-            times = "once" if self.passes == 1 else f"{self.passes} times"
-            rows["evaluation"] = f"reads both models {times}; the time of the forward passes is not known beforehand"
+            rows["evaluation"] = (
+                f"{self.points} points with {self.tokens:,} scored tokens each; reads both models {self._times()}; "
+            )
+            rows["evaluation"] += "the time of the forward passes is not known beforehand"
         possible = "would be possible" if self.problem is None else "would not be possible: there is no room for its output"
         shown = [(name, value) for name, value in rows.items() if value]
         return "\n".join([f"{self.verb} {possible}; nothing has been written", *aligned(shown)])
+
+    def _written(self) -> str:
+        if self.tensors:
+            return f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here"
+        return "a report, a symmetry, or both: a few MB"
+
+    def _times(self) -> str:
+        """How often both models are read."""
+        times = "once" if self.passes == 1 else f"{self.passes} times"
+        more = self.refinements * self.passes
+        return f"{times}, and up to {more} {'time' if more == 1 else 'times'} more to refine" if more else times
 
 
 def planned(verb: str, output: Path, work: Work) -> Plan:
@@ -132,7 +175,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     reading = both if work.matched or template or not work.evaluated else 0
     if work.matched and template:  # what is evaluated in between is not in the page cache any more
         reading += both if work.evaluated else outside
-    reading += work.evaluated.passes * work.evaluated.bytes_of_both if work.evaluated else 0
+    reading += work.evaluated.nbytes if work.evaluated else 0
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)
     nearest = _nearest(output)
@@ -141,7 +184,8 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     flops = sum(_flops(models[0], index) for index in common)
     read_rate = None if away else _reading(work.inputs)
     write_rate = _writing(nearest)
-    evaluating = work.evaluated.weights + work.evaluated.activations if work.evaluated else 0
+    cost = work.evaluated.cost if work.evaluated else None
+    evaluating = cost.weights + cost.activations if cost else 0
     return Plan(
         verb=verb,
         tensors=len(template.tensors) if template else 0,
@@ -156,7 +200,10 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
         layers_to_match=len(common),
         matching_seconds=flops / _multiplying() if flops else 0.0,
-        passes=work.evaluated.passes if work.evaluated else 0,
+        passes=cost.passes if cost else 0,
+        refinements=work.evaluated.refinements if work.evaluated else 0,
+        points=work.evaluated.points if work.evaluated else 0,
+        tokens=work.evaluated.tokens if work.evaluated else 0,
         problem=lack_of_space(output, left, nearest),
         checkpoints=len(work.folders) if template else 0,
     )
