@@ -105,9 +105,9 @@ def test_a_single_point_of_a_list_is_the_output_itself(tmp_path: Path) -> None:
     a, b = (checkpoint(tmp_path / name, drawn(torch.float32, i)) for i, name in enumerate("ab"))
     for place, t in (("list", [0.3]), ("number", 0.3), ("flag", None)):
         if t is None:
-            assert main(["merge", str(a), str(b), "-o", str(tmp_path / place), "-t", "0.3", "--no-align"]) == 0
+            assert main(["merge", str(a), str(b), "-o", str(tmp_path / place / "out"), "-t", "0.3", "--no-align"]) == 0
         else:
-            merge(a, b, tmp_path / place, t, align=False)
+            merge(a, b, tmp_path / place / "out", t, align=False)
     assert contents(tmp_path / "list") == contents(tmp_path / "number") == contents(tmp_path / "flag")
 
 
