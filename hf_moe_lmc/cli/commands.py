@@ -73,7 +73,8 @@ def merge(given: Given, tell: Tell) -> Outcome:
     alignment = lmc.merge(**given)
     reports = _reports(given["output"])
     verdicts = [sentence for report in reports.values() for sentence in report["verdict"]["sentences"]]
-    document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None, "reports": reports}
+    document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
+    document |= {"reports": reports} if reports else {}
     return Outcome("\n".join([*verdicts, *(alignment.sentences() if alignment else ()), _place(given)]), document)
 
 

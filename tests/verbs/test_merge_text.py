@@ -281,7 +281,7 @@ def test_two_processes_choose_and_write_what_one_does(
     saved: Callable[..., Path], tmp_path: Path, texts: list[Path], interpreter: Interpreter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = saved("qwen3_moe"), saved("qwen3_moe", "fused", 1)
-    code = "import sys; from hf_moe_lmc.perplexity import figures; figures.save = lambda *_: None\n"
+    code = "import sys; from hf_moe_lmc.perplexity.report import BarrierReport; BarrierReport.plot = lambda *_: None\n"
     code += "from hf_moe_lmc.cli import main; sys.exit(main(sys.argv[1:]))"
     call = ["merge", a, b, "-t", "best", "--points", "3", "--text", texts[0], "--context", "48", "--batch-size", "2", "-o"]
     (tmp_path / "two").mkdir()
