@@ -37,7 +37,7 @@ from hf_moe_lmc.writing import location, spans, workspace
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate")
 SEVERAL = "merge of two points"
-VERBS = ("merge", SEVERAL, "align", "apply")
+VERBS = ("merge", "align", "apply")  # of the record
 INDEX = "model.safetensors.index.json"
 PLACES = ("beside", "inside", "overwrite")
 
