@@ -11,6 +11,7 @@ from typing import get_args
 from hf_moe_lmc.cli.usage import Parser
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 
+BEST = "best"
 WHERE = "local folder or Hub id, OWNER/NAME[@REVISION]"
 
 
@@ -27,6 +28,16 @@ def size(text: str) -> int:
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** (" kmgt".index(unit.lower()) if unit else 0))
+
+
+def point(text: str) -> float | str:
+    """A t, or the word for the best one."""
+    if text == BEST:
+        return BEST
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 (A) to 1 (B), or {BEST}") from None
 
 
 def separator(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hf_moe_lmc as lmc  # each verb imports what it needs when it is called
@@ -69,8 +71,11 @@ def merge(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
         return _planned(lmc.plan_merge(**given))
     alignment = lmc.merge(**given)
+    reports = _reports(given["output"])
+    verdicts = [sentence for report in reports.values() for sentence in report["verdict"]["sentences"]]
     document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
-    return Outcome("\n".join([*(alignment.sentences() if alignment else ()), _place(given)]), document)
+    document |= {"reports": reports} if reports else {}
+    return Outcome("\n".join([*verdicts, *(alignment.sentences() if alignment else ()), _place(given)]), document)
 
 
 def push(given: Given, tell: Tell) -> Outcome:
@@ -100,6 +105,12 @@ SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several proces
 def _planned(plan: lmc.Plan) -> Outcome:
     """The plan, also of what there is no room for; that is then an error, as it would be in the run."""
     return Outcome(plan.table(), plan.to_dict(), problem=plan.problem)
+
+
+def _reports(output: Path) -> dict[str, Any]:
+    """The reports of a merge by their folders within the output: one, or one for each point; none if nothing was measured."""
+    files = sorted([*output.glob("report.json"), *output.glob("t*/report.json")])
+    return {file.parent.relative_to(output).as_posix(): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def _place(given: Mapping[str, Any]) -> str:

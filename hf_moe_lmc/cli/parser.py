@@ -23,6 +23,7 @@ from hf_moe_lmc.cli.arguments import (
     add_resuming,
     add_running,
     default,
+    point,
     separator,
     size,
 )
@@ -130,9 +131,9 @@ def _barrier(verb: Parser) -> None:
     add_publishing(verb, "publish the folder; what is there stays", card=False)
 
 
-def _text(verb: Parser) -> None:
+def _text(verb: Parser, *, required: bool = True) -> None:
     group = verb.add_argument_group("text to evaluate on")
-    text = group.add_mutually_exclusive_group(required=True)
+    text = group.add_mutually_exclusive_group(required=required)
     text.add_argument(
         "--text",
         metavar="[NAME=]FILE",
@@ -222,7 +223,13 @@ def _computing(verb: Parser) -> None:
 def _merge(verb: Parser) -> None:
     add_pair(verb)
     add_output(verb, "OUT")
-    verb.add_argument("-t", type=float, help="which point to write: 0 is A, 1 is B (default: 0.5)")
+    verb.add_argument(
+        "-t",
+        type=point,
+        action="append",
+        help="which point to write: 0 is A, 1 is B (default: 0.5), or `best` for the one of the least loss on --text; "
+        "repeatable: A and B are read once, and OUT/t0.3 and so on hold a checkpoint each",
+    )
     verb.add_argument(
         "--tokenizer",
         choices=("a", "b"),
@@ -231,7 +238,16 @@ def _merge(verb: Parser) -> None:
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is, without matching")
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")
+    verb.add_argument("--report", metavar="DIR", help="put the figures and the plot of what barrier wrote there into the card")
+    _text(verb, required=False)
+    verb.add_argument(
+        "--points",
+        metavar="N",
+        type=int,
+        help=f"grid points of the path that -t best looks at, both ends included (default: {default(GridOptions, 'points')})",
+    )
     add_matching(verb)
+    _computing(verb)
     add_running(verb)
     add_publishing(verb)
 
@@ -321,7 +337,8 @@ VERBS: dict[str, Verb] = {
         "write (1 - t) A + t B, aligned",
         (
             "hf-moe-lmc merge ./model-a ./model-b -o merged",
-            "hf-moe-lmc merge ./model-a ./model-b -o merged -t 0.3 --dry-run",
+            "hf-moe-lmc merge ./model-a ./model-b -o merges -t 0.3 -t 0.5 -t 0.7 --dry-run",
+            "hf-moe-lmc merge ./model-a ./model-b -o best -t best --text held_out.txt",
             "hf-moe-lmc merge ./model-a ./model-b -o average --no-align",
         ),
         "The output is a complete checkpoint with a model card.",

@@ -59,7 +59,7 @@ class Measurement:
     """Losses and routing on the paths between two models; everything has been checked.
 
     Attributes:
-        symmetries: of the paths, `aligned` first.
+        symmetries: of the paths, the one first that decides: `aligned`, unless B is taken as it is.
         spans: first and last of the decoder layers that are also interpolated without the others.
     """
 
@@ -76,7 +76,7 @@ class Measurement:
     def run(self) -> tuple[_Found, tuple[float, ...]]:
         """All points, those that `refine` adds included, and the grid with these."""
         t, grid = self.grid.t, self.grid
-        halfway = [_on(path, MIDPOINT) for path in self.symmetries if MIDPOINT not in t]
+        halfway = [self.on(path, MIDPOINT) for path in self.symmetries if grid.halfway and MIDPOINT not in t]
         found = self.evaluate([*self.points(t), *halfway, *(point for span in self.spans for point in self.alone(span))])
         for _ in range(grid.refine):
             new = _beside_the_maximum(self.curve(found, t))
@@ -90,9 +90,13 @@ class Measurement:
 
     def points(self, t: Sequence[float]) -> list[Point]:
         """Of all paths: A once, B on each, then what lies between, since observers compare with the ends."""
-        ends = [_on(path, at) for at in (0.0, 1.0) if at in t for path in self.symmetries]
+        ends = [self.on(path, at) for at in (0.0, 1.0) if at in t for path in self.symmetries]
         between = [Point(path, at) for path in self.symmetries for at in t if 0 < at < 1]
         return list(dict.fromkeys([*ends, *between]))
+
+    def on(self, path: str, t: float) -> Point:
+        """The point at which a path is evaluated: A is on all of them, once."""
+        return Point(path if t > 0 else next(iter(self.symmetries)), t)
 
     def alone(self, span: Span) -> list[Point]:
         """The path on which some decoder layers go from A to aligned B, without A."""
@@ -121,7 +125,7 @@ class Measurement:
     def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
         """The aligned path."""
         tokens = float(self.windows.scored.sum())
-        return BarrierCurve(tuple(t), tuple(float(found.losses[_on("aligned", at)].sum()) / tokens for at in t))
+        return BarrierCurve(tuple(t), tuple(float(found.losses[self.on("aligned", at)].sum()) / tokens for at in t))
 
     def report(
         self, text: dict[str, Any], matching: dict[str, Any], started: float, own: Mapping[str, Mapping[str, Any]] | None = None
@@ -129,7 +133,7 @@ class Measurement:
         """Evaluates, and says what was found."""
         grid, evaluator = self.grid, self.evaluator
         found, t = self.run()
-        losses = {path: torch.stack([found.losses[_on(path, at)] for at in t]) for path in self.symmetries}
+        losses = {path: torch.stack([found.losses[self.on(path, at)] for at in t]) for path in self.symmetries}
         facts = dict(found.facts)
         if grid.refine:
             facts["refined_t"] = [at for at in t if at not in grid.t]
@@ -148,17 +152,12 @@ class Measurement:
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
             own=own,
-            halfway={path: found.losses[_on(path, MIDPOINT)] for path in self.symmetries},
+            halfway={path: found.losses[self.on(path, MIDPOINT)] for path in self.symmetries if grid.halfway},
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
         points = [Point("aligned", 0.0), *self.alone(span)]
         return LayerLosses(tuple(point.t for point in points), torch.stack([found.losses[point] for point in points]))
-
-
-def _on(path: str, t: float) -> Point:
-    """The point at which a path is evaluated: A is on both, once."""
-    return Point(path if t > 0 else "aligned", t)
 
 
 def _beside_the_maximum(curve: BarrierCurve) -> list[float]:

@@ -24,6 +24,8 @@ class GridOptions:
             stands for every MoE layer alone.
         refine: how many times the intervals beside the maximum of the aligned curve are halved.
         routing: record at each point which experts the tokens take.
+        at: further points of both paths.
+        halfway: measure t = 0.5 as well where the grid lacks it.
 
     Raises:
         InputError: a number out of range.
@@ -31,6 +33,8 @@ class GridOptions:
     Example:
         >>> GridOptions(points=3).t
         (0.0, 0.5, 1.0)
+        >>> GridOptions(points=2, at=(0.3,)).t
+        (0.0, 0.3, 1.0)
         >>> GridOptions(layerwise=1).steps
         (0.5, 1.0)
     """
@@ -41,14 +45,16 @@ class GridOptions:
     layers: str | None = None
     refine: int = 0
     routing: bool = True
+    at: tuple[float, ...] = ()
+    halfway: bool = True
 
     def __post_init__(self) -> None:
         check_least(self, points=2, layerwise=0, refine=0)
 
     @property
     def t(self) -> tuple[float, ...]:
-        """The grid."""
-        return tuple(i / (self.points - 1) for i in range(self.points))
+        """The grid, with the further points."""
+        return tuple(sorted({*(i / (self.points - 1) for i in range(self.points)), *self.at}))
 
     @property
     def steps(self) -> tuple[float, ...]:

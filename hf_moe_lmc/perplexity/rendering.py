@@ -9,7 +9,7 @@ from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
 from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
-from hf_moe_lmc.perplexity.verdict import Verdict
+from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
 from hf_moe_lmc.perplexity.wording import no_barrier
 from hf_moe_lmc.plots.names import told_apart
 from hf_moe_lmc.plots.values import layers_in_words
@@ -112,6 +112,7 @@ def markdown(
     routing: Routing,
     disagreement: str | None = None,
     own: Own,
+    merged_at: MergedAt | None = None,
 ) -> str:
     """The content of report.md.
 
@@ -122,24 +123,32 @@ def markdown(
         layers: None: not measured.
         disagreement: what makes the figures void.
         own: losses of the models by themselves, by side.
+        merged_at: the merge that the report is about; where its t was given there is no curve, and no plot.
     """
     a, b = told_apart(*sources)
+    title = f"Perplexity barrier between {a} and {b}" if merged_at is None else f"Merge of {a} and {b} at t = {merged_at.t:.6g}"
+    path = paths["aligned" if "aligned" in paths else "naive"]
     parts = [
-        f"# Perplexity barrier between {a} and {b}\n",
+        f"# {title}\n",
         *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
         *(
             f"{'**' if number == 0 else ''}{line}{'**' if number == 0 else ''}\n"
             for number, line in enumerate(verdict.sentences)
         ),
         *(f"**Mind:** {line}.\n" for line in verdict.cautions if line != disagreement),
+    ]
+    if merged_at is not None and not merged_at.chosen:
+        parts += [_references(verdict), *_own_lines(own), "## What is measured\n", f"{_tokens(path, evaluation)}\n"]
+        return "\n".join([*parts, _uncertainty(_bootstrap(paths))])
+    parts += [
         "![loss along the path](barrier.png)\n",
         _references(verdict),
         "## The barrier\n",
         *([f"Of {POOLED}.\n"] if verdict.references.several else []),
         _table_of_barriers(paths),
         *_comparison(summary),
-        *(f"{line[0].upper()}{line[1:]}.\n" for line in own_losses(own)),
-        _measurement(paths["aligned"], evaluation),
+        *_own_lines(own),
+        _measurement(path, evaluation),
         _uncertainty(_bootstrap(paths)),
     ]
     if layers is not None:
@@ -147,6 +156,10 @@ def markdown(
     if routing:
         parts.append(_routing(routing))
     return "\n".join(parts)
+
+
+def _own_lines(own: Own) -> Iterator[str]:
+    yield from (f"{line[0].upper()}{line[1:]}.\n" for line in own_losses(own))
 
 
 def _references(verdict: Verdict) -> str:
@@ -193,7 +206,6 @@ def _comparison(summary: Summary) -> Iterator[str]:
 
 
 def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
-    overlap = " that overlap (each scored where the one before ended)" if path.windows.context_only else ""
     per_byte = path.bits_per_byte
     ends = f" The ends have {per_byte[0]:.4f} and {per_byte[-1]:.4f} bits per byte." if per_byte else ""
     return (
@@ -202,11 +214,19 @@ def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
         "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
         "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
         "theirs. "
-        f"These are {len(path.t)} points on the same text: {evaluation['tokens_scored']} predicted tokens in "
-        f"{evaluation['windows']} windows of at most {evaluation['context']} tokens{overlap}, "
-        f"{'each opened by a BOS token' if evaluation['bos'] else 'without BOS'}, in {evaluation['dtype']}.{ends} "
+        f"These are {len(path.t)} points on the same text. {_tokens(path, evaluation)}{ends} "
         "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
         "that the models are connected in general.\n"
+    )
+
+
+def _tokens(path: PathResult, evaluation: Mapping[str, Any]) -> str:
+    """What was evaluated on, in a sentence."""
+    overlap = " that overlap (each scored where the one before ended)" if path.windows.context_only else ""
+    bos = "each opened by a BOS token" if evaluation["bos"] else "without BOS"
+    return (
+        f"All models see the same {evaluation['tokens_scored']} predicted tokens in {evaluation['windows']} windows of at most "
+        f"{evaluation['context']} tokens{overlap}, {bos}, in {evaluation['dtype']}."
     )
 
 

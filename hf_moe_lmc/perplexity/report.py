@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_moe_lmc.perplexity import drawing, rendering
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
 from hf_moe_lmc.perplexity.curve import BarrierCurve
-from hf_moe_lmc.perplexity.references import References
+from hf_moe_lmc.perplexity.references import References, references
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
-from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, Verdict, path_verdict
+from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.documents import as_json
@@ -61,6 +61,7 @@ class BarrierReport:
         own: by side (`a`, `b`), the losses under that model's own configuration and vocabulary, and why that is another one, as
             in report.json; None: it is not.
         halfway: by path name, float64 [window], the losses at t = 0.5, on the grid or not; by default those of the grid.
+        merge: the merge that the references and the verdict are about, at a point of the grid; None: no merge was made.
 
     Example:
         >>> import torch
@@ -89,6 +90,7 @@ class BarrierReport:
     routing: Sequence[Mapping[str, Any]] | None = None
     own: Mapping[str, Mapping[str, Any]] | None = None
     halfway: Mapping[str, Tensor] = field(default_factory=dict)
+    merge: MergedAt | None = None
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -110,25 +112,49 @@ class BarrierReport:
     def summary(self) -> Summary:
         """Comparison of the two paths."""
         narrow = self.evaluation.get("dtype") != "float32"
+        if "aligned" not in self.paths:
+            return Summary()
         return Summary.of(self.paths["aligned"], self.paths.get("naive"), narrow=narrow)
 
     @cached_property
     def verdict(self) -> Verdict:
         """Which t, and whether the merge there is better than its parents."""
+        about: dict[str, Any] = {
+            "floor": max(ROUNDING, self.relabelling_floor or 0.0),
+            "remarks": [*self.not_finite, *self.warnings],
+        }
+        parents = {side: torch.tensor(own["window_nll"]) * self.windows.scored for side, own in (self.own or {}).items()}
+        merge = self.merge
+        if merge is None:
+            return self._of_paths("aligned", parents, about)
+        if merge.chosen:
+            found = self._of_paths(merge.path, parents, about)
+            if found.t == merge.t:
+                return replace(found, references=found.compared)
+            here = replace(references(self._at(merge, parents), self.windows, t=merge.t), means=found.compared.means)
+            return replace(found, references=here, compared=here)
+        return merge_verdict(self._at(merge, parents), self.windows, t=merge.t, merge=merge.path, **about)
+
+    def _at(self, merge: MergedAt, parents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of the parents, and of each path at the t of a merge: float64 [window]."""
+        ends = {"a": self.losses[merge.path][0], "b": self.losses.get("naive", self.losses[merge.path])[-1]}
+        return {**ends, **parents, **{name: losses[self.t.index(merge.t)] for name, losses in self.losses.items()}}
+
+    def _of_paths(self, merge: str, parents: Mapping[str, Tensor], about: Mapping[str, Any]) -> Verdict:
         halfway = self.halfway or {name: losses[self.t.index(MIDPOINT)] for name, losses in self.losses.items()}
         return path_verdict(
             self.losses,
             self.t,
             self.windows,
             halfway=halfway,
-            parents={side: torch.tensor(own["window_nll"]) * self.windows.scored for side, own in (self.own or {}).items()},
-            floor=max(ROUNDING, self.relabelling_floor or 0.0),
-            remarks=[*self.not_finite, *self.warnings],
+            parents=parents,
+            merge=merge,
+            **about,
         )
 
     @property
     def references(self) -> References:
-        """Losses of both parents and of the merges halfway between them, by text and on the mean of the texts."""
+        """Losses of both parents and of the merges halfway between them, or at the t of the merge that was made."""
         return self.verdict.references
 
     @property
@@ -208,6 +234,8 @@ class BarrierReport:
         """A disagreement of the ends, and maxima that the grid may have missed, in words."""
         reasons = {name: path.curve.unresolved(half_width(path.barrier_interval)) for name, path in self.paths.items()}
         found = [] if self.disagreement is None else [self.disagreement]
+        if self.merge is not None and not self.merge.chosen:  # there is no curve: t was given
+            return found
         return found + [
             f"{name} path: the barrier may be higher than measured: {reason}; --refine adds points there"
             for name, reason in reasons.items()
@@ -221,6 +249,7 @@ class BarrierReport:
             "version": REPORT_VERSION,
             "verdict": self.verdict.to_dict(),
             "references": self.references.to_dict(),
+            **({} if self.merge is None else {"merge": asdict(self.merge)}),
             "a": self.a,
             "b": self.b,
             "evaluation": self.evaluation,
@@ -297,6 +326,7 @@ class BarrierReport:
             routing=self.routing or (),
             disagreement=self.disagreement,
             own=self.own or {},
+            merged_at=self.merge,
         )
 
     def plot(self, path: Path, kind: PlotKind = "static") -> None:

@@ -34,6 +34,21 @@ STANDINGS = {
 }
 
 
+@dataclass(frozen=True)
+class MergedAt:
+    """The merge that a report is about.
+
+    Attributes:
+        t: 0 is A, 1 is B.
+        path: that it lies on: `aligned`, or `naive` where B was taken as it is.
+        chosen: t is that of the least loss on this text; else it was given.
+    """
+
+    t: float
+    path: str = "aligned"
+    chosen: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """Whether a merge is better than its parents. Losses are in nats per token, on the unweighted mean of the texts.
@@ -132,7 +147,7 @@ class Verdict:
         if self.references.several:
             subject = f"On the mean of the texts, the merge at {wording.place(self.t)}"
         held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
-        found = [] if self.least is None else [wording.least_loss(self.least, self.references)]
+        found = [] if self.least is None else [wording.least_loss(self.least, self.references, self.merge)]
         found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
         return [*found, wording.barriers(self.barriers)] if self.barriers else found
 
@@ -204,28 +219,30 @@ def path_verdict(
     *,
     halfway: Mapping[str, Tensor],
     parents: Mapping[str, Tensor] | None = None,
+    merge: str = "aligned",
     floor: float = ROUNDING,
     remarks: Sequence[str] = (),
 ) -> Verdict:
-    """References and verdict of the paths from A to B; the aligned one decides.
+    """References and verdict of the paths from A to B.
 
     Where its loss is least at an end, the sentences compare the merge halfway.
 
     Args:
-        paths: `aligned`, and `naive` where it was measured: float64 [point, window], nats, summed over each window.
+        paths: `aligned`, `naive` or both: float64 [point, window], nats, summed over each window.
         t: the grid, ascending from 0 to 1.
         windows: what was evaluated on; they know their texts.
         halfway: by the names of MERGES, float64 [window]: losses at t = 0.5.
         parents: `a`, `b` or both by themselves, float64 [window], where they are not the ends of the paths.
+        merge: the path that decides.
         floor, remarks: as in `Verdict`.
     """
-    ends = {"a": paths["aligned"][0], "b": paths.get("naive", paths["aligned"])[-1], **(parents or {})}
+    ends = {"a": paths[merge][0], "b": paths.get("naive", paths[merge])[-1], **(parents or {})}
     found = references({**ends, **halfway}, windows, t=MIDPOINT)
-    least = LeastLoss(t, paths["aligned"], found.means)
+    least = LeastLoss(t, paths[merge], found.means)
     compared = found
     if least.chosen is not None and 0 < least.chosen < 1:
         assert least.index is not None
         fixed = {name: losses for name, losses in halfway.items() if name == "ensemble"}  # it is at no t
         at_least = {name: losses[least.index] for name, losses in paths.items()}
         compared = replace(references({**ends, **at_least, **fixed}, windows, t=least.chosen), means=found.means)
-    return Verdict(found, compared, "aligned", floor, least, paths, remarks)
+    return Verdict(found, compared, merge, floor, least, paths, remarks)

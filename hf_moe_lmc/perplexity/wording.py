@@ -52,12 +52,12 @@ def place(t: float, interval: Interval | None = None, step: float = 0.0) -> str:
     return f"t = {t:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def least_loss(least: LeastLoss, references: References) -> str:
-    """Where the loss on the aligned path is least."""
+def least_loss(least: LeastLoss, references: References, path: str = "aligned") -> str:
+    """Where the loss on a path is least."""
     texts = "these texts" if references.several else "this text"
-    start = f"Least loss on the aligned path{', on the mean of the texts,' if references.several else ''}"
+    start = f"Least loss on the {path} path{', on the mean of the texts,' if references.several else ''}"
     if least.index is None:
-        return "No loss on the aligned path is finite."
+        return f"No loss on the {path} path is finite."
     assert least.chosen is not None
     if least.undecided:
         return f"{start} at {place(least.chosen)}, chosen on {texts}, but no t of the path can be told from another."

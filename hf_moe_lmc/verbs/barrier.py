@@ -6,29 +6,19 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_moe_lmc.errors import InputError, refuse_idle
+from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
-from hf_moe_lmc.moe.model_class import language_model_class
-from hf_moe_lmc.moe.pair import function_settings
-from hf_moe_lmc.path.evaluation import Evaluator
-from hf_moe_lmc.path.measurement import Measurement, check_device, evaluation_options, layer_spans, own_losses
-from hf_moe_lmc.path.options import ComputeOptions, DType, GridOptions
-from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
-from hf_moe_lmc.perplexity.report import BarrierReport, Span
-from hf_moe_lmc.perplexity.text import Text, TextOptions
-from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
+from hf_moe_lmc.path.measurement import check_device
+from hf_moe_lmc.path.options import DType
+from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
-from hf_moe_lmc.runtime.notices import warn
-from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.symmetry.group import ModelSymmetry
-from hf_moe_lmc.verbs.inputs import Inputs, Pair, download
+from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
+from hf_moe_lmc.verbs.measuring import Asked, Subject, given_symmetry
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import open_writer
@@ -127,14 +117,7 @@ def barrier(
         0.204
     """
     given = locals()
-    asked = _Asked(
-        source=filled(TextOptions, given).source(),
-        windows=filled(WindowOptions, given),
-        grid=filled(GridOptions, given),
-        compute=filled(ComputeOptions, given),
-        matching=filled(WeightMatching, given),
-        plots=filled(PlotOptions, given),
-    )
+    asked, matching, plots = Asked.of(given), filled(WeightMatching, given), filled(PlotOptions, given)
     if symmetry is not None:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
     check_device(device)
@@ -142,21 +125,7 @@ def barrier(
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
         pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
-        model_class = language_model_class(pair.a)
-        spans = layer_spans(asked.grid.layers, pair.a) if asked.grid.steps else []
-        context = context_length(pair.a, asked.windows.context)
-        windows = cut_texts(
-            asked.source.texts(),
-            common_tokenizer(pair.a, pair.b),
-            context=context,
-            max_tokens=asked.windows.max_tokens,
-            stride=asked.windows.stride,
-            names=asked.source.names,
-        )
-        check_ids(windows, pair)
-        masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
-        evaluator = Evaluator(pair.a, pair.b, windows, evaluation_options(model_class, asked.compute, context, masked))
-        return _Barrier(evaluator, asked, spans, pair, file)
+        return _Barrier(Subject.of(pair, asked), matching, file, plots)
 
     return Request(
         verb="barrier",
@@ -171,104 +140,54 @@ def barrier(
 plan_barrier = barrier.plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What a barrier is asked for, but for the models."""
-
-    source: Text
-    windows: WindowOptions
-    grid: GridOptions
-    compute: ComputeOptions
-    matching: WeightMatching
-    plots: PlotOptions
-
-
 @dataclass(frozen=True)
 class _Barrier(Job[BarrierReport]):
     """Two models and a text that fit.
 
     Attributes:
-        spans: first and last of the decoder layers that are also interpolated without the others.
-        pair: with what B is aligned with; None: it is still to be found.
+        method: how B is matched to A, unless a symmetry was given.
         file: where that was read from.
     """
 
-    evaluator: Evaluator
-    asked: _Asked
-    spans: Sequence[Span]
-    pair: Pair
+    subject: Subject
+    method: WeightMatching
     file: str | None
+    plots: PlotOptions
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return ("aligned", "naive") if self.asked.grid.naive else ("aligned",)
+        return ("aligned", "naive") if self.subject.asked.grid.naive else ("aligned",)
 
     @property
     def work(self) -> Work:
-        models, grid = [self.evaluator.a, self.evaluator.b], self.asked.grid
-        points = 1 + len(self.paths) * (grid.points - 1) + len(self.spans) * len(grid.steps)
+        pair = self.subject.pair
         return Work(
-            inputs=[model.checkpoint for model in models],
-            models=models,
-            matched=self.pair.symmetry is None,
-            evaluated=self.evaluator.cost(self.paths, points),
+            inputs=[pair.a.checkpoint, pair.b.checkpoint],
+            models=[pair.a, pair.b],
+            matched=pair.symmetry is None,
+            evaluated=self.subject.plan(self.paths),
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:
-        a, b = self.evaluator.a, self.evaluator.b
+        pair = self.subject.pair
         with open_writer(workspace) as writer:
             started = time.perf_counter()
-            download(a, b, given=self.pair.symmetry)
-            process_group().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
+            download(pair.a, pair.b, given=pair.symmetry)
+            self.subject.check_processes()
             aligned, matching = self._aligned(workspace)
-            symmetries = {"aligned": aligned, **({"naive": b.identity()} if self.asked.grid.naive else {})}
-            measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
-            report = measurement.report(self.asked.source.describe(), matching, started, self._own())
-            _warn(report)
+            symmetries = {"aligned": aligned, "naive": pair.b.identity()}
+            report = self.subject.measure({path: symmetries[path] for path in self.paths}, matching, workspace, started)
             if writer:
                 aligned.save(writer.path("symmetry.safetensors"))
                 writer.write_text("report.json", report.to_json())
                 writer.write_text("report.md", report.to_markdown())
-                report.plot(writer.path("barrier.png"), self.asked.plots.plot)
+                report.plot(writer.path("barrier.png"), self.plots.plot)
         return report
 
     def _aligned(self, workspace: Workspace | None) -> tuple[ModelSymmetry, dict[str, Any]]:
         """What B is aligned with, and what a report says of it."""
-        given = self.pair.symmetry
-        if given is not None:
-            return given, {"symmetry": self.file and Path(self.file).name, **given.metadata}  # no path of this machine
-        alignment = align_models(self.evaluator.a, self.evaluator.b, self.asked.matching, workspace=workspace)
+        pair = self.subject.pair
+        if pair.symmetry is not None:
+            return pair.symmetry, given_symmetry(pair.symmetry, self.file)
+        alignment = align_models(pair.a, pair.b, self.method, workspace=workspace)
         return alignment.symmetry, alignment.to_dict()
-
-    def _own(self) -> dict[str, dict[str, Any]] | None:
-        """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
-        other = [] if self.pair.ids.alike else ["vocabulary"]
-        because = {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
-        found = {
-            side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
-            for side, model in zip("ab", self.pair.alone, strict=True)
-            if because[side]
-        }
-        return found or None
-
-
-def check_ids(windows: Windows, pair: Pair) -> None:
-    """Raises InputError where a text uses token ids that one of two models does not have."""
-    used = torch.cat(windows.rows).unique().numpy()
-    for side, model, has in (("A", pair.a, pair.ids.has_a), ("B", pair.b, pair.ids.has_b)):
-        missing = [int(number) for number in used if number >= len(has) or not has[number]]
-        if missing:
-            raise InputError(
-                f"the text uses token ids that {side} ({model.checkpoint.name}) has no token for: "
-                f"{', '.join(map(str, missing[:5]))}; take a text without them, or models with one tokenizer"
-            )
-
-
-def _warn(report: BarrierReport) -> None:
-    """Warns of what the reader of a report should know."""
-    for problem in report.not_finite:
-        warn(problem)
-    if "routing_unavailable" in report.evaluation:
-        warn(f"{report.a['source']}: the routing cannot be watched: {report.evaluation['routing_unavailable']}")
-    for warning in report.warnings:
-        warn(warning)

@@ -1,4 +1,4 @@
-"""The verb `merge`: one point of the interpolation path, written as a checkpoint.
+"""The verb `merge`: points of the interpolation path, each written as a checkpoint, all in one pass over the inputs.
 
 Without alignment nothing has to be known of the model: two checkpoints that hold the same tensors are interpolated as they
 are, and transformers is not even imported.
@@ -7,28 +7,28 @@ are, and transformers is not even imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
-from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
-from hf_moe_lmc.publishing.card import Destination
-from hf_moe_lmc.verbs.inputs import Inputs, Pair
+from hf_moe_lmc.path.options import DType
+from hf_moe_lmc.verbs.earlier_report import EarlierReport
+from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.job import Job, Request, verb
-from hf_moe_lmc.verbs.merge_card import merge_card
+from hf_moe_lmc.verbs.merge_jobs import Merge, PlainMerge
+from hf_moe_lmc.verbs.merge_points import MergePoints, T, chosen
 from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
-from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.interpolation import check_t
-from hf_moe_lmc.writing.output import FolderWriter, open_writer
-from hf_moe_lmc.writing.spans import PlainStream
-from hf_moe_lmc.writing.workspace import Workspace
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.verbs.measuring import Asked
+
+MEASURING = (  # options without effect unless a text is given
+    "dataset_config", "dataset_revision", "split", "column", "join", "context", "stride", "max_tokens", "points", "dtype",
+    "device", "batch_size", "activation_memory",
+)  # fmt: skip
 
 
 @verb
@@ -36,11 +36,27 @@ def merge(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    t: float = 0.5,
+    t: T = 0.5,
     *,
     align: bool = True,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     tokenizer: Literal["a", "b"] = "a",
+    text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    split: str | None = None,
+    column: str | None = None,
+    join: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    points: int | None = None,
+    dtype: DType | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    activation_memory: int | None = None,
+    report: str | os.PathLike[str] | None = None,
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -53,16 +69,27 @@ def merge(
 ) -> Request[Alignment | None]:
     """Writes the checkpoint theta_t = (1 - t) A + t B' with a model card, in A's layout, dtypes and side files.
 
+    For several t each checkpoint stands in a folder of its own, such as `output/t0.3`. A and B are read once for all of them.
+
+    With a text the merge is measured on it beside its parents and the merge without alignment, and gets report.json and
+    report.md. With t = "best" the path is measured first, as `barrier` does. The merge is made where the loss is least, on the
+    unweighted mean of the texts, and gets a plot of the path as well.
+
     `merge.plan` takes the same arguments and returns the Plan: a dry run.
 
     Args:
         a, b: local folders or Hub ids (OWNER/NAME[@REVISION]).
         output: a new or empty folder.
-        t: 0 is A, 1 is B.
+        t: 0 is A, 1 is B; a number, several, or "best" for the one of the least loss on a text.
         align: match B to A first; otherwise B is taken as it is. Two checkpoints with the same tensors are then
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
         tokenizer: whose tokenizer, chat template, generation configuration and special ids the output has, together.
+        text, dataset, dataset_config, dataset_revision, split, column, join: what to measure on, as for `barrier`; by default
+            nothing is measured.
+        context, stride, max_tokens, dtype, device, batch_size, activation_memory: how to measure, as for `barrier`.
+        points: grid points of the path on which the best t is looked for, both ends included, by default 25.
+        report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
         order, units, exact, push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
@@ -74,28 +101,44 @@ def merge(
 
     Example:
         >>> lmc.merge("model-a", "model-b", "merged", t=0.3)  # doctest: +SKIP
+        >>> lmc.merge("model-a", "model-b", "merges", t=[0.3, 0.5, 0.7])  # doctest: +SKIP
+        >>> lmc.merge("model-a", "model-b", "best", t="best", text="held_out.txt")  # doctest: +SKIP
     """
     given = locals()
     method, options = filled(WeightMatching, given), filled(OutputOptions, given)
-    check_t(t)
+    if tokenizer not in ("a", "b"):
+        raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
+    at = chosen(t)
+    written = MergePoints(at, tokenizer, options.allow_nonfinite, best=not at)
+    if len(at) > 1 and push_to_hub:
+        raise InputError(f"--push-to-hub publishes one checkpoint, and {len(at)} t were given; publish its folders with push")
     if symmetry is not None and not align:
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     if symmetry is not None or not align:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
-    if tokenizer not in ("a", "b"):
-        raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
-    point = _Point(t, tokenizer, options.allow_nonfinite)
+    asked = _asked(given, written)
+    earlier = None if report is None else EarlierReport.read(report)
     destination = options.destination(output)
+    file = file_name(symmetry) if isinstance(symmetry, (str, os.PathLike)) else ""
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
-        plain = None if align else inputs.plain_pair(a, b)
+        plain = None if align or asked else inputs.plain_pair(a, b)
         if plain:
-            return _PlainMerge(*plain, point, destination)
+            if earlier:
+                earlier.check_early(*plain[:2])
+            return PlainMerge(*plain, written, destination, earlier)
         from hf_moe_lmc.writing.streams import refuse_quantized
 
         pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        if earlier:
+            earlier.check_early(pair.a.checkpoint, pair.b.checkpoint)
         matched = method if align and pair.symmetry is None else None
-        return _Merge(pair, point, matched, destination, file_name(symmetry))
+        subject = None
+        if asked:
+            from hf_moe_lmc.verbs.measuring import Subject
+
+            subject = Subject.of(pair, asked)
+        return Merge(pair, written, matched, not align, destination, file, subject, earlier)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
 
@@ -103,140 +146,23 @@ def merge(
 plan_merge = merge.plan
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Which point is written, and how.
+def _asked(given: Mapping[str, Any], points: MergePoints) -> Asked | None:
+    """What is to be measured; None: nothing is.
 
-    Attributes:
-        tokenizer: the side whose tokenizer the output has.
+    Raises:
+        InputError: options without effect, or of which one cannot go with another.
     """
-
-    t: float
-    tokenizer: str
-    allow_nonfinite: bool
-
-    def facts(self, a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
-        """What the shards depend on besides the two checkpoints."""
-        layouts = {f"layout_{side}": one.layout_digest() for side, one in (("a", a), ("b", b)) if one.layout_digest()}
-        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **layouts}
-
-
-@dataclass(frozen=True)
-class _PlainMerge(Job["Alignment | None"]):
-    """Two checkpoints with the same tensors, as they are."""
-
-    a: Checkpoint
-    b: Checkpoint
-    ids: TokenIds
-    point: _Point
-    destination: Destination
-
-    @property
-    def work(self) -> Work:
-        return Work(inputs=[self.a, self.b], template=self.a, facts=self.facts)
-
-    def facts(self) -> Mapping[str, Any]:
-        return self.point.facts(self.a, self.b) | {"a": self.a.resume_key(), "b": self.b.resume_key()}
-
-    def run(self, workspace: Workspace | None) -> None:
-        download_checkpoints(self.a, self.b)
-        inputs = [self.a, self.b]
-        with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.point.allow_nonfinite) as writer:
-            if writer:
-                writer.write_tensors(PlainStream(self.a, self.b, self.point.t))
-                writer.write_checkpoint_files(self.a, self.b if self.point.tokenizer == "b" else None)
-                writer.write_text(
-                    "README.md",
-                    merge_card(self.a, self.b, self.point.t, self.ids, self.destination, tokenizer=self.point.tokenizer),
-                )
-
-
-@dataclass(frozen=True)
-class _Merge(Job["Alignment | None"]):
-    """Two models.
-
-    Attributes:
-        method: how B is matched to A; None: it is not, or was before.
-        file: where a given symmetry is from, for the card.
-    """
-
-    pair: Pair
-    point: _Point
-    method: WeightMatching | None
-    destination: Destination
-    file: str
-
-    @property
-    def inputs(self) -> list[Checkpoint]:
-        return [self.pair.a.checkpoint, self.pair.b.checkpoint]
-
-    @property
-    def work(self) -> Work:
-        return Work(
-            inputs=self.inputs,
-            template=self.pair.a.checkpoint,
-            models=[self.pair.a, self.pair.b],
-            matched=self.method is not None,
-            facts=self.facts,
-        )
-
-    @property
-    def used(self) -> ModelSymmetry:
-        """What B is taken by where nothing is matched."""
-        return self.pair.symmetry or self.pair.b.identity()
-
-    def facts(self) -> Mapping[str, Any]:
-        from hf_moe_lmc.matching.alignment import matching_facts
-        from hf_moe_lmc.symmetry.group import digest
-
-        a, b = self.inputs
-        if self.method:
-            return self.point.facts(a, b) | matching_facts(self.pair.a, self.pair.b, self.method)
-        return self.point.facts(a, b) | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
-
-    def run(self, workspace: Workspace | None) -> Alignment | None:
-        from hf_moe_lmc.verbs.inputs import download
-
-        a, b = self.inputs
-        download(self.pair.a, self.pair.b, given=self.pair.symmetry)
-        with open_writer(workspace, self.facts(), inputs=[a, b], allow_nonfinite=self.point.allow_nonfinite) as writer:
-            alignment = self._write_tensors(writer, workspace)
-            if alignment and not self.pair.ids.alike:
-                alignment = replace(alignment, vocabulary=self.pair.ids.account())
-            used = alignment.symmetry if alignment else self.pair.symmetry
-            if writer:
-                writer.write_checkpoint_files(a, b if self.point.tokenizer == "b" else None)
-                if used:
-                    used.save(writer.path("alignment/symmetry.safetensors"))
-                if alignment:
-                    writer.write_text("alignment/alignment.json", alignment.to_json())
-                card = merge_card(
-                    a,
-                    b,
-                    self.point.t,
-                    self.pair.ids,
-                    self.destination,
-                    tokenizer=self.point.tokenizer,
-                    alignment=alignment,
-                    symmetry=self.pair.symmetry,
-                    symmetry_name=self.file,
-                )
-                writer.write_text("README.md", card)
-        return alignment
-
-    def _write_tensors(self, writer: FolderWriter | None, workspace: Workspace | None) -> Alignment | None:
-        from hf_moe_lmc.matching.alignment import align_models
-        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
-        from hf_moe_lmc.writing.streams import interpolated
-
-        a, b, t = self.pair.a, self.pair.b, self.point.t
-        if self.method:
-            elements = pending(b.layers)
-            stream = interpolated(a, b, elements, t, rounded=True)
-            with written_meanwhile(writer, stream, elements) as deliver:
-                return align_models(
-                    a, b, self.method, allow_nonfinite=self.point.allow_nonfinite, workspace=workspace, deliver=deliver
-                )
-        if writer:
-            writer.write_tensors(interpolated(a, b, self.used.layers, t, rounded=True))
+    if given["text"] is None and given["dataset"] is None:
+        if points.best:
+            raise InputError("t = best is found by measuring: give it a text with --text or --dataset")
+        refuse_idle({name: given[name] for name in MEASURING}, "nothing is measured without --text or --dataset")
         return None
+    if given["report"] is not None:
+        raise InputError("a report was given, and a text to measure on; choose one")
+    if not points.best:
+        refuse_idle({"points": given["points"]}, "t is given, so that no path is searched")
+    from hf_moe_lmc.path.measurement import check_device
+    from hf_moe_lmc.verbs.merge_text import asked_of_merge
+
+    check_device(given["device"])
+    return asked_of_merge(given, points)

@@ -8,6 +8,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import OUT, Destination, model_card
 from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.writing.interpolation import exact
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
@@ -46,12 +47,12 @@ def merge_card(
     options += ["--tokenizer", "b"] if tokenizer == "b" else []
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
     return model_card(
-        title=f"Merge of {{A}} and {{B}} at t = {t:g}",
-        summary=f"The point t = {t:g} of the straight line (1 - t) A + t B' between two {kind}. B' is {how}",
+        title=f"Merge of {{A}} and {{B}} at t = {exact(t)}",
+        summary=f"The point t = {exact(t)} of the straight line (1 - t) A + t B' between two {kind}. B' is {how}",
         inputs={"A": a, "B": b},
         base="AB",
         relation="merge",
-        command=["merge", "A", "B", "-o", OUT, "-t", f"{t:g}", *options],
+        command=["merge", "A", "B", "-o", OUT, "-t", exact(t), *options],
         template=a,
         destination=destination,
         alignment=alignment.sentences() if alignment else (),

@@ -18,7 +18,7 @@ from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
-from hf_moe_lmc.writing.output import lack_of_space
+from hf_moe_lmc.writing.output import WHOLE, lack_of_space, shards_left
 from hf_moe_lmc.writing.shard_file import worker_count
 from hf_moe_lmc.writing.spans import SPAN
 from hf_moe_lmc.writing.workspace import kept_files
@@ -32,33 +32,60 @@ PRODUCT = 1024  # rows of the matrix product that is timed
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A measurement on a text.
+
+    Attributes:
+        cost: of all points of the grid.
+        points: of the grid on all paths, and of the paths of single layers.
+        tokens: that are scored at each of them.
+        refinements: how often points may be added, for which both models are read again.
+        own_bytes: read besides, for models by themselves.
+    """
+
+    cost: Cost
+    points: int
+    tokens: int
+    refinements: int = 0
+    own_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Read at most."""
+        return (1 + self.refinements) * self.cost.passes * self.cost.bytes_of_both + self.own_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a verb reads and writes.
 
     Attributes:
         inputs: what is read.
         template: what is written has its tensors; None: no checkpoint is written.
+        folders: of the output, each of which gets a checkpoint.
         models: what is read, where it was recognised.
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
-        evaluated: cost of an evaluation, which reads both models in each pass.
-        facts: what the shards are made from, of which some may have been written by a call that was stopped.
+        evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
+        facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
+            known only when something has been measured.
     """
 
     inputs: Sequence[Checkpoint]
     template: Checkpoint | None = None
+    folders: Sequence[str] = WHOLE
     models: Sequence[MoEModel] = ()
     matched: bool = False
-    evaluated: Cost | None = None
-    facts: Callable[[], Mapping[str, Any]] = dict
+    evaluated: Evaluation | None = None
+    facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
         """Shards of the template that an earlier call has not written yet."""
         if self.template is None:
             return []
         here = all(checkpoint.is_downloaded for checkpoint in self.inputs)
-        whole = kept_files(output, self.facts()) if here else set()
-        return [shard for shard in self.template.shards.values() if shard.name not in whole]
+        whole = kept_files(output, self.facts() if self.facts else None) if here else set()
+        return [shard for shard, _ in shards_left(self.template, self.folders, whole)]
 
 
 @dataclass(frozen=True)
@@ -66,14 +93,17 @@ class Plan:
     """What a verb would do, from headers and a short probe of this machine.
 
     Attributes:
-        tensors, shards: of the output; 0 where no checkpoint is written.
+        checkpoints: that are written, each in a folder of its own where there are several.
+        tensors, shards: of each of them; 0 where none is written.
         bytes_to_download: of checkpoints on the Hub that are not in the cache.
         bytes_to_read: from disk; a checkpoint that is matched and rewritten counts twice, though much may still be cached.
         bytes_free: where the output would be.
         peak_memory: bytes, besides what Python and the libraries take.
         seconds: of reading and writing at the rates that the probe saw, downloads left out; None where nothing is here yet.
         matching_seconds: of the matching besides, at most: every expert compared in full. Related ones take a fraction.
-        passes: how often both models are read to evaluate them; 0: nothing is evaluated.
+        passes: how often both models are read to evaluate all points of the grid; 0: nothing is evaluated.
+        refinements: how often that may happen again, for points that are added.
+        points, tokens: that are evaluated, and that are scored at each point.
         problem: why it is not possible all the same: there is no room for the output; None: it is.
     """
 
@@ -91,7 +121,11 @@ class Plan:
     layers_to_match: int
     matching_seconds: float
     passes: int = 0
+    refinements: int = 0
+    points: int = 0
+    tokens: int = 0
     problem: str | None = None
+    checkpoints: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,32 +133,49 @@ class Plan:
     def table(self) -> str:
         """For a terminal: one fact a line."""
         rows = {
-            "tensors": f"{self.tensors:,} in {self.shards} shards",
+            "checkpoints": f"{self.checkpoints}, in one pass over A and B" if self.checkpoints > 1 else "",
+            "tensors": f"{self.tensors:,} in {self.shards} shards{' each' if self.checkpoints > 1 else ''}"
+            if self.tensors
+            else "",
             "to download": size_of(self.bytes_to_download) if self.bytes_to_download else "",
             "to read": size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else ""),
-            "to write": f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here; "
-            f"{size_of(self.bytes_free)} free",
+            "to write": f"{self._written()}; {size_of(self.bytes_free)} free",
             "peak memory": f"{size_of(self.peak_memory)} besides Python and its libraries",
             "reading and writing": f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download",
         }
         if self.layers_to_match:
-            meanwhile = ", meanwhile written" if self.tensors else ""
+            meanwhile = ", meanwhile written" if self.tensors and not self.passes else ""
             rows["matching"] = f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}{meanwhile}"
         if self.passes:
-            times = "once" if self.passes == 1 else f"{self.passes} times"
-            rows["evaluation"] = f"reads both models {times}; the time of the forward passes is not known beforehand"
+            rows["evaluation"] = (
+                f"{self.points} points with {self.tokens:,} scored tokens each; reads both models {self._times()}; "
+            )
+            rows["evaluation"] += "the time of the forward passes is not known beforehand"
         possible = "would be possible" if self.problem is None else "would not be possible: there is no room for its output"
         shown = [(name, value) for name, value in rows.items() if value]
         return "\n".join([f"{self.verb} {possible}; nothing has been written", *aligned(shown)])
+
+    def _written(self) -> str:
+        if self.tensors:
+            return f"{size_of(self.bytes_to_write)}, at {size_of(self.write_rate)}/s here"
+        return "a report, a symmetry, or both: a few MB"
+
+    def _times(self) -> str:
+        """How often both models are read."""
+        times = "once" if self.passes == 1 else f"{self.passes} times"
+        more = self.refinements * self.passes
+        return f"{times}, and up to {more} {'time' if more == 1 else 'times'} more to refine" if more else times
 
 
 def planned(verb: str, output: Path, work: Work) -> Plan:
     """The plan for work that has been checked."""
     template, models = work.template, work.models
     outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
-    reading = sum(checkpoint.nbytes for checkpoint in work.inputs) if work.matched or not work.evaluated else 0
-    reading += outside if work.matched and template else 0
-    reading += work.evaluated.passes * work.evaluated.bytes_of_both if work.evaluated else 0
+    both = sum(checkpoint.nbytes for checkpoint in work.inputs)
+    reading = both if work.matched or template or not work.evaluated else 0
+    if work.matched and template:  # what is evaluated in between is not in the page cache any more
+        reading += both if work.evaluated else outside
+    reading += work.evaluated.nbytes if work.evaluated else 0
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)
     nearest = _nearest(output)
@@ -133,7 +184,8 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     flops = sum(_flops(models[0], index) for index in common)
     read_rate = None if away else _reading(work.inputs)
     write_rate = _writing(nearest)
-    evaluating = work.evaluated.weights + work.evaluated.activations if work.evaluated else 0
+    cost = work.evaluated.cost if work.evaluated else None
+    evaluating = cost.weights + cost.activations if cost else 0
     return Plan(
         verb=verb,
         tensors=len(template.tensors) if template else 0,
@@ -142,25 +194,30 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
-        peak_memory=max(_memory(models, work.matched), evaluating),
+        peak_memory=max(_memory(models, work.matched, len(work.folders)), evaluating),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
         layers_to_match=len(common),
         matching_seconds=flops / _multiplying() if flops else 0.0,
-        passes=work.evaluated.passes if work.evaluated else 0,
+        passes=cost.passes if cost else 0,
+        refinements=work.evaluated.refinements if work.evaluated else 0,
+        points=work.evaluated.points if work.evaluated else 0,
+        tokens=work.evaluated.tokens if work.evaluated else 0,
         problem=lack_of_space(output, left, nearest),
+        checkpoints=len(work.folders) if template else 0,
     )
 
 
-def _memory(models: Sequence[MoEModel], matched: bool) -> int:
+def _memory(models: Sequence[MoEModel], matched: bool, checkpoints: int) -> int:
     """Bytes: buffers of the writer, copies of an expert in each of its threads, and what matching holds of a pair."""
-    buffers = worker_count() * 2 * SPAN
+    buffers = worker_count() * (2 if checkpoints == 1 else 3) * SPAN
     if not models:
         return buffers
     expert = max(layer.expert_numel for model in models for layer in model.layers.values())
     units = max(bank.unit_count for model in models for layer in model.layers.values() for bank in layer.banks.values())
-    writing = buffers + worker_count() * 3 * 4 * expert // 3  # three copies of one of its matrices in float32
+    copies = 3 if checkpoints == 1 else 5  # of one of its matrices in float32; those of A and of B are held for several
+    writing = buffers + worker_count() * copies * 4 * expert // 3
     return writing + ((2 * 4 * expert + 8 * units**2 + (32 << 20)) if matched else 0)
 
 

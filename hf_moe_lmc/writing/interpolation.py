@@ -59,3 +59,13 @@ def check_t(t: float) -> None:
     """Raises InputError unless 0 <= t <= 1."""
     if not 0 <= t <= 1:
         raise InputError(f"t = {t}: expected a number from 0 (A) to 1 (B)")
+
+
+def exact(t: float) -> str:
+    """The shortest decimal number that is `t`.
+
+    Example:
+        >>> [exact(t) for t in (0.5, 1.0, 1e-7)]
+        ['0.5', '1', '1e-07']
+    """
+    return repr(float(t)).removesuffix(".0")

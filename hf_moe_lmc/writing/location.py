@@ -15,18 +15,21 @@ What these folders hold:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_moe_lmc.errors import OutputError
+from hf_moe_lmc.writing.interpolation import exact
 
 INSIDE = ".progress"
 LOCK = "lock"
 OUTPUT = "output"  # the kind of result that becomes the output
 REPLACED = "replaced"
 PLAN = "publication.json"  # names the files of an output from the moment that they begin to go to OUT
+POINT = re.compile(r"t(0|1|0\.\d+|\d(\.\d+)?e-\d+)")  # the folder of one of several points
 DEMO = "demo.json"  # the record of a demo
 MARKERS = ("config.json", "report.json", "symmetry.safetensors", DEMO)  # one of them is in whatever this package writes
 
@@ -70,11 +73,26 @@ def check_empty(root: Path, shown: Path, *, overwrite: bool) -> None:
             f"{shown}: the output folder is not empty (it holds {names[0]}); name a new one, empty it, or replace what "
             "this package wrote there before with --overwrite"
         )
-    if names and not any(name in names for name in MARKERS):
+    if names and not any(name in names for name in MARKERS) and not all(_is_point(root / name) for name in names):
         raise OutputError(
             f"{shown}: not overwritten: it holds {names[0]}, but none of {', '.join(MARKERS)}, so this package did not "
             "write it; name a new folder"
         )
+
+
+def point_folder(t: float) -> str:
+    """The folder in which one of several points of a path is written.
+
+    Example:
+        >>> [point_folder(t) for t in (0.0, 0.3, 1 / 3, 1.0)]
+        ['t0', 't0.3', 't0.3333333333333333', 't1']
+    """
+    return f"t{exact(t)}"
+
+
+def _is_point(folder: Path) -> bool:
+    """Whether a folder holds one of several points: a checkpoint, under the name that such a folder has."""
+    return bool(POINT.fullmatch(folder.name)) and (folder / MARKERS[0]).is_file()
 
 
 def entries(root: Path) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import posixpath
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,20 +33,24 @@ from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.results import ResultFolder, sync
 from hf_moe_lmc.writing.shard_file import ShardFile, run_in_parallel
 from hf_moe_lmc.writing.spans import Span
-from hf_moe_lmc.writing.workspace import Workspace, open_workspace
+from hf_moe_lmc.writing.workspace import Workspace, kept_files, open_workspace
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+WHOLE = ("",)  # the one folder of an output that is a single checkpoint
 SPARE = 64 << 20  # bytes to be left on the disk
 
 
 class TensorStream(Protocol):
-    """A checkpoint that is computed as it is read. It has the names, shapes, dtypes and shards of `template`."""
+    """Checkpoints that are computed in one pass over what they are made of.
+
+    Each has the names, shapes, dtypes and shards of `template`.
+    """
 
     @property
     def template(self) -> Checkpoint: ...
 
     def spans(self, shard: Shard) -> Iterator[Span]:
-        """All bytes of one shard after its header, in any order."""
+        """All bytes of one shard after its header, in any order, for each of the checkpoints."""
 
 
 class FolderWriter:
@@ -100,10 +105,18 @@ class FolderWriter:
         with self._results.new(file, durable=self._durable) as path:
             shutil.copyfile(source, path)
 
-    def write_tensors(self, stream: TensorStream, *, quiet: bool = False, stop: threading.Event | None = None) -> None:
+    def write_tensors(
+        self,
+        stream: TensorStream,
+        *,
+        folders: Sequence[str] = WHOLE,
+        quiet: bool = False,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Writes all shards, with the very headers of the template. Each value is cast once, to the template's dtype.
 
         Args:
+            folders: of the output, one for each checkpoint of the stream.
             stop: ends it early once it is set.
 
         Raises:
@@ -111,39 +124,43 @@ class FolderWriter:
             CheckpointError: a weight that is not finite, unless allowed; the tensor and the input are named.
         """
         template = stream.template
-        self.check_space(template)
-        left = self._left(template)
-        done = template.nbytes - sum(template.tensors[name].nbytes for shard in left for name in shard.tensors)
-        with bar(total=template.nbytes, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
-            files = [ShardFile(self._results, shard, template, durable=self._durable) for shard in left]
-            jobs = self._jobs(stream, files, progress.update)
+        self.check_space(template, folders)
+        left = shards_left(template, folders, self._results.files())
+        every = template.nbytes * len(folders)
+        done = every - sum(template.tensors[name].nbytes for shard, _ in left for name in shard.tensors)
+        of_shard: dict[str, dict[int, ShardFile]] = {}  # by the number of the checkpoint
+        for shard, folder in left:
+            file = ShardFile(self._results, shard, template, folder, durable=self._durable)
+            of_shard.setdefault(shard.name, {})[folders.index(folder)] = file
+        with bar(total=every, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
+            files = [file for copies in of_shard.values() for file in copies.values()]
+            jobs = self._jobs(stream, of_shard, progress.update)
             run_in_parallel(jobs, files if self._durable else [], stop or threading.Event(), threads=self._threads)
 
-    def _left(self, template: Checkpoint) -> list[Shard]:
-        """The shards that have not been written yet."""
-        whole = self._results.files()
-        return [shard for shard in template.shards.values() if shard.name not in whole]
-
     def _jobs(
-        self, stream: TensorStream, files: list[ShardFile], report: Callable[[int], object]
+        self, stream: TensorStream, of_shard: Mapping[str, Mapping[int, ShardFile]], report: Callable[[int], object]
     ) -> Iterator[Callable[[], None]]:
+        """A job for each range of each shard: it computes the range for all files that lack it, and writes it to each."""
         reporting = threading.Lock()
 
-        def write(file: ShardFile, span: Span) -> None:
-            values = span.compute().to(span.dtype)
-            if not self._allow_nonfinite and not is_finite(values):
-                raise self._not_finite(file, span, values)
-            file.write(span, values)
-            with reporting:
-                report(span.nbytes)
-            file.release()
+        def write(files: Mapping[int, ShardFile], span: Span) -> None:
+            for file, row in zip(files.values(), span.compute(list(files)), strict=True):
+                values = row.to(span.dtype)
+                if not self._allow_nonfinite and not is_finite(values):
+                    raise self._not_finite(file, span, values)
+                file.write(span, values)
+                with reporting:
+                    report(span.nbytes)
+                file.release()
 
-        for file in files:
-            file.begin()
-            for span in stream.spans(file.shard):
-                file.hold()
-                yield partial(write, file, span)
-            yield file.release
+        for name, files in of_shard.items():
+            for file in files.values():
+                file.begin()
+            for span in stream.spans(stream.template.shards[name]):
+                for file in files.values():
+                    file.hold()
+                yield partial(write, files, span)
+            yield from (file.release for file in files.values())
 
     def _not_finite(self, file: ShardFile, span: Span, values: Tensor) -> CheckpointError:
         """The error for a range with a value that is not finite. It names the tensor and the input that the value is from."""
@@ -158,19 +175,21 @@ class FolderWriter:
         ]
         if not problems:
             spot = format_index(info.shape, (at - info.start) // info.dtype.itemsize)
-            problems = [f"{file.shard.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
+            problems = [f"{file.name}: tensor {info.name} would get a value beyond the range of {info.dtype} at {spot}"]
         return CheckpointError("; ".join(problems) + ". Repair the checkpoint, or write it as it is with --allow-nonfinite")
 
-    def check_space(self, template: Checkpoint) -> None:
-        """Raises OutputError where the shards of a template that are not there yet would not fit."""
-        problem = lack_of_space(self._workspace.root, self._left(template), self.folder)
+    def check_space(self, template: Checkpoint, folders: Sequence[str] = WHOLE) -> None:
+        """Raises OutputError where the shards of a template that are not in all folders yet would not fit."""
+        left = [shard for shard, _ in shards_left(template, folders, self._results.files())]
+        problem = lack_of_space(self._workspace.root, left, self.folder)
         if problem:
             raise OutputError(problem)
 
-    def write_checkpoint_files(self, template: Checkpoint, speaker: Checkpoint | None = None) -> None:
+    def write_checkpoint_files(self, template: Checkpoint, speaker: Checkpoint | None = None, *, folder: str = "") -> None:
         """Configurations (without switches to foreign code), side files and an index, as the template has them.
 
         Args:
+            folder: of the output, in which the checkpoint stands.
             speaker: whose tokenizer, chat template, generation configuration and special ids are written; None: the template's.
         """
         other = speaker if speaker is not None and speaker is not template else None
@@ -184,20 +203,41 @@ class FolderWriter:
                 spoken = {key: other.config[key] for key in SPECIAL_IDS if key in other.config} if other else {}
                 written = with_changes(written, {**template.changes, **spoken})
             if written == held:
-                self.copy(path, file)
+                self.copy(path, posixpath.join(folder, file))
             else:
-                self.write_text(file, json.dumps(written, indent=2) + "\n")
+                self.write_text(posixpath.join(folder, file), json.dumps(written, indent=2) + "\n")
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
-        self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+        self.write_text(posixpath.join(folder, INDEX), json.dumps(index, indent=2) + "\n")
 
     def publish(self) -> None:
         """Puts the files in the place of the output."""
         if self._durable:
             for file in self._results.files():
-                if not file.endswith(".safetensors") or "/" in file:
-                    sync(self._results.path(file))
+                sync(self._results.path(file))
         self._workspace.publish(self._results, last=INDEX, durable=self._durable)
+
+
+def shards_left(template: Checkpoint, folders: Sequence[str], written: Collection[str]) -> list[tuple[Shard, str]]:
+    """The shards of an output that are not written yet, each with its folder.
+
+    Args:
+        folders: of the output, each of which gets all shards of the template.
+        written: files of the output.
+    """
+    every = ((shard, folder) for shard in template.shards.values() for folder in folders)
+    return [(shard, folder) for shard, folder in every if posixpath.join(folder, shard.name) not in written]
+
+
+def check_room(workspace: Workspace, template: Checkpoint, folders: Sequence[str]) -> None:
+    """As `FolderWriter.check_space`, before the facts of an output are known: what was begun there is continued or removed.
+
+    Raises:
+        OutputError: not enough space.
+    """
+    left = [shard for shard, _ in shards_left(template, folders, kept_files(workspace.root, None))]
+    if problem := lack_of_space(workspace.root, left, workspace.folder):
+        raise OutputError(problem)
 
 
 def lack_of_space(output: Path, shards: Sequence[Shard], folder: Path) -> str | None:

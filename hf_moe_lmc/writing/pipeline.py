@@ -9,12 +9,12 @@ The group element of each layer is a Future: matching sets it, and the writer as
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from hf_moe_lmc.symmetry.group import LayerSymmetry
-from hf_moe_lmc.writing.output import FolderWriter, TensorStream
+from hf_moe_lmc.writing.output import WHOLE, FolderWriter, TensorStream
 
 
 def pending(layers: Iterable[int]) -> dict[int, Future[LayerSymmetry]]:
@@ -24,7 +24,11 @@ def pending(layers: Iterable[int]) -> dict[int, Future[LayerSymmetry]]:
 
 @contextmanager
 def written_meanwhile(
-    writer: FolderWriter | None, stream: TensorStream, elements: Mapping[int, Future[LayerSymmetry]]
+    writer: FolderWriter | None,
+    stream: TensorStream,
+    elements: Mapping[int, Future[LayerSymmetry]],
+    *,
+    folders: Sequence[str] = WHOLE,
 ) -> Iterator[Callable[[int, LayerSymmetry], None]]:
     """Writes a stream over `elements` in the background while the block computes these; waits at the end until all is written.
 
@@ -32,6 +36,7 @@ def written_meanwhile(
 
     Args:
         writer: None: nothing is written.
+        folders: of the output, one for each checkpoint of the stream.
 
     Yields:
         What to call with each layer and its element. It raises what has ended the writing, if that has failed.
@@ -42,10 +47,10 @@ def written_meanwhile(
     if writer is None:
         yield lambda layer, element: None
         return
-    writer.check_space(stream.template)
+    writer.check_space(stream.template, folders)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        written = pool.submit(writer.write_tensors, stream, stop=stop)
+        written = pool.submit(writer.write_tensors, stream, folders=folders, stop=stop)
 
         def deliver(layer: int, element: LayerSymmetry) -> None:
             if written.done():

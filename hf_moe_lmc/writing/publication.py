@@ -7,6 +7,7 @@ and stands there again if the new output does not arrive.
 from __future__ import annotations
 
 import json
+import posixpath
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -46,12 +47,12 @@ class Publication:
         return plan["from"] if plan and self._is_complete(plan) else None
 
     def publish(self, results: ResultFolder, *, last: str, overwrite: bool, durable: bool) -> None:
-        """Makes `results` the output, the file named `last` at the end.
+        """Makes `results` the output, the files named `last` at the end, whatever folder of it they are in.
 
         Args:
             overwrite: what stands at `root` is replaced.
         """
-        files = sorted(results.files(), key=lambda file: (file == last, file))
+        files = sorted(results.files(), key=lambda file: (posixpath.basename(file) == last, file))
         plan = self.folder / PLAN
         unfinished = plan.with_name(plan.name + UNFINISHED)
         unfinished.write_text(json.dumps({"from": results.folder.name, "files": files}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,17 @@ FLUSH_SECONDS = 0.25  # between two flushes to the disk, so that the end need no
 
 
 class ShardFile:
-    """One shard that is being written. It is finished when all its holders have released it."""
+    """One shard that is being written. It is finished when all its holders have released it.
 
-    def __init__(self, results: ResultFolder, shard: Shard, template: Checkpoint, *, durable: bool) -> None:
+    Args:
+        folder: of the output, relative to the results, in which it stands.
+    """
+
+    def __init__(self, results: ResultFolder, shard: Shard, template: Checkpoint, folder: str = "", *, durable: bool) -> None:
         self.shard = shard
+        self.name = posixpath.join(folder, shard.name)
         self._infos = [template.tensors[name] for name in shard.tensors]
-        self._path = results.path(shard.name)
+        self._path = results.path(self.name)
         self._unfinished = self._path.with_name(self._path.name + UNFINISHED)
         self._durable = durable
         self._descriptor = -1

@@ -1,4 +1,6 @@
-"""Ranges of an output shard, each computed when it is written: bytes copied, or interpolated between two checkpoints.
+"""Ranges of a shard, computed when they are written: bytes copied, or interpolated between two checkpoints.
+
+One pass over the inputs can feed several outputs of one layout: a range is read once, and computed for each of them.
 
 Tensors that are adjacent in the output and in all inputs are one range, however small they are. Ranges are cut to a bounded
 size. So the time depends on the number of bytes, not on the number and the sizes of the tensors.
@@ -23,21 +25,25 @@ from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 SPAN = 8 << 20  # most bytes of one range outside the MoE blocks
 
 
+Compute = Callable[[Sequence[int]], Iterator[Tensor]]
+
+
 @dataclass(frozen=True)
 class Span:
-    """A contiguous range of one shard of an output.
+    """A contiguous range of one shard, at the same place in each output.
 
     Attributes:
         start: its first byte in the file.
         count: its elements.
         dtype: in which they are written.
-        compute: their values, one row, in that dtype or a wider one.
+        compute: numbers of outputs -> the values there, a row for each, in that dtype or a wider one. What the outputs share
+            is read once. A row holds until the next one is asked for.
     """
 
     start: int
     count: int
     dtype: torch.dtype
-    compute: Callable[[], Tensor]
+    compute: Compute
 
     @property
     def nbytes(self) -> int:
@@ -45,18 +51,18 @@ class Span:
 
 
 class TensorSource(Protocol):
-    """Values for tensors of a checkpoint, under its names, in its shapes."""
+    """Values for tensors of a checkpoint, under its names, in its shapes, in one output or several."""
 
     def spans(self, names: Sequence[str]) -> Iterator[Span]:
         """All bytes of some tensors of one shard, named in file order."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, flat, not yet cast to the checkpoint's dtype."""
+        """One tensor of the only output, flat, not yet cast to the checkpoint's dtype."""
 
 
 @dataclass(frozen=True)
 class Copied:
-    """The values of a checkpoint itself."""
+    """The values of a checkpoint itself, the same in each output."""
 
     checkpoint: Checkpoint
 
@@ -65,10 +71,10 @@ class Copied:
             for first, count in _steps(run):
                 yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._copy, run, first, count))
 
-    def _copy(self, run: _Run, first: int, count: int) -> Tensor:
+    def _copy(self, run: _Run, first: int, count: int, wanted: Sequence[int]) -> Iterator[Tensor]:
         values = reused(count, run.dtype)
         self.checkpoint.fill(values, run.shard, run.start + first * run.dtype.itemsize)
-        return values
+        yield from (values for _ in wanted)
 
     def read(self, name: str) -> Tensor:
         return self.checkpoint.read(name)
@@ -76,11 +82,15 @@ class Copied:
 
 @dataclass(frozen=True)
 class Interpolated:
-    """The point `t` between two checkpoints that hold the same tensors, in the dtypes of `a`."""
+    """Points between two checkpoints that hold the same tensors, in the dtypes of `a`.
+
+    Attributes:
+        t: of each output.
+    """
 
     a: Checkpoint
     b: Checkpoint
-    t: float
+    t: tuple[float, ...]
 
     def spans(self, names: Sequence[str]) -> Iterator[Span]:
         tensors, partners = ([checkpoint.tensors[name] for name in names] for checkpoint in (self.a, self.b))
@@ -88,34 +98,43 @@ class Interpolated:
             for first, count in _steps(run):
                 yield Span(run.start + first * run.dtype.itemsize, count, run.dtype, partial(self._blend, run, first, count))
 
-    def _blend(self, run: _Run, first: int, count: int) -> Tensor:
+    def _blend(self, run: _Run, first: int, count: int, wanted: Sequence[int]) -> Iterator[Tensor]:
+        """Memory: a range of A, one of B, and a third one where there are several outputs. The last one is computed in A's."""
         assert run.partner is not None
         values_a, values_b = reused(count, run.dtype), reused(count, run.partner.dtype)
-        floating = run.dtype.is_floating_point
-        if self.t != 1 or not floating:
+        points, floating = [self.t[number] for number in wanted], run.dtype.is_floating_point
+        if any(t != 1 for t in points) or not floating:
             self.a.fill(values_a, run.shard, run.start + first * run.dtype.itemsize)
-        if self.t != 0 or not floating:
+        if any(t != 0 for t in points) or not floating:
             self.b.fill(values_b, run.partner.shard, run.partner.start + first * run.partner.dtype.itemsize)
-        try:
-            interpolate_into(values_a, values_a, values_b, self.t)
-        except MismatchError as error:
-            raise MismatchError(f"{run.locate(first, values_a, values_b)}: {error}") from error
-        return values_a
+        row = reused(count, run.dtype) if len(points) > 1 else values_a
+        for i, t in enumerate(points, 1):
+            out = row if i < len(points) else values_a
+            try:
+                interpolate_into(out, values_a, values_b, t)
+            except MismatchError as error:
+                raise MismatchError(f"{run.locate(first, values_a, values_b)}: {error}") from error
+            yield out
 
     def read(self, name: str) -> Tensor:
+        (t,) = self.t
         try:
-            return interpolate(self.a.read(name), self.b.read(name), self.t)
+            return interpolate(self.a.read(name), self.b.read(name), t)
         except MismatchError as error:
             raise MismatchError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class PlainStream:
-    """The checkpoint that lies at `t` between two that hold the same tensors, whatever these are."""
+    """The checkpoints at points between two that hold the same tensors, whatever these are.
+
+    Attributes:
+        t: of each output.
+    """
 
     a: Checkpoint
     b: Checkpoint
-    t: float
+    t: tuple[float, ...]
 
     @property
     def template(self) -> Checkpoint:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -29,15 +29,15 @@ from hf_moe_lmc.writing.spans import (
 
 @dataclass(frozen=True)
 class ModelStream:
-    """A checkpoint in the layout of `model` with the values of other sources, computed piece by piece.
+    """Checkpoints in the layout of `model` with the values of other sources, computed piece by piece in one pass.
 
     Attributes:
-        layers: where the values of each MoE layer come from.
+        layers: where the values of each MoE layer come from; what is no LayerLine is the same in each output.
         outside: where those of the tensors outside the MoE blocks come from.
     """
 
     model: MoEModel
-    layers: Mapping[int, LayerSource]
+    layers: Mapping[int, LayerSource | LayerLine]
     outside: TensorSource
 
     @property
@@ -59,19 +59,29 @@ class ModelStream:
                 yield Span(start, piece.count, info.dtype, partial(self._assemble, layer, name, piece))
         yield from self.outside.spans(outside)
 
-    def _assemble(self, layer: MoELayer, name: str, piece: Piece) -> Tensor:
-        return layer.assemble(name, piece, self.layers[layer.index])
+    def _assemble(self, layer: MoELayer, name: str, piece: Piece, wanted: Sequence[int]) -> Iterator[Tensor]:
+        for source in self.in_outputs(layer.index, wanted):
+            yield layer.assemble(name, piece, source)
+
+    def in_outputs(self, layer: int, wanted: Sequence[int]) -> Iterator[LayerSource]:
+        """An MoE layer in some outputs. What is read for one is held for the others, until the last of them is gone."""
+        source = self.layers[layer]
+        if isinstance(source, LayerLine):
+            yield from source.at(wanted)
+        else:
+            yield from [_shared(source, wanted)] * len(wanted)
 
 
 def whole(stream: ModelStream, name: str) -> Tensor:
-    """One tensor of a stream in its shape, not yet cast to the dtype of the template."""
+    """One tensor of the only output of a stream in its shape, not yet cast to the dtype of the template."""
     info = stream.template.tensors[name]
     layer = stream.model.layer_of.get(name)
     if layer is None:
         return stream.outside.read(name).view(info.shape)
+    (source,) = stream.in_outputs(layer.index, [0])
     values = torch.empty(0, dtype=info.dtype)
     for piece in layer.pieces(name):
-        part = layer.assemble(name, piece, stream.layers[layer.index])
+        part = layer.assemble(name, piece, source)
         if piece.count == info.numel:
             return part.view(info.shape)
         if values.numel() < info.numel:
@@ -111,6 +121,44 @@ class InterpolatedLayer:
             raise MismatchError(f"layer {self.index}: {role}: {error}") from error
 
 
+@dataclass(frozen=True)
+class LayerLine:
+    """Points on the line between two MoE blocks, those of layer `index`: one for each output.
+
+    Attributes:
+        t: of each output.
+        rounded: as in InterpolatedLayer.
+    """
+
+    index: int
+    a: LayerSource
+    b: LayerSource
+    t: tuple[float, ...]
+    rounded: bool = False
+
+    def at(self, wanted: Sequence[int]) -> Iterator[LayerSource]:
+        a, b = _shared(self.a, wanted), _shared(self.b, wanted)
+        for number in wanted:
+            yield InterpolatedLayer(self.index, a, b, self.t[number], self.rounded)
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """A block that holds what it has been asked for, so that it is read once for several outputs."""
+
+    source: LayerSource
+    held: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        if (role, expert) not in self.held:
+            self.held[role, expert] = self.source.stored(role, expert)
+        return self.held[role, expert]
+
+
+def _shared(source: LayerSource, wanted: Sequence[int]) -> LayerSource:
+    return source if len(wanted) == 1 else HeldLayer(source)
+
+
 def _like(values: Tensor) -> Tensor:
     """Memory for values of this shape, laid out as they are."""
     if values.ndim == 2 and values.stride(0) < values.stride(1):
@@ -118,19 +166,23 @@ def _like(values: Tensor) -> Tensor:
     return reused(values.numel(), values.dtype).view(values.shape)
 
 
-def interpolated(a: MoEModel, b: MoEModel, elements: Elements, t: float, *, rounded: bool = False) -> ModelStream:
-    """The checkpoint theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
+def interpolated(
+    a: MoEModel, b: MoEModel, elements: Elements, t: float | Sequence[float], *, rounded: bool = False
+) -> ModelStream:
+    """The checkpoints theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
 
     Args:
+        t: of one output, or of each.
         rounded: it is to be written: no wider copies where A and B share a dtype.
     """
     acted = b.acted(elements)
-    layers: dict[int, LayerSource] = {
+    points = tuple(t) if isinstance(t, Sequence) else (t,)
+    layers: dict[int, LayerSource | LayerLine] = {
         # layers for multi-token prediction that B lacks are A's
-        index: InterpolatedLayer(index, layer, acted[index], t, rounded) if index in acted else layer
+        index: LayerLine(index, layer, acted[index], points, rounded) if index in acted else layer
         for index, layer in a.layers.items()
     }
-    return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, t))
+    return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, points))
 
 
 def refuse_quantized(*models: MoEModel) -> None:

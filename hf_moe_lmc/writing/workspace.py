@@ -68,7 +68,7 @@ class Workspace:
         return results
 
     def publish(self, results: ResultFolder, *, last: str, durable: bool = True) -> None:
-        """Makes `results` the output, the file named `last` at the end."""
+        """Makes `results` the output, the files named `last` at the end."""
         self.publication.publish(results, last=last, overwrite=self.overwrite, durable=durable)
 
     def check_empty(self, shown: Path) -> None:
@@ -82,9 +82,11 @@ def _kept_name(kind: str, facts: Mapping[str, Any]) -> str:
     return f"{kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
-def kept_files(output: str | os.PathLike[str], facts: Mapping[str, Any]) -> set[str]:
-    """Names of the files of an output that a stopped call with equal facts has written whole."""
-    return ResultFolder(working_folder(Path(output).resolve()) / _kept_name(OUTPUT, facts)).files()
+def kept_files(output: str | os.PathLike[str], facts: Mapping[str, Any] | None) -> set[str]:
+    """Names of the files of an output that a stopped call with equal facts has written whole; None: whatever its facts."""
+    folder = working_folder(Path(output).resolve())
+    names = [path.name for path in folder.glob(f"{OUTPUT}-*")] if facts is None else [_kept_name(OUTPUT, facts)]
+    return {file for name in names for file in ResultFolder(folder / name).files()}
 
 
 @contextmanager

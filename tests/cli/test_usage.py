@@ -70,8 +70,8 @@ def test_the_examples_of_a_verb_are_calls_of_it(verb: str) -> None:
         ("--jsn", ["unknown option --jsn", "missing: VERB"]),
         ("merge a b --ovrwrite", ["unknown option --ovrwrite; did you mean --overwrite?", "missing: -o OUT"]),
         (
-            "merge --outptu x a b --pionts 3",
-            ["unknown option --outptu; did you mean --output?", "unknown option --pionts", "missing: -o OUT"],
+            "merge --outptu x a b --layrwise 3",
+            ["unknown option --outptu; did you mean --output?", "unknown option --layrwise", "missing: -o OUT"],
         ),
         ("merge a b -o c --over", ["unknown option --over; did you mean --overwrite?"]),  # no abbreviations
         ("merge a b -o c --o=d", ["unknown option --o; did you mean -o?"]),

@@ -39,11 +39,11 @@ def watch():
 
 warm, a, b, out = sys.argv[1:]
 align(warm, warm, out + "/warm-align")  # imports and the pools of the libraries, on two experts of the same size
-merge(warm, warm, out + "/warm-merge")
+merge(warm, warm, out + "/warm-merge", [0.3, 0.7])
 base = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 align(a, b, out + "/aligned")
-merge(a, b, out + "/merged", symmetry=out + "/aligned")
+merge(a, b, out + "/merged", [0.3, 0.7], symmetry=out + "/aligned")
 done.set()
 print(json.dumps({"base": base, "peak": peak}))
 """
@@ -74,6 +74,7 @@ def write_checkpoint(folder: Path, layout: str, experts: int, units: int, noise:
         intermediate_size=units,
         num_hidden_layers=LAYERS,
         num_local_experts=experts,
+        tie_word_embeddings=True,
         architectures=["MixtralForCausalLM"],
     ).save_pretrained(folder)
     return folder

@@ -19,7 +19,7 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
 from hf_moe_lmc.matching.result import DECIDED
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
-from hf_moe_lmc.perplexity.verdict import merge_verdict
+from hf_moe_lmc.perplexity.verdict import MergedAt, merge_verdict
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge
@@ -134,6 +134,7 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     metadata = {f"{side}_commit": COMMIT for side in "ab"}
     text = {**dataset.evaluation["text"], "config": "default", "revision": "main", "join": "\n\n"}
     yield replace(dataset, **origins, matching={**dataset.matching, **metadata}, evaluation={**first.evaluation, "text": text})
+    yield replace(first, merge=MergedAt(0.5, chosen=True))
     infinite = {name: losses.clone() for name, losses in first.losses.items()}
     for losses in infinite.values():
         losses[1] = math.inf

@@ -91,9 +91,9 @@ def test_tensors_that_lie_one_after_the_other_are_one_range(tmp_path: Path) -> N
     apart = checkpoint(tmp_path / "c", tensors, 2, -1)
     with output.Checkpoint.open(a) as of_a, output.Checkpoint.open(b) as of_b, output.Checkpoint.open(apart) as of_c:
         (shard,) = of_a.shards.values()
-        assert len(list(spans.PlainStream(of_a, of_b, 0.5).spans(shard))) == 1
+        assert len(list(spans.PlainStream(of_a, of_b, (0.5,)).spans(shard))) == 1
         assert len(list(spans.Copied(of_a).spans(shard.tensors))) == 1
-        assert len(list(spans.PlainStream(of_a, of_c, 0.5).spans(shard))) == 500  # the control: nothing is adjacent there
+        assert len(list(spans.PlainStream(of_a, of_c, (0.5,)).spans(shard))) == 500  # the control: nothing is adjacent there
 
 
 def test_no_transformers_in_a_plain_merge(tmp_path: Path) -> None:

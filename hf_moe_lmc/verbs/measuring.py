@@ -1,0 +1,180 @@
+"""Two models measured on a text: what `barrier` does, and `merge` where it is given one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.moe.pair import function_settings
+from hf_moe_lmc.path.evaluation import Evaluator
+from hf_moe_lmc.path.measurement import Measurement, evaluation_options, layer_spans, own_losses
+from hf_moe_lmc.path.options import ComputeOptions, GridOptions
+from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
+from hf_moe_lmc.perplexity.report import BarrierReport, Span
+from hf_moe_lmc.perplexity.text import Text, TextOptions
+from hf_moe_lmc.perplexity.verdict import MIDPOINT
+from hf_moe_lmc.perplexity.windows import WindowOptions, Windows, cut_texts
+from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.symmetry.group import ModelSymmetry
+from hf_moe_lmc.verbs.inputs import Pair
+from hf_moe_lmc.verbs.options import filled
+from hf_moe_lmc.verbs.planning import Evaluation
+from hf_moe_lmc.writing.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be measured, whatever the models."""
+
+    source: Text
+    windows: WindowOptions
+    grid: GridOptions
+    compute: ComputeOptions
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], **grid: Any) -> Asked:
+        """From the options of a verb that were given; `grid` goes before those.
+
+        Raises:
+            InputError: no text, options without effect, or values out of range.
+        """
+        return cls(
+            source=filled(TextOptions, given).source(),
+            windows=filled(WindowOptions, given),
+            grid=filled(GridOptions, {**given, **grid}),
+            compute=filled(ComputeOptions, given),
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Two models and a text that fit.
+
+    Attributes:
+        spans: first and last of the decoder layers that are also interpolated without the others.
+    """
+
+    pair: Pair
+    asked: Asked
+    evaluator: Evaluator
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, pair: Pair, asked: Asked) -> Subject:
+        """Reads the text, as far as it is needed, and checks it against both models.
+
+        Raises:
+            InputError: the models or the text do not fit.
+            ForeignError: transformers cannot build the model.
+        """
+        model_class = language_model_class(pair.a)
+        spans = tuple(layer_spans(asked.grid.layers, pair.a)) if asked.grid.steps else ()
+        context = context_length(pair.a, asked.windows.context)
+        windows = cut_texts(
+            asked.source.texts(),
+            common_tokenizer(pair.a, pair.b),
+            context=context,
+            max_tokens=asked.windows.max_tokens,
+            stride=asked.windows.stride,
+            names=asked.source.names,
+        )
+        check_ids(windows, pair)
+        masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
+        options = evaluation_options(model_class, asked.compute, context, masked)
+        return cls(pair, asked, Evaluator(pair.a, pair.b, windows, options), spans)
+
+    def plan(self, paths: Sequence[str]) -> Evaluation:
+        """What a measurement on some paths takes."""
+        grid, pair = self.asked.grid, self.pair
+        halfway = grid.halfway and MIDPOINT not in grid.t
+        points = 1 + len(paths) * (len(grid.t) - 1 + halfway) + len(self.spans) * len(grid.steps)
+        return Evaluation(
+            cost=self.evaluator.cost(paths, points),
+            points=points,
+            tokens=int(self.evaluator.windows.scored.sum()),
+            refinements=grid.refine,
+            own_bytes=sum(
+                2 * model.checkpoint.nbytes for side, model in zip("ab", pair.alone, strict=True) if self._because()[side]
+            ),
+        )
+
+    def check_processes(self) -> None:
+        """Raises MismatchError where the processes do not see the same text."""
+        process_group().check_equal({"text": self.evaluator.windows.describe()["tokens_sha256"]})
+
+    def facts(self) -> dict[str, Any]:
+        """What the losses depend on besides the models."""
+        options = self.evaluator.options
+        return {
+            "windows": self.evaluator.windows.describe(),
+            "t": self.asked.grid.t,
+            "dtype": str(options.dtype),
+            "batch_size": options.batch_size,
+        }
+
+    def measure(
+        self, symmetries: Mapping[str, ModelSymmetry], matching: dict[str, Any], workspace: Workspace | None, started: float
+    ) -> BarrierReport:
+        """Losses on the paths to B in the coordinates of some symmetries; warns of what the reader of the report should know.
+
+        Args:
+            matching: what the report says of how B was aligned.
+            started: when the work began, by `time.perf_counter`.
+        """
+        measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
+        report = measurement.report(self.asked.source.describe(), matching, started, self._own())
+        _warn(report)
+        return report
+
+    def _because(self) -> dict[str, list[str]]:
+        """By side, what of a model by itself is another on the path."""
+        other = [] if self.pair.ids.alike else ["vocabulary"]
+        return {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
+
+    def _own(self) -> dict[str, dict[str, Any]] | None:
+        """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
+        because = self._because()
+        found = {
+            side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
+            for side, model in zip("ab", self.pair.alone, strict=True)
+            if because[side]
+        }
+        return found or None
+
+
+def check_ids(windows: Windows, pair: Pair) -> None:
+    """Raises InputError where a text uses token ids that one of two models does not have."""
+    used = torch.cat(windows.rows).unique().numpy()
+    for side, model, has in (("A", pair.a, pair.ids.has_a), ("B", pair.b, pair.ids.has_b)):
+        missing = [int(number) for number in used if number >= len(has) or not has[number]]
+        if missing:
+            raise InputError(
+                f"the text uses token ids that {side} ({model.checkpoint.name}) has no token for: "
+                f"{', '.join(map(str, missing[:5]))}; take a text without them, or models with one tokenizer"
+            )
+
+
+def _warn(report: BarrierReport) -> None:
+    """Warns of what the reader of a report should know."""
+    for problem in report.not_finite:
+        warn(problem)
+    if "routing_unavailable" in report.evaluation:
+        warn(f"{report.a['source']}: the routing cannot be watched: {report.evaluation['routing_unavailable']}")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def given_symmetry(symmetry: ModelSymmetry, file: str | None) -> dict[str, Any]:
+    """The `matching` of report.json where nothing was matched.
+
+    Args:
+        file: where the symmetry was read from.
+    """
+    return {"symmetry": file and Path(file).name, **symmetry.metadata}  # no path of this machine

@@ -1,0 +1,246 @@
+"""What `merge` does once its inputs have been opened and checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
+from hf_moe_lmc.checkpoints.token_ids import TokenIds
+from hf_moe_lmc.publishing.card import Destination
+from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.verbs.earlier_report import EarlierReport
+from hf_moe_lmc.verbs.inputs import Pair, download
+from hf_moe_lmc.verbs.job import Job
+from hf_moe_lmc.verbs.merge_card import merge_card
+from hf_moe_lmc.verbs.merge_points import MergePoints, standing_in, within
+from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.writing.output import FolderWriter, check_room, open_writer
+from hf_moe_lmc.writing.spans import PlainStream
+from hf_moe_lmc.writing.workspace import Workspace
+
+# Nothing of transformers is imported for a plain merge.
+if TYPE_CHECKING:
+    from hf_moe_lmc.matching.alignment import Alignment
+    from hf_moe_lmc.matching.options import WeightMatching
+    from hf_moe_lmc.perplexity.report import BarrierReport
+    from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.verbs.measuring import Subject
+
+
+@dataclass(frozen=True)
+class PlainMerge(Job["Alignment | None"]):
+    """Two checkpoints with the same tensors, as they are.
+
+    Attributes:
+        earlier: a report for the card.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    ids: TokenIds
+    points: MergePoints
+    destination: Destination
+    earlier: EarlierReport | None
+
+    @property
+    def work(self) -> Work:
+        return Work(inputs=[self.a, self.b], template=self.a, folders=self.points.folders, facts=self.facts)
+
+    def facts(self) -> Mapping[str, Any]:
+        keys = {"a": self.a.resume_key(), "b": self.b.resume_key()}
+        return self.points.facts(self.a, self.b) | keys | (self.earlier.facts() if self.earlier else {})
+
+    def run(self, workspace: Workspace | None) -> None:
+        download_checkpoints(self.a, self.b)
+        if self.earlier:
+            self.earlier.check(self.a, self.b)
+        inputs, points = [self.a, self.b], self.points
+        with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=points.allow_nonfinite) as writer:
+            if writer:
+                writer.write_tensors(PlainStream(self.a, self.b, points.t), folders=points.folders)
+                if self.earlier:
+                    self.earlier.warn_of_another_path(None)
+                for folder, t in points.placed():
+                    writer.write_checkpoint_files(self.a, self.b if points.tokenizer == "b" else None, folder=folder)
+                    place = standing_in(folder, self.destination)
+                    measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
+                    card = merge_card(self.a, self.b, t, self.ids, place, tokenizer=points.tokenizer, measured=measured)
+                    writer.write_text(within(folder, "README.md"), card)
+
+
+@dataclass(frozen=True)
+class Merge(Job["Alignment | None"]):
+    """Two models.
+
+    Attributes:
+        method: how B is matched to A; None: it is not, or was before.
+        as_it_is: B is neither matched nor moved.
+        file: where a given symmetry is from, for the card.
+        subject: what is measured, before anything is written; None: nothing is.
+        earlier: a report for the card.
+    """
+
+    pair: Pair
+    points: MergePoints
+    method: WeightMatching | None
+    as_it_is: bool
+    destination: Destination
+    file: str
+    subject: Subject | None
+    earlier: EarlierReport | None
+
+    @property
+    def inputs(self) -> list[Checkpoint]:
+        return [self.pair.a.checkpoint, self.pair.b.checkpoint]
+
+    @property
+    def path(self) -> str:
+        """Of the paths that are measured, the one that the merge is on."""
+        return "naive" if self.as_it_is else "aligned"
+
+    @property
+    def work(self) -> Work:
+        return Work(
+            inputs=self.inputs,
+            template=self.pair.a.checkpoint,
+            folders=self.points.folders,
+            models=[self.pair.a, self.pair.b],
+            matched=self.method is not None,
+            evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
+            facts=None if self.points.best else self.facts,
+        )
+
+    @property
+    def used(self) -> ModelSymmetry:
+        """What B is taken by where nothing is matched."""
+        return self.pair.symmetry or self.pair.b.identity()
+
+    def facts(self) -> Mapping[str, Any]:
+        from hf_moe_lmc.matching.alignment import matching_facts
+        from hf_moe_lmc.symmetry.group import digest
+
+        a, b = self.inputs
+        found = self.points.facts(a, b) | (self.earlier.facts() if self.earlier else {})
+        if self.subject:
+            found |= {"measured": self.subject.facts()}
+        if self.method:
+            return found | matching_facts(self.pair.a, self.pair.b, self.method)
+        return found | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
+
+    def run(self, workspace: Workspace | None) -> Alignment | None:
+        download(self.pair.a, self.pair.b, given=self.pair.symmetry)
+        if self.earlier:
+            self.earlier.check(*self.inputs)
+        if self.subject is None:
+            return self._written(workspace, None)
+        from hf_moe_lmc.verbs.merge_text import best_point
+
+        started = time.perf_counter()
+        self.subject.check_processes()
+        if workspace:
+            check_room(workspace, self.pair.a.checkpoint, self.points.folders)
+        alignment = self._align(workspace) if self.method else None
+        report = self._measured(alignment, workspace, started)
+        if not self.points.best:
+            return self._written(workspace, alignment, report)
+        points = replace(self.points, t=(best_point(report, self.path),))
+        return replace(self, points=points)._written(workspace, alignment, report)
+
+    def _align(self, workspace: Workspace | None, **options: Any) -> Alignment:
+        from hf_moe_lmc.matching.alignment import align_models
+
+        assert self.method is not None
+        found = align_models(
+            self.pair.a,
+            self.pair.b,
+            self.method,
+            allow_nonfinite=self.points.allow_nonfinite,
+            workspace=workspace,
+            **options,
+        )
+        return found if self.pair.ids.alike else replace(found, vocabulary=self.pair.ids.account())
+
+    def _measured(self, alignment: Alignment | None, workspace: Workspace | None, started: float) -> BarrierReport:
+        """Both paths, or only that to B as it is."""
+        from hf_moe_lmc.verbs.measuring import given_symmetry
+
+        assert self.subject is not None
+        used = alignment.symmetry if alignment else self.used
+        matching = alignment.to_dict() if alignment else given_symmetry(used, self.file or None)
+        return self.subject.measure({self.path: used, "naive": self.pair.b.identity()}, matching, workspace, started)
+
+    def _written(
+        self, workspace: Workspace | None, alignment: Alignment | None, report: BarrierReport | None = None
+    ) -> Alignment | None:
+        """Writes everything; without a report of the points, matches meanwhile what is still to be matched."""
+        allow = self.points.allow_nonfinite
+        with open_writer(workspace, self.facts(), inputs=self.inputs, allow_nonfinite=allow) as writer:
+            if self.method and report is None:
+                alignment = self._matched_and_written(writer, workspace)
+            elif writer:
+                self._write_tensors(writer, alignment.symmetry if alignment else self.used)
+            if writer:
+                if self.earlier:
+                    self.earlier.warn_of_another_path(self._moved_by(alignment))
+                for folder, t in self.points.placed():
+                    self._write_files(writer, folder, t, alignment, report)
+        return alignment
+
+    def _matched_and_written(self, writer: FolderWriter | None, workspace: Workspace | None) -> Alignment:
+        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
+        from hf_moe_lmc.writing.streams import interpolated
+
+        elements = pending(self.pair.b.layers)
+        stream = interpolated(self.pair.a, self.pair.b, elements, self.points.t, rounded=True)
+        with written_meanwhile(writer, stream, elements, folders=self.points.folders) as deliver:
+            return self._align(workspace, deliver=deliver)
+
+    def _write_tensors(self, writer: FolderWriter, symmetry: ModelSymmetry) -> None:
+        from hf_moe_lmc.writing.streams import interpolated
+
+        stream = interpolated(self.pair.a, self.pair.b, symmetry.layers, self.points.t, rounded=True)
+        writer.write_tensors(stream, folders=self.points.folders)
+
+    def _moved_by(self, alignment: Alignment | None) -> ModelSymmetry | None:
+        """What B is taken by; None: it is as it is."""
+        return alignment.symmetry if alignment else self.pair.symmetry
+
+    def _write_files(
+        self, writer: FolderWriter, folder: str, t: float, alignment: Alignment | None, report: BarrierReport | None
+    ) -> None:
+        """What a checkpoint has besides its weights."""
+        a, b = self.inputs
+        tokenizer, moved_by = self.points.tokenizer, self._moved_by(alignment)
+        writer.write_checkpoint_files(a, b if tokenizer == "b" else None, folder=folder)
+        if moved_by:
+            moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
+        if alignment:
+            writer.write_text(within(folder, "alignment/alignment.json"), alignment.to_json())
+        card = merge_card(
+            a,
+            b,
+            t,
+            self.pair.ids,
+            standing_in(folder, self.destination),
+            tokenizer=tokenizer,
+            alignment=alignment,
+            symmetry=self.pair.symmetry,
+            symmetry_name=self.file or "SYMMETRY",
+            measured=self._for_card(writer, folder, t, moved_by, report),
+        )
+        writer.write_text(within(folder, "README.md"), card)
+
+    def _for_card(
+        self, writer: FolderWriter, folder: str, t: float, moved_by: ModelSymmetry | None, report: BarrierReport | None
+    ) -> Measured | None:
+        """Writes what was measured of a merge, or copies what an earlier call has measured."""
+        if report is None:
+            return self.earlier.put(writer, folder, t, moved_by) if self.earlier else None
+        from hf_moe_lmc.perplexity.verdict import MergedAt
+        from hf_moe_lmc.verbs.merge_text import of_point, write_report
+
+        at = MergedAt(t, self.path, self.points.best)
+        return write_report(writer, folder, of_point(report, at, *self.inputs))
