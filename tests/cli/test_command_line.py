@@ -134,7 +134,7 @@ def test_align_apply_merge_and_barrier_from_the_command_line(
 ) -> None:
     a, b = saved("olmoe"), saved("olmoe", "fused", 1)
     code, out, err = run(capsys, "align", a, b, "-o", tmp_path / "aligned", "--order", "gate", "--units", "plain")
-    assert code == 0 and "moved" in out and "written" in out and "written" not in err
+    assert code == 0 and "changed places" in out and "written" in out and "written" not in err
     report = json.loads((tmp_path / "aligned" / "alignment" / "alignment.json").read_text())
     assert (report["order"], report["units"]) == ("gate", "plain")
     assert run(capsys, "apply", tmp_path / "aligned", b, "-o", tmp_path / "applied")[0] == 0

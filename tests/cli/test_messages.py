@@ -18,6 +18,7 @@ import hf_moe_lmc as lmc
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.cli.parser import VERBS
 from hf_moe_lmc.proof.checks import Check, SelfTest
+from hf_moe_lmc.publishing.push import Published
 from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.verbs.inspect import inspect
 from tests.perplexity.reports import on_documents
@@ -74,9 +75,9 @@ def test_so_do_the_others(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tell("training")
         return {"independent": on_documents()}
 
-    monkeypatch.setattr("hf_moe_lmc.publishing.push.push", lambda *_, **__: "https://hub/commit/1")
+    monkeypatch.setattr("hf_moe_lmc.publishing.push.push", lambda *_, **__: Published("me/x", "https://hub/commit/1", True))
     monkeypatch.setattr("hf_moe_lmc.example.demo.demo", demo)
-    assert document(run, "push", tmp_path, "me/x") == {"url": "https://hub/commit/1"}
+    assert document(run, "push", tmp_path, "me/x") == {"url": "https://hub/commit/1", "changed": True}
     check_report(document(run, "demo", "-o", tmp_path / "demo")["independent"])
     assert document(run, "completion", "fish").keys() == {"shell", "script"}
     assert run("demo", "-o", "d") == (0, "training\nwritten: d\n", "")
