@@ -85,7 +85,7 @@ def merge(
     if tokenizer not in ("a", "b"):
         raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
     point = _Point(t, tokenizer, options.allow_nonfinite)
-    destination = options.destination(output)
+    destination = options.destination()
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
         plain = None if align else inputs.plain_pair(a, b)
