@@ -98,6 +98,13 @@ class StandIn:
 
     def create_branch(self, repo_id: str, **_: object) -> None: ...
 
+    def auth_check(self, repo_id: str, **_: object) -> None: ...
+
+    def list_repo_tree(self, repo_id: str, **_: object) -> list[object]:
+        return []
+
+    def preupload_lfs_files(self, repo_id: str, additions: list[object], **_: object) -> None: ...
+
     def create_commit(self, repo_id: str, operations: list[Any], **options: object) -> SimpleNamespace:
         self.commits.append({"repo_id": repo_id, "files": [one.path_in_repo for one in operations], **options})
         return SimpleNamespace(pr_url=None, commit_url=f"https://huggingface.co/{repo_id}/commit/0")
@@ -134,6 +141,7 @@ def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     known = registry.families()
     monkeypatch.setattr(registry, "_FAMILIES", dict(known))
     monkeypatch.setattr("hf_moe_lmc.publishing.push.HfApi", StandIn)
+    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)
     monkeypatch.setenv("HF_TOKEN", "of a reader")
     monkeypatch.setattr(StandIn, "commits", [], raising=False)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PROJECT = "hf_moe_lmc"
 PAGE = "https://pypi.org/project/hf_moe_lmc/"
 PAPER = "https://arxiv.org/abs/2509.11348"
+UNPUBLISHED = "out"  # what a command on a card calls an output that has no name of its own
 OUT = "OUT"  # in a command: where the output goes
 TAGS = ("moe", "mixture-of-experts", PROJECT)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -38,7 +39,7 @@ class Destination:
     """Where an output is going to stand.
 
     Attributes:
-        name: Hub id, or the output folder's name without its path.
+        name: Hub id, or UNPUBLISHED.
         license: what its card names; None: what all parents have in common.
     """
 

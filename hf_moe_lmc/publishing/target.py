@@ -20,7 +20,7 @@ from hf_moe_lmc.publishing.card import PROJECT
 from hf_moe_lmc.publishing.finished import CARD, REPORT, Finished
 from hf_moe_lmc.publishing.parents import metadata_of
 from hf_moe_lmc.publishing.weights import other_layouts, weight_files
-from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.runtime.notices import note, warn
 
 ADAPTER = "adapter_config.json"
 NAMED = 20  # files that a message names, the rest is counted
@@ -141,10 +141,10 @@ def named(files: Sequence[str]) -> str:
 
 
 def check_licence(target: Target, folder: Finished, card: bytes) -> None:
-    """Warns where the card of a checkpoint of this package names no licence, without which nobody may use it."""
+    """Says where the card of a checkpoint of this package names no licence, without which nobody may use it."""
     metadata = metadata_of(card)
     if folder.kind == "checkpoint" and PROJECT in tags_of(metadata) and not metadata.get("license"):
-        warn(
+        note(
             f"{target.name}: its card names no licence, without which nobody may use the model; add `license` to the first "
             f"lines of {folder.path(CARD)} and push again"
         )

@@ -36,8 +36,9 @@ CHAT = (
     ").to(model.device)",
     'print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]))',
 )
+HERE = "# this folder"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"\n')
+_LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"(?:  # this folder)?\n')
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
@@ -67,11 +68,11 @@ def how_to_load(checkpoint: Checkpoint, files: Collection[str], name: str) -> st
     Args:
         checkpoint: whose layout, dtypes and configuration the output has.
         files: side files of the output.
-        name: Hub id or folder of the output.
+        name: Hub id of the output; anything else stands for the folder itself, until a push puts its repository there.
     """
     model, reader = auto_class(checkpoint.config), _reader(files)
     imports = ", ".join(sorted(filter(None, (model, reader and reader[1]))))
-    lines = [f"from transformers import {imports}", "", f'model_id = "{name}"']
+    lines = [f"from transformers import {imports}", "", f'model_id = "{name}"' if "/" in name else f'model_id = "."  {HERE}']
     if reader:
         lines.append(f"{reader[0]} = {reader[1]}.from_pretrained(model_id)")
     lines.append(f'model = {model}.from_pretrained(model_id, dtype="{common_dtype(checkpoint)}", device_map="auto")')

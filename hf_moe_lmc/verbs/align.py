@@ -77,7 +77,7 @@ def align(
 
     def prepare(inputs: Inputs) -> Job[Alignment]:
         pair = inputs.pair(a, b, inside_only=True)
-        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite, options.destination(output))
+        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite, options.destination())
 
     return Request(
         verb="align",

@@ -62,7 +62,7 @@ def apply(
 
     def prepare(inputs: Inputs) -> Job[Path]:
         model, given = inputs.single(b, symmetry, inverse=inverse)
-        destination = options.destination(output)
+        destination = options.destination()
         return _Application(Path(output), model, given, file_name(symmetry), inverse, options.allow_nonfinite, destination)
 
     return Request(verb="apply", output=output, inputs=(b,), options=options, prepare=prepare)

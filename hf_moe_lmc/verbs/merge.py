@@ -118,7 +118,7 @@ def merge(
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
     asked = _asked(given, written)
     earlier = None if report is None else EarlierReport.read(report)
-    destination = options.destination(output)
+    destination = options.destination()
     file = file_name(symmetry) if isinstance(symmetry, (str, os.PathLike)) else ""
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:

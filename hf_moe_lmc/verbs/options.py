@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_moe_lmc.errors import refuse_idle
-from hf_moe_lmc.publishing.card import Destination, check_license
+from hf_moe_lmc.publishing.card import UNPUBLISHED, Destination, check_license
 from hf_moe_lmc.publishing.push import check_repo_id
 
 Options = TypeVar("Options")
@@ -44,9 +44,9 @@ class OutputOptions:
         if self.push_to_hub is None:
             refuse_idle({"private": self.private}, "nothing is published")
 
-    def destination(self, output: str | os.PathLike[str]) -> Destination:
-        """Under which name and licence an output is known to its readers."""
-        return Destination(name=self.push_to_hub or Path(output).resolve().name, license=self.license)
+    def destination(self) -> Destination:
+        """Under which name and licence an output is known to its readers. What it holds depends on no folder's name."""
+        return Destination(name=self.push_to_hub or UNPUBLISHED, license=self.license)
 
 
 def filled(kind: type[Options], given: Mapping[str, Any]) -> Options:

@@ -42,7 +42,7 @@ def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(tmp_path: Path, c
     assert shuffled["experts_moved"] > 0 and shuffled["signs"] > 0  # it was shuffled, and found
     assert shuffled["relative_distance_after_units"] < 0.3 * shuffled["relative_distance_before"]
     card = (output / "merge" / "README.md").read_text()
-    assert "hidden units moved" in card and str(tmp_path) not in card
+    assert "hidden units changed places" in card and str(tmp_path) not in card
     assert (output / "merge" / "model.safetensors").exists() and (output / "merge" / "tokenizer.json").exists()
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
         "a", "b-independent", "b-shuffled", "b-sibling", "base", "held_out.txt",

@@ -314,7 +314,7 @@ def test_a_server_that_cannot_be_reached_is_a_failure(run: Callable[..., Ran]) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
-        run("inspect", "tester/a", HTTP_PROXY=nobody).expect(1, "tester/a", "cannot be reached")
+        run("inspect", "tester/unseen", HTTP_PROXY=nobody).expect(1, "tester/unseen", "cannot be reached")
 
 
 def test_offline_the_cache_is_enough_and_what_it_lacks_is_refused(

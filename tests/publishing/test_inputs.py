@@ -114,9 +114,7 @@ def test_the_cache_does_without_the_hub(
     assert ("read from its cache" in ran.errors) == (fault != "offline")
     assert not any(request.status < 500 for request in hub.log)
     for file in ("model-00001-of-00004.safetensors", "README.md"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "online" / file).read_bytes().replace(
-            b'"online"', b'"out"'
-        ).replace(b"-o online", b"-o out")
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "online" / file).read_bytes()
 
 
 def test_what_the_cache_lacks_is_named(
