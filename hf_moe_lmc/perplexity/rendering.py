@@ -11,7 +11,6 @@ from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import Verdict
 from hf_moe_lmc.perplexity.wording import no_barrier
-from hf_moe_lmc.plots.names import told_apart
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -102,7 +101,7 @@ def sentence(name: str, path: PathResult, summary: Summary) -> str:
 
 
 def markdown(
-    sources: tuple[str, str],
+    names: tuple[str, str],
     paths: Paths,
     summary: Summary,
     *,
@@ -116,14 +115,14 @@ def markdown(
     """The content of report.md.
 
     Args:
-        sources: where A and B come from.
+        names: of A and B.
         verdict: what is said first.
         evaluation: as in report.json.
         layers: None: not measured.
         disagreement: what makes the figures void.
         own: losses of the models by themselves, by side.
     """
-    a, b = told_apart(*sources)
+    a, b = names
     parts = [
         f"# Perplexity barrier between {a} and {b}\n",
         *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
