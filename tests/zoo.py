@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_moe_lmc.moe.reading import model_type
-from hf_moe_lmc.moe.registry import get_family
+from hf_moe_lmc.moe.registry import first_releases, get_family
 from hf_moe_lmc.proof.small_config import shrink
 
 # the class default where nothing is given
@@ -50,7 +52,16 @@ WRAPPERS = """
 """
 # those of them whose tower has another place or another layout than it has alone
 TOWERS_ELSEWHERE = ("aria", "llama4", "qwen3_omni_moe")
-CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (TOWERS + WRAPPERS).split()} | VARIANTS
+ALL: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (TOWERS + WRAPPERS).split()} | VARIANTS
+
+
+def is_installed(model_type: str) -> bool:
+    """Whether the installed release of transformers has a model type, by the data of the families."""
+    return Version(transformers.__version__) >= Version(first_releases().get(model_type, "5"))
+
+
+# without what came with later releases of transformers than the installed one
+CASES = {name: case for name, case in ALL.items() if is_installed(case[0])}
 
 
 def original(case: str) -> PreTrainedConfig:
