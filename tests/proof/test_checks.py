@@ -144,7 +144,9 @@ def test_what_is_always_proved_shows_each_family_and_all_of_its_notation() -> No
 
     always = zoo.covering(zoo.CASES)
     assert shown(always) == shown(zoo.CASES) and set(always) <= set(CASES) and len(always) < 75
-    assert {family for family, _ in shown(always)} == {family.name for name, family in families().items() if zoo.is_installed(name)}
+    assert {family for family, _ in shown(always)} == {
+        family.name for name, family in families().items() if zoo.is_installed(name)
+    }
     # the control: none of them is there for nothing
     for case in ("deepseek_v2[groups]", "granitemoehybrid", "nemotron_h[latent]", "cohere2_moe[sigmoid]", "zaya"):
         if case not in CASES:
