@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.reading import model_type, read_model
 from hf_moe_lmc.moe.registry import families, get_family, refusals
 from hf_moe_lmc.proof.checks import LAYOUTS, prove, write
-from hf_moe_lmc.proof.derivation import derive
+from hf_moe_lmc.proof.derivation import TRANSFORMERS, derive
 from hf_moe_lmc.proof.miniature import build, shrink
 from hf_moe_lmc.writing.streams import rewritten
 from tests import zoo
@@ -97,6 +98,9 @@ def test_a_planted_symmetry_is_recovered(case: str, folders: Callable[[str], Pat
         b.check_symmetry(found.symmetry)
 
 
+@pytest.mark.skipif(
+    not TRANSFORMERS.contains(transformers.__version__, prereleases=True), reason=f"derived from transformers {TRANSFORMERS}"
+)
 def test_the_derived_description_equals_the_written_one(case: str, folders: Callable[[str], Path]) -> None:
     if case not in TOWERS:
         pytest.skip("derived as a tower of its own")
