@@ -85,7 +85,7 @@ def demo() -> str:
     note = (
         f"\nThe ranges are those of {len(runs)} runs, with one and two threads and with the kernels of older processors. "
         "Training is chaotic:\na difference in the last bit of a sum grows. The text is that of the Python installation. "
-        "On one machine figures repeat.\n"
+        "With the same settings on one machine, figures repeat.\n"
     )
     return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows) + note
 

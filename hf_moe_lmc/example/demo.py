@@ -24,7 +24,7 @@ def demo(
     """Trains, measures and merges. Takes about 90 seconds of one core.
 
     Figures differ between machines: training is chaotic, so that a difference in the last bit of a sum grows, and the text is
-    that of the Python installation. On one machine they are the same each time, whatever the number of threads.
+    that of the Python installation. On one machine they repeat. OMP_NUM_THREADS changes them, too.
 
     Args:
         output: a new or empty folder: checkpoints/, reports of both pairs, merge/, summary.json and demo.json.

@@ -23,7 +23,9 @@ register(
         weights=WEIGHTS,
         sizes={
             **SIZES,
-            "shared": "intermediate_size * (2 if use_double_wide_mlp and kv_sharing_modes[layer] == 'reuse' else 1)",
+            # the last layers that reuse keys and values of earlier ones may be wider
+            "shared": "intermediate_size * "
+            "(2 if use_double_wide_mlp and layer >= num_hidden_layers - num_kv_shared_layers else 1)",
         },
         top_k="top_k_experts",
         moe_layers="enable_moe_block",

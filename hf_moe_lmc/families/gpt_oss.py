@@ -1,8 +1,8 @@
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.registry import register
 
-# The up projection enters as up + 1, after a clamp unless `swiglu_limit` is infinite.
-UNITS = "'shifted' if swiglu_limit < 1e999 else 'affine'"
+# The up projection enters as up + 1, after a clamp unless `swiglu_limit` is infinite. Before transformers 5.19 it is always 7.
+UNITS = "'shifted' if attr('swiglu_limit', 7.0) < 1e999 else 'affine'"
 SIZES = {"expert": "num_local_experts", "unit": "intermediate_size", "model": "hidden_size"}
 WEIGHTS = {
     "mlp.router.weight": "router: expert model",

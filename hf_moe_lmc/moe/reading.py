@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -151,10 +152,10 @@ def _check_release(checkpoint: Checkpoint, alias: Alias | None) -> None:
     name = str(checkpoint.config.get("model_type"))
     known_as = alias.known_as if alias and alias.known_as else name
     release = first_releases().get(known_as)
-    if release and name not in CONFIG_MAPPING and known_as not in CONFIG_MAPPING:
+    if release and Version(transformers.__version__).release < Version(release).release:
         raise FamilyError(
-            f"{checkpoint.name}: transformers {transformers.__version__} does not have model type {shown(repr(known_as))}; "
-            f"release {release} is the first that has it. Install that or a later one: pip install 'transformers>={release},<6'"
+            f"{checkpoint.name}: model type {shown(repr(known_as))} needs transformers {release} or later; "
+            f"{transformers.__version__} is installed. Install a later one: pip install 'transformers>={release},<6'"
         )
 
 

@@ -55,12 +55,12 @@ def register_alias(alias: Alias) -> None:
 
 
 def added_in(release: str, *model_types: str) -> None:
-    """Makes known which release of transformers first has some model types."""
+    """Makes known from which release of transformers on some model types work."""
     _RELEASES.update(dict.fromkeys(model_types, release))
 
 
 def first_releases() -> dict[str, str]:
-    """The first release of transformers by model type, where it is later than the oldest that this package works with."""
+    """The first release of transformers by model type, where it is later than the oldest that this package takes."""
     _load_data()
     return dict(_RELEASES)
 

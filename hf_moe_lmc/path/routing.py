@@ -1,10 +1,10 @@
 """Which experts the tokens take along a path, watched while its points are evaluated.
 
-What is relied on of transformers: in a decoder layer, a module called `gate` or `router` returns its logits
-[token, expert] as its first floating tensor, and beside it a module called `experts` is called with the numbers of the
+What is relied on of transformers: in a decoder layer, a module called `gate` or `router` returns its logits [token, expert]
+as its widest floating tensor, the first of them, and beside it a module called `experts` is called with the numbers of the
 chosen experts [token, choice], int64, and their weights of the same shape. Where experts get no numbers (Llama 4 gives
-every token to each of them, JetMoE sorts the tokens beforehand), the chosen ones are those of the largest logits, which
-is checked against what the router returned. A model in which a layer shows neither has no routing here, and says why.
+every token to each of them, JetMoE sorts the tokens beforehand), the chosen ones are those of the largest logits, which is
+checked against what the router returned. A model in which a layer shows neither has no routing here, and says why.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Site:
 
     @property
     def logits(self) -> Tensor | None:
-        return next((value for value in self.returned if value.is_floating_point() and value.ndim > 1), None)
+        """One for each expert, so the widest; their first among scores of the same width."""
+        floating = [value for value in self.returned if value.is_floating_point() and value.ndim > 1]
+        return max(floating, key=lambda value: value.shape[-1], default=None)
 
 
 @dataclass

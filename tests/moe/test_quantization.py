@@ -40,6 +40,10 @@ from tests import tiny
 from tests.schemas import check_alignment
 from tests.verbs.test_alignment import Forgetful, write
 
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="what transformers dequantizes is right from 5.23 on"
+)
+
 BLOCK = (16, 16)
 BLOCKS = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
 WHOLE = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}

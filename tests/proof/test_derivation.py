@@ -23,6 +23,10 @@ from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.apply import apply
 from tests import tiny
 
+pytestmark = pytest.mark.skipif(
+    not TRANSFORMERS.contains(transformers.__version__, prereleases=True), reason=f"derived from transformers {TRANSFORMERS}"
+)
+
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
