@@ -98,8 +98,6 @@ class StandIn:
 
     def create_branch(self, repo_id: str, **_: object) -> None: ...
 
-    def auth_check(self, repo_id: str, **_: object) -> None: ...
-
     def list_repo_tree(self, repo_id: str, **_: object) -> list[object]:
         return []
 
