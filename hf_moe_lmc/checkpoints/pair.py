@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import differing, with_changes
@@ -19,6 +20,32 @@ STRUCTURE = (
     "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 WANTED = "Take two checkpoints of one model, in one layout, that differ in nothing but their values"
+
+
+def origins(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """The origins of two checkpoints. Folders of one name are named with as few parents as tell them apart."""
+    found = a.origin(), b.origin()
+    if isinstance(a.source, Folder) and isinstance(b.source, Folder):
+        names = told_apart(a.source.root, b.source.root)
+        return {**found[0], "source": names[0]}, {**found[1], "source": names[1]}
+    return found
+
+
+def told_apart(a: Path, b: Path) -> tuple[str, str]:
+    """Names of two folders, with as few parents as tell them apart.
+
+    Example:
+        >>> told_apart(Path("/models/base"), Path("/models/tuned"))
+        ('base', 'tuned')
+        >>> told_apart(Path("/models/run1/checkpoint-500"), Path("/models/run2/checkpoint-500"))
+        ('run1/checkpoint-500', 'run2/checkpoint-500')
+    """
+    parts = [folder.resolve().parts for folder in (a, b)]
+    for count in range(1, max(map(len, parts)) + 1):
+        one, other = ("/".join(found[-count:]) for found in parts)
+        if one != other:
+            return one, other
+    return parts[0][-1], parts[1][-1]  # one folder
 
 
 def check_plain_pair(a: Checkpoint, b: Checkpoint) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_moe_lmc.checkpoints.pair import origins
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.path.endpoints import Point
@@ -140,9 +141,10 @@ class Measurement:
         if found.problem:
             facts["routing_unavailable"] = found.problem
         numbers = {"dtype": str(evaluator.options.dtype).removeprefix("torch."), "batch_size": evaluator.options.batch_size}
+        a, b = origins(evaluator.a.checkpoint, evaluator.b.checkpoint)
         return BarrierReport(
-            a=evaluator.a.checkpoint.origin(),
-            b=evaluator.b.checkpoint.origin(),
+            a=a,
+            b=b,
             evaluation={"text": text, **self.windows.describe(), **numbers, **facts, **vars(found.cost)},
             matching=matching,
             windows=self.windows,

@@ -54,7 +54,7 @@ class Plots:
 
 
 def plots(
-    sources: tuple[str, str],
+    names: tuple[str, str],
     paths: Mapping[str, PathResult],
     means: TextMeans,
     *,
@@ -66,7 +66,7 @@ def plots(
     """The plots of a measurement.
 
     Args:
-        sources: where A and B come from.
+        names: of A and B.
         paths: by name; all share their windows and their bootstrap.
         means: of the texts; the losses are those of their unweighted mean, as in a verdict.
         layers: by first and last layer; empty: not measured. Their losses are of all texts as one, as in report.md.
@@ -74,7 +74,7 @@ def plots(
         measured: texts and tokens.
         finding: what the plots say, in one short sentence; None: the models are their title.
     """
-    a, b = short_names(*sources)
+    a, b = short_names(*names)
     heading = Heading(title=finding or f"{a} to {b}", models=(a, b), measured=measured)
     several = len(means.names) > 1
     named = sorted(paths, key=lambda name: name == "naive")

@@ -11,7 +11,6 @@ from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
 from hf_moe_lmc.perplexity.wording import no_barrier
-from hf_moe_lmc.plots.names import told_apart
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -102,7 +101,7 @@ def sentence(name: str, path: PathResult, summary: Summary) -> str:
 
 
 def markdown(
-    sources: tuple[str, str],
+    names: tuple[str, str],
     paths: Paths,
     summary: Summary,
     *,
@@ -117,7 +116,7 @@ def markdown(
     """The content of report.md.
 
     Args:
-        sources: where A and B come from.
+        names: of A and B.
         verdict: what is said first.
         evaluation: as in report.json.
         layers: None: not measured.
@@ -125,7 +124,7 @@ def markdown(
         own: losses of the models by themselves, by side.
         merged_at: the merge that the report is about; where its t was given there is no curve, and no plot.
     """
-    a, b = told_apart(*sources)
+    a, b = names
     title = f"Perplexity barrier between {a} and {b}" if merged_at is None else f"Merge of {a} and {b} at t = {merged_at.t:.6g}"
     path = paths["aligned" if "aligned" in paths else "naive"]
     parts = [

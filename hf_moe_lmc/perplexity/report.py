@@ -28,6 +28,7 @@ from hf_moe_lmc.runtime.documents import as_json
 REPORT_VERSION = 1
 TOLERANCE, NARROW_TOLERANCE = 1e-4, 5e-3  # nats per token, in float32 and in narrower dtypes
 TEXTS_NAMED = 4  # in a subtitle; more are counted
+COMMIT = 7  # characters of a commit that are shown
 VOID = "not to be relied on: the two paths do not end in one model"
 PACKAGES = ("hf_moe_lmc", "torch", "transformers", "safetensors", "accelerate")
 
@@ -156,6 +157,14 @@ class BarrierReport:
     def references(self) -> References:
         """Losses of both parents and of the merges halfway between them, or at the t of the merge that was made."""
         return self.verdict.references
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of both models; two revisions of one Hub repository have their commits."""
+        a, b = self.a["source"], self.b["source"]
+        if a != b or self.a.get("commit") == self.b.get("commit"):
+            return a, b
+        return f"{a}@{self.a['commit'][:COMMIT]}", f"{b}@{self.b['commit'][:COMMIT]}"
 
     @property
     def subtitle(self) -> str:
@@ -317,7 +326,7 @@ class BarrierReport:
     def to_markdown(self) -> str:
         """The content of report.md, which shows the files that `plot` writes."""
         return rendering.markdown(
-            (self.a["source"], self.b["source"]),
+            self.names,
             self.paths,
             self.summary,
             verdict=self.verdict,
@@ -339,7 +348,7 @@ class BarrierReport:
         """
         PlotOptions(plot=kind)
         drawing.plots(
-            (self.a["source"], self.b["source"]),
+            self.names,
             self.paths,
             self.verdict.compared.means,
             layers=self.layers,

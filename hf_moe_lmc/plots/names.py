@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from itertools import takewhile
-from pathlib import Path
 
 WIDTH = 33  # characters of a name: two fit one line of a title
 MARK = "…"
 
 
-def told_apart(a: str, b: str) -> tuple[str, str]:
-    """What two models are called: a Hub id as it is, a folder by its name, and by its parents where names are equal.
-
-    Example:
-        >>> told_apart("org/base", "org/base@v2")
-        ('org/base', 'org/base@v2')
-    """
-    parts = [Path(os.path.normpath(Path(name).absolute())).parts if Path(name).is_dir() else (name,) for name in (a, b)]
-    most = max(map(len, parts))
-    for count in range(1, most + 1):
-        names = "/".join(parts[0][-count:]), "/".join(parts[1][-count:])
-        if names[0] != names[1]:
-            return names
-    return "/".join(parts[0][-1:]), "/".join(parts[1][-1:])  # one folder
-
-
 def short_names(a: str, b: str, width: int = WIDTH) -> tuple[str, str]:
-    """What two models are called in a plot: as `told_apart` has it, and no longer than a plot has room for.
-
-    Names that are too long lose their middle, but never what tells the two apart.
+    """What two models are called in a plot: names that are too long lose their middle, but never what tells the two apart.
 
     Args:
-        a, b: where the models come from.
+        a, b: their names.
         width: characters that each may have, at least 10.
 
     Example:
@@ -41,9 +21,8 @@ def short_names(a: str, b: str, width: int = WIDTH) -> tuple[str, str]:
         >>> short_names("organisation/a-long-name-of-a-model-v1", "organisation/a-long-name-of-a-model-v2", 20)
         ('organisati…-model-v1', 'organisati…-model-v2')
     """
-    names = told_apart(a, b)
-    short = shorten(names[0], width), shorten(names[1], width)
-    return short if short[0] != short[1] or names[0] == names[1] else _around_the_difference(*names, width)
+    short = shorten(a, width), shorten(b, width)
+    return short if short[0] != short[1] or a == b else _around_the_difference(a, b, width)
 
 
 def shorten(name: str, width: int) -> str:

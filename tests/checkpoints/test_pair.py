@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import ABSENT, check_counts, differing, with_changes, without_foreign_switches
-from hf_moe_lmc.checkpoints.pair import check_plain_pair
+from hf_moe_lmc.checkpoints.pair import check_plain_pair, origins, told_apart
 from hf_moe_lmc.errors import SHOWN, CheckpointError, FamilyError, Faults, InputError, MismatchError
 from hf_moe_lmc.proof.miniature import build
 from hf_moe_lmc.proof.small_config import shrink
@@ -193,3 +194,32 @@ def test_the_plain_merge_takes_what_transformers_saves(case: str, layout: str, t
     """Experts without weights, experts of two modalities, towers alone, a head that is cut to its tokens."""
     build(shrink(zoo.original(case)), 0).save_pretrained(tmp_path / "a", save_original_format=layout == "per-expert")
     merge.plan(tmp_path / "a", tmp_path / "a", tmp_path / "out", align=False)
+
+
+def test_folders_of_one_name_are_told_apart_by_as_few_parents_as_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run1/checkpoint-500", "run2/checkpoint-500", "x/run1/checkpoint-500", "run1/checkpoint-900"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    run1 = tmp_path / "run1/checkpoint-500"
+    assert told_apart(run1, Path("run2/checkpoint-500")) == ("run1/checkpoint-500", "run2/checkpoint-500")
+    assert told_apart(run1, Path("run1/checkpoint-900")) == ("checkpoint-500", "checkpoint-900")
+    assert told_apart(run1, Path("x/run1/checkpoint-500"))[1] == "x/run1/checkpoint-500"
+    assert told_apart(run1, Path("run1/../run1/checkpoint-500/.")) == ("checkpoint-500",) * 2  # one folder
+
+
+def test_origins_name_no_more_of_a_path_than_tells_two_models_apart(saved: Callable[..., Path], tmp_path: Path) -> None:
+    for run in ("run1", "run2"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "last").symlink_to(saved("mixtral"), target_is_directory=True)
+        shutil.copytree(saved("mixtral"), tmp_path / run / "checkpoint-500")
+    with ExitStack() as stack:
+        first, second, linked = (
+            stack.enter_context(Checkpoint.open(tmp_path / name))
+            for name in ("run1/checkpoint-500", "run2/checkpoint-500", "run2/last")
+        )
+        a, b = origins(first, second)
+        assert (a["source"], b["source"]) == ("run1/checkpoint-500", "run2/checkpoint-500")
+        assert a["fingerprint"] == first.fingerprint() == b["fingerprint"]
+        assert origins(first, linked) == (first.origin(), linked.origin())

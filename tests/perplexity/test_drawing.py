@@ -15,9 +15,8 @@ from tests.perplexity.reports import cut, make_report, on_documents, report
 
 
 def plotted(made: BarrierReport, finding: str | None = None) -> Plots:
-    ends, means = (made.a["source"], made.b["source"]), made.verdict.compared.means
-    records = made.routing or ()
-    return plots(ends, made.paths, means, layers=made.layers, routing=records, measured=made.subtitle, finding=finding)
+    means, records = made.verdict.compared.means, made.routing or ()
+    return plots(made.names, made.paths, means, layers=made.layers, routing=records, measured=made.subtitle, finding=finding)
 
 
 def test_the_interval_of_the_excess_is_paired_and_nothing_at_the_ends() -> None:
@@ -90,6 +89,13 @@ def test_the_title_is_the_verdict_or_that_there_is_none(
     monkeypatch.setattr(style, "save", lambda *_: None)
     report([1.0, 3.0, 1.0], [1.0, 1.5, end]).plot(tmp_path / "barrier.png")
     assert len(titles) == 1 and said in titles[0]
+
+
+def test_two_revisions_of_one_repository_are_told_apart_by_their_commits() -> None:
+    made = on_documents()
+    one, other = ({"source": "org/a", "commit": letter * 40, "fingerprint": letter * 64} for letter in "ab")
+    assert replace(made, a=one, b=other).names == ("org/a@aaaaaaa", "org/a@bbbbbbb")
+    assert replace(made, a=one, b=one).names == ("org/a", "org/a") and made.names == ("org/a", "org/b")
 
 
 def test_the_page_is_written_where_it_is_asked_for(tmp_path: Path) -> None:

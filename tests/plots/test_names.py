@@ -1,29 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from hf_moe_lmc.plots.names import MARK, WIDTH, short_names, shorten, told_apart
+from hf_moe_lmc.plots.names import MARK, WIDTH, short_names, shorten
 
 LONG = "some-organisation/Mixture-of-Experts-8x7B-Instruct-v0.1-{}-continued-pretraining-on-code"
-
-
-def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run1/checkpoint-500", "run2/checkpoint-500", "x/run1/checkpoint-500", "run1/checkpoint-900"):
-        (tmp_path / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    run1 = str(tmp_path / "run1/checkpoint-500")
-    assert told_apart(run1, "run2/checkpoint-500") == ("run1/checkpoint-500", "run2/checkpoint-500")
-    assert told_apart(run1, "run1/checkpoint-900") == ("checkpoint-500", "checkpoint-900")
-    assert told_apart("run1/checkpoint-500", "x/run1/checkpoint-500")[1] == "x/run1/checkpoint-500"
-    assert told_apart(run1, "run1/../run1/checkpoint-500/.") == ("checkpoint-500",) * 2  # one folder
-
-
-def test_a_hub_id_is_kept_and_a_link_has_its_own_name(tmp_path: Path) -> None:
-    (tmp_path / "4f1e").mkdir()
-    (tmp_path / "tuned").symlink_to(tmp_path / "4f1e")
-    assert told_apart("org/base@v1", str(tmp_path / "tuned")) == ("org/base@v1", "tuned")
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
