@@ -91,7 +91,7 @@ def _losses(losses: Losses) -> Section:
     figure.update_yaxes(title="excess over the line", row=2, col=1)
     figure.update_xaxes(title="t   (0 is A, 1 is B)", row=2, col=1)
     _layout(figure, 680, legend={"orientation": "h", "y": -0.12})
-    return "loss", "Loss along the path", f"Nats per token; {losses.sure}.", figure
+    return "loss", "Loss along the path", f"Nats per token; {_in_a_row(losses.sure)}.", figure
 
 
 def _curve(name: str, line: Line, values: Sequence[float], what: str, *, listed: bool) -> Any:
@@ -155,7 +155,7 @@ def _layers(layers: Layers) -> Section:
     figure.update_xaxes(title="layers that are interpolated", type="category")
     figure.update_yaxes(title="barrier (nats per token)", rangemode="tozero")
     _layout(figure, 460, legend={"orientation": "h", "y": -0.2})
-    return "layerwise", "Layer by layer", f"{layers.sure}; {points_in_words(layers.t)}.", figure
+    return "layerwise", "Layer by layer", f"{_in_a_row(layers.sure)}; {points_in_words(layers.t)}.", figure
 
 
 def _agreement(routing: Routing) -> Section:
@@ -206,7 +206,7 @@ def _load(routing: Routing) -> Section:
         for t, (z, numbers) in zip(routing.t, cells, strict=True)
     ]
     figure = graph_objects.Figure(heat, {"sliders": [{"steps": moves, "pad": {"t": 50}}]})
-    figure.update_xaxes(title="expert")
+    figure.update_xaxes(title="expert", tick0=0, dtick=max(1, routing.load.shape[-1] // 16))
     figure.update_yaxes(title="layer", type="category")
     _layout(figure, _height(routing) + 100)
     note = f"{routing.path} path; move the slider along t."
@@ -219,6 +219,10 @@ def _cells(values: Any, known: Floats) -> list[list[float | None]]:
         [value if there else None for value, there in zip(row, known_row, strict=True)]
         for row, known_row in zip(values.tolist(), np.isfinite(known).tolist(), strict=True)
     ]
+
+
+def _in_a_row(lines: str) -> str:
+    return "; ".join(lines.splitlines())
 
 
 def _height(routing: Routing) -> int:

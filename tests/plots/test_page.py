@@ -57,6 +57,12 @@ def test_equal_plots_give_equal_pages(page: str) -> None:
     assert render_page(curves, None, []) == render_page(curves, None, []) != page
 
 
+def test_what_weakens_the_intervals_is_a_part_of_its_own() -> None:
+    assert "<p>Nats per token; bands; few documents.</p>" in render_page(
+        losses("bands\nfew documents", aligned=line(hump(0.2))), None, []
+    )
+
+
 def test_names_cannot_be_markup() -> None:
     name = "</h1><script>alert(1)</script>"
     heading = Heading(title=name, models=(name, "b"), measured=name)
