@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.pair import origins
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.verdict import MergedAt
@@ -49,7 +50,8 @@ def best_point(report: BarrierReport, path: str) -> float:
 
 def of_point(report: BarrierReport, at: MergedAt, a: Checkpoint, b: Checkpoint) -> BarrierReport:
     """The report of one merge, without paths of this machine: it goes where the checkpoint goes."""
-    return replace(report, merge=at, a=a.origin(), b=b.origin())
+    of_a, of_b = origins(a, b)
+    return replace(report, merge=at, a=of_a, b=of_b)
 
 
 def write_report(writer: FolderWriter, folder: str, report: BarrierReport) -> Measured:
