@@ -131,6 +131,11 @@ class Checkpoint:
         return self.source.name
 
     @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint whose tensors are those in the files: this one, unless it is computed from another."""
+        return self
+
+    @property
     def display_name(self) -> str:
         """Hub id, or the folder's name without its path: fit to be published."""
         return self.source.root.resolve().name if isinstance(self.source, Folder) else self.source.repo_id
