@@ -115,7 +115,9 @@ class ExtendedCheckpoint(VirtualCheckpoint):
             ]
             for name, one in self.assembled.items()
         }
-        content = json.dumps([self.original.layout_digest(), made, sorted(self.without), dict(self.changes)], sort_keys=True, default=str)
+        content = json.dumps(
+            [self.original.layout_digest(), made, sorted(self.without), dict(self.changes)], sort_keys=True, default=str
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:

@@ -28,8 +28,6 @@ class Float4:
     kind: str = "MXFP4"
     rows: int = 1
     signs: bool = True
-    free_rows: bool = True
-    free_columns: bool = False
 
     def decode(self, parts: Mapping[str, Tensor], first: int, columns: int) -> Tensor:
         values = from_float4(parts[CODES])
@@ -41,6 +39,9 @@ class Float4:
         powers = torch.where(sizes == 0, torch.ones_like(sizes), power_below(or_one(sizes)) / _LARGEST_POWER)
         scales, stored = stored_scales(powers, dtypes[SCALES])
         return {CODES: to_float4(divide(values, scales, (1, GROUP))).view(dtypes[CODES]), SCALES: stored}
+
+    def negatable(self, codes: Tensor) -> bool:
+        return True
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         return flip_float4(codes, sign)

@@ -51,14 +51,6 @@ class Float8:
     def signs(self) -> bool:
         return True
 
-    @property
-    def free_rows(self) -> bool:
-        return self.block[0] in (0, 1)
-
-    @property
-    def free_columns(self) -> bool:
-        return self.block[1] == 0
-
     def decode(self, parts: Mapping[str, Tensor], first: int, columns: int) -> Tensor:
         values = from_float8(parts[CODES])
         scales = read_scales(parts[SCALES])
@@ -73,6 +65,9 @@ class Float8:
         scales = or_one(sizes / torch.finfo(dtypes[CODES]).max)
         scales, stored = stored_scales(power_above(scales) if self.powers else scales, dtypes[SCALES])
         return {CODES: to_float8(divide(values, scales, block), dtypes[CODES]), SCALES: stored}
+
+    def negatable(self, codes: Tensor) -> bool:
+        return True
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         flipped = codes.view(torch.uint8) ^ ((sign < 0).to(torch.uint8) << 7)

@@ -43,16 +43,8 @@ class Integers:
         return 1
 
     @property
-    def signs(self) -> None:
-        return None
-
-    @property
-    def free_rows(self) -> bool:
+    def signs(self) -> bool:
         return True
-
-    @property
-    def free_columns(self) -> bool:
-        return self.group == 0
 
     @property
     def lowest(self) -> int:
@@ -76,9 +68,10 @@ class Integers:
             sign = torch.nn.functional.pad(sign, (0, columns - sign.shape[-1]), value=1)
         return self._pack(self._unpacked(codes, columns) * sign)
 
-    def has_lowest(self, codes: Tensor) -> bool:
-        """Whether a code is the lowest one, whose negative is none."""
-        return bool((self._unpacked(codes, codes.shape[1] * (WORD // self.bits if self.packed else 1)) == self.lowest).any())
+    def negatable(self, codes: Tensor) -> bool:
+        return not bool(
+            (self._unpacked(codes, codes.shape[1] * (WORD // self.bits if self.packed else 1)) == self.lowest).any()
+        )
 
     def _unpacked(self, codes: Tensor, columns: int) -> Tensor:
         """Codes as float32 numbers [rows, columns]."""

@@ -35,8 +35,6 @@ class NvFloat4:
     divides: bool
     rows: int = 0
     signs: bool = True
-    free_rows: bool = True
-    free_columns: bool = False
 
     @property
     def kind(self) -> str:
@@ -61,6 +59,9 @@ class NvFloat4:
 
     def _scales(self, scales: Tensor, above: Tensor) -> Tensor:
         return scales / above if self.divides else scales * above
+
+    def negatable(self, codes: Tensor) -> bool:
+        return True
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         return flip_float4(codes, sign)

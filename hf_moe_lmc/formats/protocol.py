@@ -27,9 +27,8 @@ class Format(Protocol):
 
     Attributes:
         kind: in words, with its sizes: `FP8 in blocks of 128 x 128`.
-        rows: of a matrix that are encoded together: those that share a scale. 0: all of them.
-        signs: rows and columns of a matrix can change sign without another rounding. None: where no code is the lowest.
-        free_rows, free_columns: rows or columns can change places without another rounding.
+        rows: of a matrix that are encoded together, as they share a scale. 0: all of them.
+        signs: rows and columns of a matrix can change sign without another rounding, see also `negatable`.
     """
 
     @property
@@ -37,11 +36,7 @@ class Format(Protocol):
     @property
     def rows(self) -> int: ...
     @property
-    def signs(self) -> bool | None: ...
-    @property
-    def free_rows(self) -> bool: ...
-    @property
-    def free_columns(self) -> bool: ...
+    def signs(self) -> bool: ...
 
     def decode(self, parts: Mapping[str, Tensor], first: int, columns: int) -> Tensor:
         """The values of some rows, float32 [rows, columns], in memory of their own.
@@ -58,6 +53,9 @@ class Format(Protocol):
             dtypes: of the parts.
             largest: the largest absolute value of the matrix, where `rows` is 0; else None.
         """
+
+    def negatable(self, codes: Tensor) -> bool:
+        """Whether the negative of each of these codes is a code."""
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         """Codes [rows, width] of the values times `sign`: 1 or -1, broadcast to [rows, columns]."""

@@ -32,7 +32,6 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import open_writer
-from hf_moe_lmc.writing.streams import refuse_quantized
 from hf_moe_lmc.writing.workspace import Workspace
 
 
@@ -141,7 +140,7 @@ def barrier(
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        pair = inputs.pair(a, b, symmetry=symmetry)
         model_class = language_model_class(pair.a)
         spans = layer_spans(asked.grid.layers, pair.a) if asked.grid.steps else []
         context = context_length(pair.a, asked.windows.context)
@@ -165,6 +164,7 @@ def barrier(
         options=filled(OutputOptions, given),
         prepare=prepare,
         writes_weights=False,
+        dtype=asked.compute.dtype,
     )
 
 

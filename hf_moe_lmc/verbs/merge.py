@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +22,15 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.merge_card import merge_card
 from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
 from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.writing.formats import OutputFormat, check_format, model_merge, plain_merge, write_rounding
 from hf_moe_lmc.writing.interpolation import check_t
-from hf_moe_lmc.writing.output import FolderWriter, open_writer
-from hf_moe_lmc.writing.spans import PlainStream
+from hf_moe_lmc.writing.output import FolderWriter, TensorStream, open_writer
 from hf_moe_lmc.writing.workspace import Workspace
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
-    from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.moe.action import Elements
+    from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 
 
 @verb
@@ -41,6 +43,7 @@ def merge(
     align: bool = True,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     tokenizer: Literal["a", "b"] = "a",
+    format: OutputFormat = "a",
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -63,6 +66,7 @@ def merge(
             interpolated without a look at what they are, so dense ones, too.
         symmetry: a saved or given symmetry instead of matching.
         tokenizer: whose tokenizer, chat template, generation configuration and special ids the output has, together.
+        format: how the output stores its weights: as A does, as B does, or with what A has quantized in bfloat16.
         order, units, exact, push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
@@ -84,16 +88,15 @@ def merge(
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
     if tokenizer not in ("a", "b"):
         raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
-    point = _Point(t, tokenizer, options.allow_nonfinite)
+    check_format(format)
+    point = _Point(t, tokenizer, format, options.allow_nonfinite)
     destination = options.destination(output)
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
         plain = None if align else inputs.plain_pair(a, b)
         if plain:
             return _PlainMerge(*plain, point, destination)
-        from hf_moe_lmc.writing.streams import refuse_quantized
-
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        pair = inputs.pair(a, b, symmetry=symmetry)
         matched = method if align and pair.symmetry is None else None
         return _Merge(pair, point, matched, destination, file_name(symmetry))
 
@@ -109,16 +112,19 @@ class _Point:
 
     Attributes:
         tokenizer: the side whose tokenizer the output has.
+        format: how it stores its weights.
     """
 
     t: float
     tokenizer: str
+    format: OutputFormat
     allow_nonfinite: bool
 
     def facts(self, a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
         """What the shards depend on besides the two checkpoints."""
         layouts = {f"layout_{side}": one.layout_digest() for side, one in (("a", a), ("b", b)) if one.layout_digest()}
-        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **layouts}
+        form = {} if self.format == "a" else {"format": self.format}
+        return {"what": "merge", "t": self.t, "allow_nonfinite": self.allow_nonfinite, **form, **layouts}
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,11 @@ class _PlainMerge(Job["Alignment | None"]):
 
     @property
     def work(self) -> Work:
-        return Work(inputs=[self.a, self.b], template=self.a, facts=self.facts)
+        return Work(inputs=[self.a, self.b], template=self.stream.template, facts=self.facts)
+
+    @property
+    def stream(self) -> TensorStream:
+        return plain_merge(self.a, self.b, self.point.t, self.point.format)
 
     def facts(self) -> Mapping[str, Any]:
         return self.point.facts(self.a, self.b) | {"a": self.a.resume_key(), "b": self.b.resume_key()}
@@ -143,11 +153,17 @@ class _PlainMerge(Job["Alignment | None"]):
         inputs = [self.a, self.b]
         with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.point.allow_nonfinite) as writer:
             if writer:
-                writer.write_tensors(PlainStream(self.a, self.b, self.point.t))
-                writer.write_checkpoint_files(self.a, self.b if self.point.tokenizer == "b" else None)
+                stream = self.stream
+                writer.write_tensors(stream)
+                writer.write_checkpoint_files(stream.template, self.b if self.point.tokenizer == "b" else None)
+                write_rounding(writer, stream)
                 writer.write_text(
                     "README.md",
-                    merge_card(self.a, self.b, self.point.t, self.ids, self.destination, tokenizer=self.point.tokenizer),
+                    merge_card(
+                        *(self.a, self.b, self.point.t, self.ids, self.destination),
+                        tokenizer=self.point.tokenizer,
+                        form=self.point.format,
+                    ),
                 )
 
 
@@ -174,11 +190,14 @@ class _Merge(Job["Alignment | None"]):
     def work(self) -> Work:
         return Work(
             inputs=self.inputs,
-            template=self.pair.a.checkpoint,
+            template=self.stream(self.used.layers).template,
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             facts=self.facts,
         )
+
+    def stream(self, elements: Elements) -> TensorStream:
+        return model_merge(self.pair.a, self.pair.b, elements, self.point.t, self.point.format)
 
     @property
     def used(self) -> ModelSymmetry:
@@ -196,16 +215,20 @@ class _Merge(Job["Alignment | None"]):
 
     def run(self, workspace: Workspace | None) -> Alignment | None:
         from hf_moe_lmc.verbs.inputs import download
+        from hf_moe_lmc.writing.pipeline import pending
 
         a, b = self.inputs
         download(self.pair.a, self.pair.b, given=self.pair.symmetry)
         with open_writer(workspace, self.facts(), inputs=[a, b], allow_nonfinite=self.point.allow_nonfinite) as writer:
-            alignment = self._write_tensors(writer, workspace)
+            awaited = pending(self.pair.b.layers) if self.method else {}
+            stream = self.stream(awaited or self.used.layers)
+            alignment = self._write_tensors(writer, workspace, stream, awaited)
             if alignment and not self.pair.ids.alike:
                 alignment = replace(alignment, vocabulary=self.pair.ids.account())
             used = alignment.symmetry if alignment else self.pair.symmetry
             if writer:
-                writer.write_checkpoint_files(a, b if self.point.tokenizer == "b" else None)
+                writer.write_checkpoint_files(stream.template, b if self.point.tokenizer == "b" else None)
+                write_rounding(writer, stream)
                 if used:
                     used.save(writer.path("alignment/symmetry.safetensors"))
                 if alignment:
@@ -217,6 +240,7 @@ class _Merge(Job["Alignment | None"]):
                     self.pair.ids,
                     self.destination,
                     tokenizer=self.point.tokenizer,
+                    form=self.point.format,
                     alignment=alignment,
                     symmetry=self.pair.symmetry,
                     symmetry_name=self.file,
@@ -224,19 +248,22 @@ class _Merge(Job["Alignment | None"]):
                 writer.write_text("README.md", card)
         return alignment
 
-    def _write_tensors(self, writer: FolderWriter | None, workspace: Workspace | None) -> Alignment | None:
+    def _write_tensors(
+        self,
+        writer: FolderWriter | None,
+        workspace: Workspace | None,
+        stream: TensorStream,
+        awaited: Mapping[int, Future[LayerSymmetry]],
+    ) -> Alignment | None:
         from hf_moe_lmc.matching.alignment import align_models
-        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
-        from hf_moe_lmc.writing.streams import interpolated
+        from hf_moe_lmc.writing.pipeline import written_meanwhile
 
-        a, b, t = self.pair.a, self.pair.b, self.point.t
+        a, b = self.pair.a, self.pair.b
         if self.method:
-            elements = pending(b.layers)
-            stream = interpolated(a, b, elements, t, rounded=True)
-            with written_meanwhile(writer, stream, elements) as deliver:
+            with written_meanwhile(writer, stream, awaited) as deliver:
                 return align_models(
                     a, b, self.method, allow_nonfinite=self.point.allow_nonfinite, workspace=workspace, deliver=deliver
                 )
         if writer:
-            writer.write_tensors(interpolated(a, b, self.used.layers, t, rounded=True))
+            writer.write_tensors(stream)
         return None

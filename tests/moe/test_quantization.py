@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hf_moe_lmc.moe.quantized import check_scales
 from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +26,6 @@ from hf_moe_lmc.checkpoints.configuration import with_changes
 from hf_moe_lmc.checkpoints.quantization import dequantize
 from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MismatchError, MoELMCWarning, SymmetryError
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.moe.quantized import check_scales
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.miniature import build, outputs, shrink
 from hf_moe_lmc.symmetry.banks import FIRST
