@@ -48,7 +48,11 @@ class NvFloat4:
     def encode(self, values: Tensor, dtypes: Mapping[str, torch.dtype], largest: Tensor | None) -> dict[str, Tensor]:
         assert largest is not None
         above = largest.view(1, 1)
-        stored = FP4_LARGEST * FP8_LARGEST / or_one(above) if self.divides else above / (FP4_LARGEST * FP8_LARGEST)
+        stored = (
+            torch.full_like(above, FP4_LARGEST * FP8_LARGEST) / or_one(above)
+            if self.divides
+            else above / (FP4_LARGEST * FP8_LARGEST)
+        )
         stored = torch.where(above == 0, torch.ones_like(above), or_one(stored))
         wanted = largest_of_blocks(values, (1, GROUP)) / FP4_LARGEST
         scales = to_float8(wanted * stored if self.divides else wanted / stored, dtypes[SCALES])

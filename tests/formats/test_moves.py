@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_moe_lmc.moe.quantized import check_scales
 from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +22,6 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.configuration import with_changes
-from hf_moe_lmc.checkpoints.quantization import dequantize
 from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MismatchError, MoELMCWarning, SymmetryError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import read_model
@@ -267,7 +265,19 @@ def read(folder: Path) -> MoEModel:
 
 
 def random_orders(model: MoEModel, seed: int = 0) -> ModelSymmetry:
-    return model.random(torch.Generator().manual_seed(seed))
+    """A random order of the experts, which every format carries."""
+    drawn, still = model.random(torch.Generator().manual_seed(seed)), model.identity()
+    layers = {
+        index: replace(
+            still.layers[index],
+            banks={
+                name: replace(bank, expert_order=drawn.layers[index].banks[name].expert_order)
+                for name, bank in still.layers[index].banks.items()
+            },
+        )
+        for index in still.layers
+    }
+    return ModelSymmetry(drawn.family, drawn.groups, layers)
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
