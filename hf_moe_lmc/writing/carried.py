@@ -25,7 +25,7 @@ from hf_moe_lmc.symmetry.banks import qualified
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry
 from hf_moe_lmc.writing.encoded import Origin
-from hf_moe_lmc.writing.units import Range
+from hf_moe_lmc.writing.units import Range, is_apart
 
 
 def origin_of(
@@ -195,9 +195,7 @@ def check_movable(model: MoEModel, storage: Storage) -> None:
             if not bases <= set(MATRICES):
                 problems.append(f"{name}: a quantized {', '.join(sorted(bases))}: moving its rows would need new scales")
                 continue
-            size = weight.columns * (weight.format.rows or weight.rows)
-            matrix = weight.rows * weight.columns
-            if any(piece.first % size or (piece.count % size and piece.count % matrix) for piece in layer.pieces(name)):
+            if not all(is_apart(weight, _range(piece)) for piece in layer.pieces(name)):
                 problems.append(f"{name}: two experts share a scale, so that neither can move without new scales")
     if problems:
         raise FamilyError(

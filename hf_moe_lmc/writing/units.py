@@ -79,6 +79,13 @@ class Once:
             return value
 
 
+def is_apart(weight: StoredWeight, of: Range) -> bool:
+    """Whether a range of a weight shares no scale with what lies beside it."""
+    matrix = weight.rows * weight.columns
+    grain = matrix if weight.transposed or not weight.format.rows else weight.columns * weight.format.rows
+    return all(place % matrix % grain == 0 for place in (of[0], of[0] + of[1]))
+
+
 def units(weight: StoredWeight, ranges: Sequence[Range]) -> Iterator[Unit]:
     """A weight in units that can be stored each by itself: a bounded number of rows, or experts.
 
@@ -87,8 +94,7 @@ def units(weight: StoredWeight, ranges: Sequence[Range]) -> Iterator[Unit]:
     """
     matrix = weight.rows * weight.columns
     if ranges:
-        grain = matrix if weight.transposed or not weight.format.rows else weight.columns * weight.format.rows
-        if all(first % grain == 0 and (count % grain == 0 or count % matrix == 0) for first, count in ranges):
+        if all(is_apart(weight, one) for one in ranges):
             for first, count in ranges:
                 yield Unit(weight, first // weight.columns, count // weight.columns, ((first, count),))
         else:
