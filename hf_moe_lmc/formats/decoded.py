@@ -81,21 +81,25 @@ class DecodedCheckpoint(VirtualCheckpoint):
         return read_range(self.original, weight, first, count).to(self.dtype)
 
 
-def decoded(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Checkpoint:
+def decoded(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
     """A checkpoint as plain numbers: the same one where it is plain already.
 
     Args:
-        dtype: that quantized weights are read in.
+        dtype: that quantized weights are read in; None: float32, or what it was before.
 
     Raises:
         FamilyError: quantized weights that are not whole, or are not what config.json declares.
     """
     if isinstance(checkpoint, DecodedCheckpoint):
-        return checkpoint if checkpoint.dtype == dtype else DecodedCheckpoint.of(checkpoint.original, checkpoint.storage, dtype)
+        return (
+            checkpoint
+            if dtype in (None, checkpoint.dtype)
+            else DecodedCheckpoint.of(checkpoint.original, checkpoint.storage, dtype or torch.float32)
+        )
     if isinstance(checkpoint, ExtendedCheckpoint):
         return replace_original(checkpoint, decoded(checkpoint.original, dtype))
     storage = recognise_storage(checkpoint)
-    return checkpoint if storage is None else DecodedCheckpoint.of(checkpoint, storage, dtype)
+    return checkpoint if storage is None else DecodedCheckpoint.of(checkpoint, storage, dtype or torch.float32)
 
 
 def replace_original(checkpoint: ExtendedCheckpoint, original: Checkpoint) -> ExtendedCheckpoint:

@@ -118,4 +118,6 @@ class StoredWeight:
     def layout(self) -> tuple[object, ...]:
         """What two weights must have in common for the bytes of one to take the place of the other's."""
         parts = tuple((role, part.info.dtype, part.rows, part.width) for role, part in self.parts.items())
-        return self.format, self.rows, self.columns, self.transposed, parts
+        stem = self.name.removesuffix(".weight")
+        beside = tuple((info.name.removeprefix(stem), info.dtype, info.shape) for info in self.activations)
+        return self.format, self.rows, self.columns, self.transposed, parts, beside

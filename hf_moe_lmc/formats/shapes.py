@@ -25,7 +25,7 @@ WHOLE = (0, 0)
 
 def float8(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, declared: Quantization) -> Found:
     """FP8 by blocks, by rows, or with one scale."""
-    if declared.method == "mxfp4":
+    if declared.method == "mxfp4" or not _has_group(declared, "float", 8):
         return None, [_undeclared(codes, declared)]
     if problem := _dtype_problem(scales):
         return None, [problem]
@@ -40,7 +40,7 @@ def float8(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, decla
     blocks = _blocks_of_float8(declared)
     fitting = [found for block in blocks if (found := _fit(own, rows, columns, block))]
     if not fitting:
-        cut = " or ".join(_cut(block) for block in blocks)
+        cut = " or ".join([_cut(block) for block in blocks if block != WHOLE] or [_cut(WHOLE)])
         return None, [f"{scales.name}: {list(own)} scales do not fit a weight {[rows, columns]} in {cut}"]
     split, block = fitting[0]
     powers = scales.dtype in EXPONENTS or (declared.powers and block not in (WHOLE, (1, 0)))
@@ -105,7 +105,7 @@ def mxfp4(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, declar
 
 def float4(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, declared: Quantization) -> Found:
     """Bytes [..., rows, columns / 2] with two FP4 values and E8M0 scales for each 32: DeepSeek-V4, compressed-tensors."""
-    if declared.method == "mxfp4":
+    if declared.method == "mxfp4" or not _has_group(declared, "float", 4):
         return None, [_undeclared(codes, declared)]
     rows, columns = codes.shape[-2], 2 * codes.shape[-1]
     wanted = (*codes.shape[:-1], columns // GROUP_OF_FP4)
@@ -122,7 +122,7 @@ def float4(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, decla
 def nvfp4(name: str, codes: TensorInfo, scales: TensorInfo, parts: Parts, declared: Quantization, *, divides: bool) -> Found:
     """Bytes with two FP4 values, FP8 scales for each 16, and a number above these."""
     above = parts.by_role[GLOBAL]
-    if declared.method == "mxfp4" or (divides and declared.method != COMPRESSED):
+    if declared.method == "mxfp4" or divides != (declared.method == COMPRESSED) or not _has_group(declared, "float", 4):
         return None, [_undeclared(codes, declared)]
     stack, rows, columns = _stack(codes.shape), codes.shape[-2], 2 * codes.shape[-1]
     wanted = (*codes.shape[:-1], columns // GROUP_OF_NVFP4)
@@ -189,6 +189,11 @@ def _dtype_problem(scales: TensorInfo, *, exponents: bool = True) -> str | None:
     if fine or (exponents and scales.dtype in EXPONENTS):
         return None
     return f"{scales.name}: dtype {scales.dtype}, expected floats{', or exponents in uint8' if exponents else ''}"
+
+
+def _has_group(declared: Quantization, kind: str, bits: int) -> bool:
+    """Whether compressed-tensors declares such weights; others declare no more than a method."""
+    return declared.method != COMPRESSED or any((group.kind, group.bits) == (kind, bits) for group in declared.groups)
 
 
 def _undeclared(codes: TensorInfo, declared: Quantization) -> str:

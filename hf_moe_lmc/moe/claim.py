@@ -125,13 +125,12 @@ def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
     for claim in [claim for claim in claims.values() if claim.expert is not None]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
-        kinds = [
-            weights[name].format.kind if name in weights else str(block.info(name).dtype) for name in (claim.name, like.name)
-        ]
-        if (kinds[0], info.shape) != (kinds[1], expected.shape):
+        # what is quantized is compared where bytes move
+        plain = claim.name not in weights and like.name not in weights
+        if info.shape != expected.shape or (plain and info.dtype != expected.dtype):
             problems.append(
-                f"{claim.name}: {list(info.shape)} of {kinds[0]}, but {like.name} is {list(expected.shape)} of {kinds[1]}; "
-                "they cannot change places. Bring all experts to one dtype first"
+                f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
+                f"{expected.dtype}; they cannot change places. Bring all experts to one dtype first"
             )
     return problems
 

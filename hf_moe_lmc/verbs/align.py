@@ -113,7 +113,7 @@ class _Alignment(Job[Alignment]):
     def work(self) -> Work:
         return Work(
             inputs=[self.a.checkpoint, self.b.checkpoint],
-            template=None if self.symmetry_only else model_moved(self.b, {}, self.format).template,
+            template=None if self.symmetry_only else model_moved(self.b, self.b.identity().layers, self.format).template,
             models=[self.a, self.b],
             matched=True,
             facts=self.facts,

@@ -76,7 +76,7 @@ class ModelBlocks:
             source = source.b
         return origin_of(layer, name, piece, source, self.storage, self.stored)
 
-    def activation(self, weight: StoredWeight, info: TensorInfo) -> Tensor:
+    def activation(self, weight: StoredWeight, info: TensorInfo, side: str) -> Tensor:
         layer = self.model.layer_of[weight.name]
         claim = layer.claims[weight.name]
         role = claim.roles[0]
@@ -84,7 +84,9 @@ class ModelBlocks:
         if is_expert_role(role) and claim.expert is None:
             experts = list(range(layer.banks[split_role(role)[0]].experts))
         source = self.layers[layer.index]
-        sides = (source.a, source.b) if isinstance(source, InterpolatedLayer) else (source,)
+        sides: tuple[LayerSource, ...] = (source,)
+        if isinstance(source, InterpolatedLayer):
+            sides = {("a", 0): (source.a,), ("b", 1): (source.b,)}.get((side, source.t), (source.a, source.b))
         ending = _ending(info.name, weight.name)
         found = []
         for expert in experts:

@@ -187,6 +187,7 @@ def check_movable(model: MoEModel, storage: Storage) -> None:
     """Raises FamilyError where experts of a quantized model cannot change places byte for byte."""
     problems = []
     for layer in model.layers.values():
+        problems += _uneven(layer, storage)
         for name in layer.claims:
             weight = storage.weights.get(name)
             if weight is None:
@@ -202,6 +203,22 @@ def check_movable(model: MoEModel, storage: Storage) -> None:
             f"{model.checkpoint.name}: experts cannot change places in {storage.kind}:\n{listing(problems)}\n"
             "Write the output in bfloat16: --format bf16"
         )
+
+
+def _uneven(layer: MoELayer, storage: Storage) -> list[str]:
+    """Experts that are stored in another way than the first one."""
+    first: dict[str, str] = {}
+    problems = []
+    for name, claim in layer.claims.items():
+        if claim.expert is None:
+            continue
+        like = first.setdefault(claim.roles[0], name)
+        weight, other = storage.weights.get(name), storage.weights.get(like)
+        if (weight and weight.layout) != (other and other.layout):
+            kinds = [one.format.kind if one else "plain numbers" for one in (weight, other)]
+            how = f"{kinds[0]}, but {like} in {kinds[1]}" if kinds[0] != kinds[1] else f"other parts than {like}"
+            problems.append(f"{name} is stored in {how}: they cannot change places")
+    return problems
 
 
 def moved_units(elements: Mapping[int, LayerSymmetry], written: Mapping[int, LayerSymmetry]) -> int:

@@ -78,7 +78,7 @@ class Blocks(Protocol):
     def origin(self, name: str, of: Range, side: str) -> Origin | None:
         """Where the bytes of a range stand, if the output keeps those of `side`, as far as no value has to be looked at."""
 
-    def activation(self, weight: StoredWeight, info: TensorInfo) -> Tensor:
+    def activation(self, weight: StoredWeight, info: TensorInfo, side: str) -> Tensor:
         """A scale of what goes into a weight, or one for each of its experts."""
 
 
@@ -89,7 +89,7 @@ class EncodedStream:
     Attributes:
         template: of the output.
         stored: the checkpoint whose layout that is, as it is stored.
-        sides: the checkpoints that the output is made of, as they are read.
+        sides: the checkpoints that the output is made of: those whose scales of activations it covers.
         outside: where the values of tensors outside the MoE blocks come from.
         blocks: where all others come from; None: nothing is known of MoE blocks.
         side: `a` or `b`: whose bytes are kept where they can be.
@@ -179,7 +179,11 @@ class EncodedStream:
             yield [spans.pop(CODES)] if CODES in spans else [], list(spans.values())
         others = [_whole_span(self._info(info), partial(self.stored.read, info.name)) for info in weight.beside]
         for info in weight.activations:
-            read = partial(self.blocks.activation, weight, info) if self.blocks and ranges else partial(self._beside, info)
+            read = (
+                partial(self.blocks.activation, weight, info, self.side)
+                if self.blocks and ranges
+                else partial(self._beside, info)
+            )
             others.append(_whole_span(self._info(info), read))
         yield [], [span for span, info in zip(others, (*weight.beside, *weight.activations), strict=True) if info.name in here]
 

@@ -35,7 +35,7 @@ def plain_merge(a: Checkpoint, b: Checkpoint, t: float, form: OutputFormat) -> T
     if storage_of(layout) is None and form != "b":
         return PlainStream(a, b, t)
     template = output_template(layout, a, plain=form == "bf16")
-    return EncodedStream(template, layout.stored, (a, b), Interpolated(a, b, t), None, _side(form))
+    return EncodedStream(template, layout.stored, _sides(a, b, t, form), Interpolated(a, b, t), None, _side(form))
 
 
 def model_merge(a: MoEModel, b: MoEModel, elements: Elements, t: float, form: OutputFormat) -> TensorStream:
@@ -54,8 +54,9 @@ def model_merge(a: MoEModel, b: MoEModel, elements: Elements, t: float, form: Ou
     layout = model.checkpoint
     template = output_template(layout, a.checkpoint, plain=form == "bf16")
     blocks = ModelBlocks(model, layers, template.storage, layout.stored)
-    sides = (a.checkpoint, b.checkpoint)
-    return EncodedStream(template, layout.stored, sides, Interpolated(*sides, t), blocks, _side(form))
+    sides = _sides(a.checkpoint, b.checkpoint, t, form)
+    outside = Interpolated(a.checkpoint, b.checkpoint, t)
+    return EncodedStream(template, layout.stored, sides, outside, blocks, _side(form))
 
 
 def model_moved(b: MoEModel, elements: Elements, form: OutputFormat) -> TensorStream:
@@ -113,3 +114,8 @@ def left_in_place(b: MoEModel, symmetry: ModelSymmetry, stream: TensorStream) ->
 
 def _side(form: OutputFormat) -> str:
     return "" if form == "bf16" else form
+
+
+def _sides(a: Checkpoint, b: Checkpoint, t: float, form: OutputFormat) -> tuple[Checkpoint, ...]:
+    """The checkpoints whose activations an output has to cover: that whose bytes it has throughout alone."""
+    return {("a", 0): (a,), ("b", 1): (b,)}.get((form, t), (a, b))

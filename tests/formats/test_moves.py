@@ -222,7 +222,7 @@ def test_align_finds_everything_and_writes_what_the_format_carries(
     assert not storage_of(read(tmp_path / "plain").checkpoint)
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert "quantization_config" not in config and config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    apply(alignment.symmetry, plain(LAYOUTS[name], b, tmp_path / "numbers"), tmp_path / "expected")
+    apply(replace(alignment.symmetry, metadata={}), plain(LAYOUTS[name], b, tmp_path / "numbers"), tmp_path / "expected")
     written, expected = tiny.tensors(tmp_path / "plain"), tiny.tensors(tmp_path / "expected")
     assert all(torch.equal(tensor, expected[key].to(tensor.dtype)) for key, tensor in written.items())
     assert written.keys() == expected.keys()
