@@ -86,7 +86,8 @@ class ModelBlocks:
         source = self.layers[layer.index]
         sides: tuple[LayerSource, ...] = (source,)
         if isinstance(source, InterpolatedLayer):
-            sides = {("a", 0): (source.a,), ("b", 1): (source.b,)}.get((side, source.t), (source.a, source.b))
+            whole = {"a": source.t == 0, "b": source.t == 1}.get(side, False)
+            sides = ({"a": source.a, "b": source.b}[side],) if whole else (source.a, source.b)
         ending = _ending(info.name, weight.name)
         found = []
         for expert in experts:

@@ -118,4 +118,6 @@ def _side(form: OutputFormat) -> str:
 
 def _sides(a: Checkpoint, b: Checkpoint, t: float, form: OutputFormat) -> tuple[Checkpoint, ...]:
     """The checkpoints whose activations an output has to cover: that whose bytes it has throughout alone."""
-    return {("a", 0): (a,), ("b", 1): (b,)}.get((form, t), (a, b))
+    if (form, t) == ("a", 0):
+        return (a,)
+    return (b,) if (form, t) == ("b", 1) else (a, b)
