@@ -154,9 +154,7 @@ def write_alignment(writer: FolderWriter, alignment: Alignment, folder: str) -> 
     writer.write_text(f"{folder}alignment.json", alignment.to_json())
 
 
-def align_card(
-    a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination, form: OutputFormat = "b"
-) -> str:
+def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination, form: OutputFormat = "b") -> str:
     """The model card of an aligned checkpoint."""
     return model_card(
         title="{B} aligned to {A}",

@@ -46,35 +46,27 @@ def nearest(values: Array, table: Array, sign_bit: int) -> Array:
     return (code + sign_bit * np.signbit(values)).astype(np.uint8)
 
 
-def blocks(shape: tuple[int, int], block: tuple[int, int]) -> list[tuple[slice, slice]]:
-    return [
-        (slice(row, row + block[0]), slice(column, column + block[1]))
-        for row in range(0, shape[0], block[0])
-        for column in range(0, shape[1], block[1])
-    ]
+def spread(scales: Array, shape: tuple[int, ...], block: tuple[int, int]) -> Array:
+    """The scale of each element."""
+    return scales.astype(F32).repeat(block[0], axis=0)[: shape[0]].repeat(block[1], axis=1)[:, : shape[1]]
 
 
-def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def times(codes: Array, scales: Array, block: tuple[int, int]) -> Array:
     """Numbers [rows, columns] times the scales of their blocks, each product rounded to float32."""
-    out = codes.astype(F32).copy()
-    for (rows, columns), scale in zip(blocks(codes.shape, block), scales.astype(F32).flatten(), strict=True):
-        out[rows, columns] = out[rows, columns] * scale
-    return out
+    return codes.astype(F32) * spread(scales.reshape(grid(codes.shape, block)), codes.shape, block)
 
 
 def largest(values: Array, block: tuple[int, int]) -> Array:
-    return np.array([np.abs(values[one]).max() for one in blocks(values.shape, block)], F32).reshape(grid(values.shape, block))
+    sizes = np.maximum.reduceat(np.abs(values), range(0, values.shape[0], block[0]), axis=0)
+    return np.maximum.reduceat(sizes, range(0, values.shape[1], block[1]), axis=1).astype(F32)
 
 
 def over(values: Array, scales: Array, block: tuple[int, int]) -> Array:
-    out = values.astype(F32).copy()
-    for one, scale in zip(blocks(values.shape, block), scales.astype(F32).flatten(), strict=True):
-        out[one] = out[one] / scale
-    return out
+    return values.astype(F32) / spread(scales.reshape(grid(values.shape, block)), values.shape, block)
 
 
 @dataclass(frozen=True)
