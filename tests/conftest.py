@@ -62,6 +62,21 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]
     return get
 
 
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(layout, seed) -> folder of a tiny quantized checkpoint, made once. Read only: copy before changing it."""
+    from tests.formats.published import LAYOUTS, save
+
+    made: dict[tuple[str, int], Path] = {}
+
+    def get(name: str, seed: int = 0) -> Path:
+        if (name, seed) not in made:
+            made[name, seed] = save(LAYOUTS[name], tmp_path_factory.mktemp("quantized") / "model", seed)
+        return made[name, seed]
+
+    return get
+
+
 @pytest.fixture
 def copy(saved: Callable[[str, str, int], Path], tmp_path: Path) -> Callable[..., Path]:
     """(family, layout, seed) -> a copy that the test may change."""

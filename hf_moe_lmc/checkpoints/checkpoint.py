@@ -47,6 +47,8 @@ from hf_moe_lmc.runtime.progress import size_of
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
+# Bits that are all set in the codes that are NaN or infinite.
+_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
 
@@ -129,6 +131,11 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint whose tensors are those in the files: this one, unless it is computed from another."""
+        return self
 
     @property
     def display_name(self) -> str:
@@ -296,6 +303,9 @@ def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; one pass over them."""
     if not values.dtype.is_floating_point or not values.numel():
         return True
+    if values.dtype in _NOT_FINITE:  # ten times as fast as torch's conversion
+        mask = _NOT_FINITE[values.dtype]
+        return not bool((values.contiguous().view(torch.uint8) & mask == mask).any())
     low, high = (values.float() if values.dtype.itemsize == 1 else values).aminmax()  # NaN if there is one
     return bool(low.isfinite() & high.isfinite())
 

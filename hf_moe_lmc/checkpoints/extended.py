@@ -2,15 +2,13 @@
 
 Two ends of a path need the same tensors. Where their files differ in what is no part of an expert, each is extended. A table
 over the vocabulary gets the rows that the other alone has, a tied head becomes a tensor, buffers of one come from the other.
-All of it is a matter of where bytes are read; nothing is written anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.header import Shard, TensorInfo, dtype_name
-
-HEADER_UNIT = 8  # headers are padded to a multiple of this
+from hf_moe_lmc.checkpoints.header import TensorInfo
+from hf_moe_lmc.checkpoints.virtual import VirtualCheckpoint, laid_out
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,16 @@ class Assembled:
 
 
 @dataclass
-class ExtendedCheckpoint(Checkpoint):
+class ExtendedCheckpoint(VirtualCheckpoint):
     """`original` with some tensors put together from pieces, and some left out.
 
     Attributes:
-        original: whose files, name and fingerprint these are.
         assembled: by name; those that the original lacks stand at the end of its last shard.
         without: names that are left out.
     """
 
-    original: Checkpoint = field(kw_only=True)
     assembled: Mapping[str, Assembled] = field(kw_only=True)
     without: frozenset[str] = field(default_factory=frozenset, kw_only=True)
-    _starts: dict[str, tuple[list[int], list[TensorInfo]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -101,8 +95,7 @@ class ExtendedCheckpoint(Checkpoint):
                 self.shards[shard.name] = shard
                 self.tensors |= {info.name: info for info in infos}
                 continue
-            header, infos, size = _header(infos, shard)
-            self.shards[shard.name] = Shard(shard.name, header, size, tuple(info.name for info in infos))
+            self.shards[shard.name], infos = laid_out(infos, shard.name)
             self.tensors |= {info.name: info for info in infos}
 
     def _reshaped(self, info: TensorInfo) -> TensorInfo:
@@ -111,16 +104,6 @@ class ExtendedCheckpoint(Checkpoint):
             return info
         nbytes = _numel(assembled.shape) * info.dtype.itemsize
         return replace(info, shape=assembled.shape, nbytes=nbytes)
-
-    def download(self) -> None:
-        self.original.download()
-        self._lay_out()
-
-    def fingerprint(self) -> str:
-        return self.original.fingerprint()
-
-    def resume_key(self) -> str:
-        return self.original.resume_key()
 
     def layout_digest(self) -> str:
         """What its tensors are made of: together with the fingerprints of all that it reads, it tells what is in it."""
@@ -132,11 +115,10 @@ class ExtendedCheckpoint(Checkpoint):
             ]
             for name, one in self.assembled.items()
         }
-        content = json.dumps([made, sorted(self.without), dict(self.changes)], sort_keys=True, default=str)
+        content = json.dumps(
+            [self.original.layout_digest(), made, sorted(self.without), dict(self.changes)], sort_keys=True, default=str
+        )
         return hashlib.sha256(content.encode()).hexdigest()
-
-    def close(self) -> None:
-        self.original.close()
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         if name not in self.assembled:
@@ -158,53 +140,10 @@ class ExtendedCheckpoint(Checkpoint):
                 ).to(one.dtype)
             begin += piece.count
 
-    def fill(self, values: Tensor, shard: str, position: int) -> None:
-        """As if the shard were a file: `position` counts in the layout of this checkpoint."""
-        if self.shards[shard] is self.original.shards.get(shard) and not self._assembled_in(shard):
-            self.original.fill(values, shard, position)
-            return
-        target = values.view(torch.uint8)
-        starts, infos = self._in_order(shard)
-        at, done = bisect_right(starts, position) - 1, 0
-        while done < len(target):
-            info = infos[at]
-            skip = position + done - info.start
-            count = min(info.nbytes - skip, len(target) - done)
-            if count > 0:
-                size = info.dtype.itemsize
-                part = self.read(info.name, skip // size, -(-(skip % size + count) // size)).view(torch.uint8)
-                target[done : done + count] = part[skip % size : skip % size + count]
-                done += count
-            at += 1
-
-    def _assembled_in(self, shard: str) -> bool:
-        return any(name in self.assembled for name in self.shards[shard].tensors)
-
-    def _in_order(self, shard: str) -> tuple[list[int], list[TensorInfo]]:
-        if shard not in self._starts:
-            infos = [self.tensors[name] for name in self.shards[shard].tensors]
-            self._starts[shard] = [info.start for info in infos], infos
-        return self._starts[shard]
+    def _is_kept(self, shard: str) -> bool:
+        same = self.shards[shard] is self.original.shards.get(shard)
+        return same and not any(name in self.assembled for name in self.shards[shard].tensors)
 
 
-def _numel(shape: Sequence[int]) -> int:
+def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _header(infos: Sequence[TensorInfo], shard: Shard) -> tuple[bytes, list[TensorInfo], int]:
-    """A safetensors header for tensors one after the other, these tensors at their places, and the size of the file."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for info in infos:
-        nbytes = _numel(info.shape) * info.dtype.itemsize
-        entries[info.name] = {"dtype": dtype_name(info.dtype), "shape": list(info.shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-len(body) % HEADER_UNIT)
-    header = len(body).to_bytes(8, "little") + body
-    placed, start = [], len(header)
-    for info in infos:
-        nbytes = _numel(info.shape) * info.dtype.itemsize
-        placed.append(replace(info, shard=shard.name, start=start, nbytes=nbytes))
-        start += nbytes
-    return header, placed, start

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from hf_moe_lmc.checkpoints.header import TensorInfo
-from hf_moe_lmc.checkpoints.quantization import FLOAT8, Quantization, declared_in, read_quantization, refused
+from hf_moe_lmc.checkpoints.quantization import MODELOPT_METHOD, Quantization, declared_in, read_quantization, refused
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import FamilyError, listing, worded
 from hf_moe_lmc.runtime.notices import warn
 
 MODELOPT = "hf_quant_config.json"
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_MODELOPT_READ = ("FP8", "NVFP4", "MIXED_PRECISION", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN")
 DECLARATIONS = ("quantization_config", "compression_config")
 # Names of codes, by who packs weights so. Scales that stand beside a weight tell of codes as well.
 _METHODS = {
@@ -59,14 +61,14 @@ def read_packing(
 
     Raises:
         CheckpointError: quantized by a method that is not read here, with the way out.
-        FamilyError: quantized as fp8 or mxfp4 are, and nothing declares it.
+        FamilyError: quantized, and nothing declares it.
     """
     codes = [one for one, info in tensors.items() if is_packed(info)]
     declared = declared_in(config)
     if codes and declared:
         return Packing(read_quantization(name, config))
     if codes:
-        raise _undeclared(name, codes, tensors, described)
+        return Packing(_declared_beside(name, codes, tensors, described))
     stated = tuple(key for key in DECLARATIONS if _states(config, key))
     if stated:
         warn(
@@ -93,18 +95,21 @@ def _states(config: Mapping[str, Any], key: str) -> bool:
     return bool(config.get(key)) or (isinstance(text, Mapping) and bool(text.get(key)))
 
 
-def _undeclared(
+def _declared_beside(
     name: str, codes: list[str], tensors: Mapping[str, TensorInfo], described: Callable[[], Path] | None
-) -> Exception:
+) -> Quantization:
+    """What ModelOpt declares beside a config.json that says nothing; raises where it does not either."""
     if described:
         found = read_json_object(described(), f"{name}/{MODELOPT}").get("quantization")
         algorithm = found.get("quant_algo") if isinstance(found, Mapping) else None
-        return refused(name, f"{MODELOPT}: ModelOpt, quant_algo {worded(algorithm)}", MODELOPT)
+        if algorithm in _MODELOPT_READ:
+            return Quantization(MODELOPT_METHOD, beside=True)
+        raise refused(name, f"{MODELOPT}: ModelOpt, quant_algo {worded(algorithm)}", MODELOPT)
     for method, pattern in _METHODS.items():
         if matching := [one for one in codes if pattern.fullmatch(one)]:
-            return refused(name, f"{method}: {matching[0]} and {len(codes) - 1} more tensors", "the shards")
+            raise refused(name, f"{method}: {matching[0]} and {len(codes) - 1} more tensors", "the shards")
     lines = [f"{one} ({str(tensors[one].dtype).removeprefix('torch.')})" for one in codes]
-    return undeclared(name, lines)
+    raise undeclared(name, lines)
 
 
 def undeclared(name: str, lines: list[str]) -> FamilyError:

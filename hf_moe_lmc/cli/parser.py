@@ -102,9 +102,19 @@ def _selftest(verb: Parser) -> None:
     add_model(verb, "; its weights are not read")
 
 
+def _format(verb: Parser, *choices: str) -> None:
+    verb.add_argument(
+        "--format",
+        choices=choices,
+        help=f"how weights are stored: as in {' or '.join(one.upper() for one in choices if one != 'bf16')}, or quantized ones "
+        f"in bfloat16 (default: {choices[0]})",
+    )
+
+
 def _align(verb: Parser) -> None:
     add_pair(verb)
     add_output(verb, "OUT")
+    _format(verb, "b", "bf16")
     verb.add_argument("--symmetry-only", action="store_true", help="write the symmetry and its report, no checkpoint")
     add_matching(verb)
     add_running(verb)
@@ -116,6 +126,7 @@ def _apply(verb: Parser) -> None:
     verb.add_argument("b", metavar="B", help=f"the model that it is applied to: a {WHERE}")
     add_output(verb, "OUT")
     verb.add_argument("--inverse", action="store_true", help="undo it: take an output of apply or align back to B")
+    _format(verb, "b", "bf16")
     add_running(verb)
     add_publishing(verb)
 
@@ -235,6 +246,7 @@ def _merge(verb: Parser) -> None:
         choices=("a", "b"),
         help="whose tokenizer, chat template, generation configuration and special ids the output has (default: a)",
     )
+    _format(verb, "a", "b", "bf16")
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--no-align", dest="align", action="store_false", help="take B as it is, without matching")
     how.add_argument("--symmetry", metavar="FILE", help="take a saved symmetry (symmetry.safetensors) instead of matching")

@@ -256,11 +256,6 @@ def _warnings(
             "places of all experts: these layers keep their order, and their hidden units are matched "
             f"({_first([in_words(index, banks) for index, banks in bound.items()])})"
         )
-    if b.quantization:
-        yield (
-            f"the weights are quantized ({b.quantization.method}): whole experts change places with their scales; hidden units "
-            "keep theirs, as anything else would need new scales"
-        )
     if outside.relative_distance == 0 and all(matching.is_trivial for matching in layers.values()):
         yield SAME
     if outside.unrelated:

@@ -43,7 +43,7 @@ def check_router(bank: Bank) -> None:
 
 def check_shared_router(layer: MoELayer) -> None:
     """Raises CheckpointError where the gate of the shared expert is not finite."""
-    if "shared_router" in layer.roles and not bool(layer.values("shared_router").isfinite().all()):
+    if "shared_router" in layer.roles and not bool(layer.stored("shared_router").isfinite().all()):
         raise not_finite(layer.shared, "shared router")
 
 

@@ -73,8 +73,13 @@ class AwaitedLayer:
     symmetry: Future[LayerSymmetry]
     units: Mapping[str, UnitKind]
 
+    @property
+    def acted(self) -> ActedLayer:
+        """The block in these coordinates, once they are there."""
+        return ActedLayer(self.layer, self.symmetry.result(), self.units)
+
     def stored(self, role: str, expert: int | None = None) -> Tensor:
-        return ActedLayer(self.layer, self.symmetry.result(), self.units).stored(role, expert)
+        return self.acted.stored(role, expert)
 
 
 def _permuted(values: Tensor, permutation: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def _permuted(values: Tensor, permutation: Tensor) -> Tensor:
 def _act_on_units(base: str, values: Tensor, g: UnitSymmetry, kind: UnitKind) -> Tensor:
     """Units permuted; up rows times the scale, down columns divided by it to the kind's power. values: [unit, ...].
 
-    What has no axis of units comes back as it is: a down bias, packed parts of quantized weights, a shared expert's gate.
+    What has no axis of units comes back as it is: a down bias, a shared expert's gate.
     """
     if not len(g.order) or base not in ("gate", "up", "down", "gate_bias", "up_bias"):
         return values

@@ -8,32 +8,12 @@ from functools import cached_property
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import TensorInfo
-from hf_moe_lmc.checkpoints.quantization import (
-    Quantization,
-)
 from hf_moe_lmc.moe.family import LayerConfig, MoEFamily, Template
 from hf_moe_lmc.moe.notation import (
     TensorSpec,
     bank_size,
     split_role,
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a tensor is to the quantized weight that it belongs to.
-
-    Attributes:
-        weight: the name that the weight has, or would have.
-        ending: of the role: `_blocks` (the values), `_scales` or `_activation_scales`.
-        spec: what the weight is, or would be.
-        numel: elements per expert.
-    """
-
-    weight: str
-    ending: str
-    spec: TensorSpec
-    numel: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +24,6 @@ class Claim:
         template: the rule; spec: what it says of this tensor's axes.
         segment: the bank that the key's number falls into; None where the tensor holds all of its template's.
         expert: number within that bank of the expert that the key names.
-        part: where it is a part of a quantized weight; its own spec is then opaque, with the axis `packed`.
     """
 
     name: str
@@ -52,23 +31,17 @@ class Claim:
     spec: TensorSpec
     segment: int | None
     expert: int | None
-    part: Part | None = None
 
     @property
     def segments(self) -> Sequence[int]:
-        return range(len(self.spec.segments)) if self.segment is None or self.part else [self.segment]
+        return range(len(self.spec.segments)) if self.segment is None else [self.segment]
 
     @cached_property
     def roles(self) -> tuple[str, ...]:
         return tuple(role for segment in self.segments for role in self.spec.segments[segment])
 
     def axis_sizes(self, sizes: Mapping[str, int], segment: int) -> tuple[int, ...]:
-        return self.spec.axis_sizes({**sizes, "packed": self.part.numel if self.part else 0}, segment)
-
-    @property
-    def weight_roles(self) -> tuple[str, ...]:
-        """Of a part of a quantized weight, the roles of the weight."""
-        return self.part.spec.segments[self.segment or 0] if self.part else ()
+        return self.spec.axis_sizes(sizes, segment)
 
 
 @dataclass(frozen=True)
@@ -87,7 +60,6 @@ class Block:
     prefix: str
     names: Mapping[str, str]
     config: LayerConfig
-    quantization: Quantization | None
 
     @cached_property
     def expected(self) -> dict[str, list[Template]]:

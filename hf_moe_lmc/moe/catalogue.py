@@ -298,8 +298,8 @@ computes as it was. The columns say which ones are used:
   place of numbers; *fused*, one tensor with an axis of experts; *transposed*, inputs before outputs; *interleaved*, gate and
   up take turns; *block-stacked*, experts below each other in one matrix; *banks joined*, those of several banks in one run.
 
-Quantized checkpoints (fp8, mxfp4) are read in the layouts of their family. Whole experts change places in them, with their
-scales and byte for byte, and nothing finer does: that would need new scales.
+Quantized checkpoints are read in the layouts of their family, as the numbers that they stand for. Whole experts change places
+byte for byte, with their scales; see [quantization.md](quantization.md).
 """
 
 ELSEWHERE = """\

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from hf_moe_lmc.checkpoints.quantization import (
-    DEQUANTIZE_ADVICE,
-    FLOAT8,
-)
 from hf_moe_lmc.errors import FamilyError, listing
+from hf_moe_lmc.formats.decoded import storage_of
 from hf_moe_lmc.moe.block import Block, Claim
 from hf_moe_lmc.moe.family import Template
 from hf_moe_lmc.moe.notation import (
@@ -18,7 +13,6 @@ from hf_moe_lmc.moe.notation import (
     is_expert_role,
     split_role,
 )
-from hf_moe_lmc.moe.quantized import QUANTIZED, claim_part, has_any, is_quantized_router, part_problems
 
 
 def claim_block(block: Block) -> dict[str, Claim]:
@@ -53,21 +47,6 @@ def claim_block(block: Block) -> dict[str, Claim]:
 
 def _claim(block: Block, key: str, name: str) -> Claim | None:
     """The one rule that claims a key; None if there is none, or more than one."""
-    claim = _claim_weight(block, key, name)
-    if block.quantization is None:
-        return claim
-    if claim is None:
-        part = block.quantization.part_of(key)
-        if part is None:
-            return None
-        weight_key, ending = part
-        weight = _claim_weight(block, weight_key, name.removesuffix(key) + weight_key)
-        return claim_part(block, weight, name, ending) if weight else None
-    packed = block.quantization.method == "fp8" and block.info(name).dtype == torch.int8
-    return claim_part(block, claim, name, "_blocks") if packed else claim
-
-
-def _claim_weight(block: Block, key: str, name: str) -> Claim | None:
     matches = [(template, match) for template in block.family.templates if (match := template.pattern.fullmatch(key))]
     if len(matches) != 1:
         return None
@@ -89,16 +68,14 @@ def _locate(block: Block, spec: TensorSpec, number: int) -> tuple[int, int]:
 
 def _orientation(block: Block, template: Template, name: str, segment: int | None) -> TensorSpec:
     """That of a template's specs which the shape fits, its first if none does; for several, see `_tensor_problems`."""
-    info = block.checkpoint.tensors.get(name)  # of a weight in MXFP4, there are only the parts
-    fitting = [spec for spec in template.specs if info and spec.shape(block.config.sizes, segment) == info.shape]
+    info = block.info(name)
+    fitting = [spec for spec in template.specs if spec.shape(block.config.sizes, segment) == info.shape]
     return fitting[0] if fitting else template.spec
 
 
 def _tensor_problems(block: Block, claim: Claim) -> list[str]:
     """What is wrong with the shape or the dtype of a claimed tensor."""
     info, sizes = block.info(claim.name), block.config.sizes
-    if claim.part:
-        return part_problems(block, claim, claim.part)
     if claim.spec.is_fixed:
         return []
     fitting = [spec for spec in claim.template.specs if spec.shape(sizes, claim.segment) == info.shape]
@@ -115,18 +92,8 @@ def _tensor_problems(block: Block, claim: Claim) -> list[str]:
         ]
     if split_role(claim.roles[0])[1] == "expert_table":
         return [f"{claim.name}: dtype {info.dtype}, expected integers"] if info.dtype.is_floating_point else []
-    if block.quantization and block.quantization.method == "fp8" and info.dtype in FLOAT8:
-        if split_role(claim.roles[0])[1].removeprefix("shared_") not in (*QUANTIZED, "router"):
-            return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
-        scales = block.quantization.scales_of(claim.name)
-        if not has_any(block.checkpoint, scales):
-            return [f"missing: {scales[0]} (the scales of {claim.name})"]
-        if is_quantized_router(block, claim):
-            return [f"{claim.name}: a quantized router: moving its rows would need new scales. {DEQUANTIZE_ADVICE}"]
-        return []
     if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-        declared = block.quantization.method if block.quantization else "no quantization"
-        return [f"{claim.name}: dtype {info.dtype} is quantized, and config.json declares {declared}; dequantize first"]
+        return [f"{claim.name}: dtype {info.dtype}, expected floats of 16 bits or more"]
     return []
 
 
@@ -151,22 +118,20 @@ def _fixed_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
 
 def _uneven(block: Block, claims: Mapping[str, Claim]) -> list[str]:
     """Experts in another dtype or shape than the first expert: their tensors cannot take each other's places."""
+    storage = storage_of(block.checkpoint)
+    weights = storage.weights if storage else {}
     first: dict[str, Claim] = {}
     problems = []
     for claim in [claim for claim in claims.values() if claim.expert is not None]:
         like = first.setdefault(claim.roles[0], claim)
         info, expected = block.info(claim.name), block.info(like.name)
-        if (info.dtype, info.shape) != (expected.dtype, expected.shape):
-            advice = DEQUANTIZE_ADVICE if block.quantization else "Bring all experts to one dtype first"
+        # what is quantized is compared where bytes move
+        plain = claim.name not in weights and like.name not in weights
+        if info.shape != expected.shape or (plain and info.dtype != expected.dtype):
             problems.append(
                 f"{claim.name}: {list(info.shape)} of {info.dtype}, but {like.name} is {list(expected.shape)} of "
-                f"{expected.dtype}; they cannot change places. {advice}"
+                f"{expected.dtype}; they cannot change places. Bring all experts to one dtype first"
             )
-    held = {(claim.roles[0], claim.expert) for claim in claims.values()}
-    for role, like in first.items():
-        lacking = [expert for expert in range(block.experts(role)) if (role, expert) not in held]
-        if like.part and like.part.ending == "_activation_scales" and lacking:  # what a block must have is in `_role_problems`
-            problems.append(f"expert {lacking[0]} lacks what another has: {like.name}")
     return problems
 
 
@@ -174,18 +139,17 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
     """Missing roles, roles filled twice, and roles that the configuration excludes."""
     held: dict[tuple[str, int | None], list[str]] = {}
     for claim in claims.values():
-        for role in _filled_roles(claim):
+        for role in claim.roles:
             numbers = range(block.experts(role)) if claim.expert is None and is_expert_role(role) else [claim.expert]
             for expert in numbers:
                 held.setdefault((role, expert), []).append(claim.name)
     problems = []
-    scaled = {(role, claim.expert) for claim in claims.values() for role in claim.weight_roles}  # see `part_problems`
     roles_held = {role for role, _ in held}
     for role, templates in block.expected.items():
         if role == "fixed" or (block.config.when.get(role, True) is None and role not in roles_held):
             continue
         for expert in range(block.experts(role)) if is_expert_role(role) else [None]:
-            if (role, expert) not in held and not scaled & {(role, expert), (role, None)}:
+            if (role, expert) not in held:
                 likely = [template for template in templates if _fits_layout(template, claims)] or templates
                 keys = " or ".join(block.prefix + _key(block, template, role, expert) for template in likely)
                 problems.append(f"missing: {keys} ({role})")
@@ -197,11 +161,6 @@ def _role_problems(block: Block, claims: Mapping[str, Claim]) -> list[str]:
         if block.config.when.get(role, True) is False:
             problems.append(f"{names[0]}: by config.json ({block.family.when[role]}), layer {block.index} has no {role}")
     return problems
-
-
-def _filled_roles(claim: Claim) -> tuple[str, ...]:
-    """Roles that a tensor fills; the values of a quantized weight stand in for it."""
-    return (*claim.roles, *claim.weight_roles) if claim.part and claim.part.ending == "_blocks" else claim.roles
 
 
 def _key(block: Block, template: Template, role: str, expert: int | None) -> str:

@@ -6,18 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.joint import HEAD, IGNORED, embedding_of
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import is_expert_role
-from hf_moe_lmc.moe.quantized import is_quantized
 from hf_moe_lmc.moe.ties import rivals
 from hf_moe_lmc.symmetry.banks import FIRST
-
-BYTES = (torch.int8, torch.uint8)  # what two FP4 values of a quantized weight share
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def count_parameters(model: MoEModel, without: tuple[str, ...] = ()) -> Paramete
         without: tensors that do not count besides, such as the copy of an embedding.
     """
     left_out = {*ignored_buffers(model), *without}
-    stands = {name: stands_for(model.checkpoint, name) for name in model.checkpoint.tensors}
+    stands = {name: info.numel for name, info in model.checkpoint.tensors.items()}
     counts = {name: count for name, count in stands.items() if name not in left_out}
     extra = sum(count for name, count in counts.items() if is_for_prediction(model, name))
     total = sum(counts.values()) - extra
@@ -92,24 +86,13 @@ def count_parameters(model: MoEModel, without: tuple[str, ...] = ()) -> Paramete
     return Parameters(total, total - idle, counts.get(embedding, 0) if embedding else 0, extra)
 
 
-def stands_for(checkpoint: Checkpoint, name: str) -> int:
-    """The parameters that a tensor stands for: none where it holds scales, two for each byte of FP4 values."""
-    info, quantization = checkpoint.tensors[name], checkpoint.quantization
-    if quantization is None:
-        return info.numel
-    part = quantization.part_of(name)
-    if part and part[1] != "_blocks" and {part[0], f"{part[0]}_blocks"} & checkpoint.tensors.keys():
-        return 0
-    return 2 * info.numel if info.dtype in BYTES and is_quantized(name, info.dtype) else info.numel
-
-
 def _idle(layer: MoELayer, top_k: int, stands: Mapping[str, int]) -> int:
     """Parameters of the routed experts of a layer that a token does not choose; `stands`: those of each tensor."""
     held = dict.fromkeys(layer.banks, 0)
     for claim in layer.claims.values():
         for segment in claim.segments:
             if is_expert_role(claim.spec.segments[segment][0]):
-                whole = claim.part or len(claim.spec.segments) == 1
+                whole = len(claim.spec.segments) == 1
                 sizes = claim.axis_sizes(layer.sizes, segment)
                 count = stands[claim.name] if whole else math.prod(sizes)
                 held[claim.spec.banks[segment]] = held.get(claim.spec.banks[segment], 0) + count

@@ -35,7 +35,7 @@ class Bank:
     @cached_property
     def roles(self) -> tuple[str, ...]:
         """Its roles, without the bank's name; those of the shared expert are not among them."""
-        split = [split_role(role) for role in self.layer.value_roles]
+        split = [split_role(role) for role in self.layer.roles]
         return tuple(dict.fromkeys(base for bank, base in split if bank == self.name and not base.startswith("shared_")))
 
     @property
@@ -69,8 +69,8 @@ class Bank:
         return len(matrices) * self.unit_count * self.width if self.unit_count else 0
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
-        """The tensor of a role as BlockView.values gives it: in the stored dtype, quantized weights in float32."""
-        return self.layer.values(qualified(self.name, role), expert)
+        """The tensor of a role as BlockView.stored gives it."""
+        return self.layer.stored(qualified(self.name, role), expert)
 
     def problems(self, element: BankSymmetry) -> list[str]:
         """What in a valid group element of these sizes the hidden units do not allow."""
@@ -91,7 +91,7 @@ class SharedExpert:
     @cached_property
     def roles(self) -> tuple[str, ...]:
         """Its roles, as those of a routed expert: gate, up, down and their biases."""
-        names = [role.removeprefix("shared_") for role in self.layer.value_roles if role.startswith("shared_")]
+        names = [role.removeprefix("shared_") for role in self.layer.roles if role.startswith("shared_")]
         return tuple(name for name in names if name in EXPERT_ROLES)
 
     @property
@@ -109,8 +109,8 @@ class SharedExpert:
         return sum(self.unit_count * self.layer.width(f"shared_{role}") for role in MATRICES if role in self.roles)
 
     def values(self, role: str, expert: int | None = None) -> Tensor:
-        """The values of one of its roles; quantized weights in float32. `expert` is None: there is one."""
-        return self.layer.values(f"shared_{role}", expert)
+        """The values of one of its roles. `expert` is None: there is one."""
+        return self.layer.stored(f"shared_{role}", expert)
 
     def problems(self, element: UnitSymmetry) -> list[str]:
         """What in a valid group element of its size the hidden units do not allow."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.mtp import has_own_prefix, uncounted
-from hf_moe_lmc.checkpoints.quantization import DEQUANTIZE_ADVICE, Quantization
 from hf_moe_lmc.errors import SymmetryError, listing
+from hf_moe_lmc.formats.decoded import storage_of
+from hf_moe_lmc.formats.recognition import Storage
 from hf_moe_lmc.moe.action import ActedLayer, AwaitedLayer, Elements
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.layer import MoELayer
@@ -63,8 +64,16 @@ class MoEModel:
         return self.config.get_text_config()
 
     @property
-    def quantization(self) -> Quantization | None:
-        return self.checkpoint.quantization
+    def storage(self) -> Storage | None:
+        """How its quantized weights are stored; None where all are plain."""
+        return storage_of(self.checkpoint)
+
+    def on(self, checkpoint: Checkpoint) -> MoEModel:
+        """The same model, read from another checkpoint that holds the same tensors."""
+        if checkpoint is self.checkpoint:
+            return self
+        layers = {index: replace(layer, checkpoint=checkpoint) for index, layer in self.layers.items()}
+        return replace(self, checkpoint=checkpoint, layers=layers)
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -132,11 +141,6 @@ class MoEModel:
             if index in symmetry.layers
             for problem in layer.problems(symmetry.layers[index])
         ]
-        if problems and self.quantization:
-            raise SymmetryError(
-                f"{where} is quantized ({self.quantization.method}): only whole experts can change places, anything else would "
-                f"need new scales:\n{listing(problems)}\n{DEQUANTIZE_ADVICE}"
-            )
         if problems:
             raise SymmetryError(f"{where}: no element of the group of family {self.family.name}:\n{listing(problems)}")
 

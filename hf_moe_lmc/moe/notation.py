@@ -59,8 +59,6 @@ WHOLE_ROLES = (
 
 SHARED = "shared"  # where kinds of hidden units are listed by bank: the shared expert's
 
-PACKED = ("_blocks", "_scales")  # what quantized weights lie in: roles like `gate_up_blocks`, opaque bytes of each expert
-
 ROUTER_KINDS = ("softmax", "sigmoid", "sqrtsoftplus", "sparsemixer")
 
 
@@ -120,8 +118,7 @@ def split_role(role: str) -> tuple[str, str]:
 
 def is_expert_role(role: str) -> bool:
     """Whether each expert of a bank has one of it."""
-    base = split_role(role)[1]
-    return base in EXPERT_ROLES or (base.endswith(PACKED) and not base.startswith("shared_"))
+    return split_role(role)[1] in EXPERT_ROLES
 
 
 def bank_size(sizes: Mapping[str, int], bank: str, word: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hf_moe_lmc.checkpoints.configuration import differing, settings
 from hf_moe_lmc.checkpoints.joint import EMBEDDING, HEAD, IGNORED
 from hf_moe_lmc.checkpoints.pair import not_one_architecture, shapes_of, tensor_problems
-from hf_moe_lmc.checkpoints.quantization import kind_of_weights, way_out
 from hf_moe_lmc.moe.model import MoEModel
 
 
@@ -32,7 +31,6 @@ def check_pair(a: MoEModel, b: MoEModel, *, inside_only: bool = False) -> list[s
         )
         if in_a != in_b and not (inside_only and what == "size of axis token")
     ]
-    differences += _kinds(a, b)
     problems = [differences]
     if a.family is b.family:
         problems += [_layer_problems(a, b), *_outside_problems(a, b, inside_only)]
@@ -47,15 +45,6 @@ def function_settings(a: MoEModel, b: MoEModel) -> list[str]:
     return [key for key in sorted(of_a.keys() | of_b.keys()) if (of_a.get(key) or None) != (of_b.get(key) or None)]
 
 
-def _kinds(a: MoEModel, b: MoEModel) -> list[str]:
-    """What the weights are in where that differs, and how to bring them to one kind."""
-    if a.quantization == b.quantization:
-        return []
-    of_a, of_b = (kind_of_weights(model.quantization, model.checkpoint.tensors) for model in (a, b))
-    quantized = a if a.quantization else b
-    return [f"weights: A has {of_a}, B has {of_b}. Bring both to one kind. {way_out(quantized.checkpoint.tensors)}"]
-
-
 def _regular(model: MoEModel) -> list[int]:
     return [index for index in model.layers if index < model.num_layers]
 
@@ -67,7 +56,7 @@ def _layer_problems(a: MoEModel, b: MoEModel) -> list[str]:
         for word in [word for word in a.sizes if a.sizes[word] == b.sizes.get(word)]:
             if layer_a.sizes[word] != layer_b.sizes[word]:
                 problems.append(f"layer {i}: size of axis {word}: A has {layer_a.sizes[word]}, B has {layer_b.sizes[word]}")
-        if not a.quantization and set(layer_a.roles) != set(layer_b.roles):
+        if set(layer_a.roles) != set(layer_b.roles):
             problems.append(f"layer {i}: in one of the two only: {', '.join(set(layer_a.roles) ^ set(layer_b.roles))}")
     return problems
 

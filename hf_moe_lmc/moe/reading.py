@@ -21,6 +21,7 @@ from hf_moe_lmc.checkpoints.mtp import MARKS, ONLY_EXTRA, has_own_prefix
 from hf_moe_lmc.checkpoints.sizes import check_head
 from hf_moe_lmc.checkpoints.tensor_names import check_whole
 from hf_moe_lmc.errors import CheckpointError, FamilyError, Faults, listing, shown, worded
+from hf_moe_lmc.formats.decoded import decoded
 from hf_moe_lmc.moe.alias import Alias, read_as
 from hf_moe_lmc.moe.block import Block
 from hf_moe_lmc.moe.claim import claim_block
@@ -28,7 +29,6 @@ from hf_moe_lmc.moe.family import MoEFamily, Stack
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.notation import is_expert_role
-from hf_moe_lmc.moe.quantized import check_declared, check_scales
 from hf_moe_lmc.moe.registry import aliases, families, first_releases, get_family, refusals
 
 # Model types that have a class with a head, which a checkpoint of the base class alone lacks.
@@ -46,12 +46,12 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         CheckpointError: the configuration cannot be read.
         FamilyError: an unknown family, missing or extra tensors or layers, shapes that contradict the configuration.
     """
+    checkpoint = decoded(checkpoint)
     config = read_config(checkpoint)
     if config.model_type in WITH_HEAD:
         check_whole(checkpoint.name, checkpoint.tensors, checkpoint.source.files())
         check_head(checkpoint, tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", True)))
     family = family or get_family(model_type(config), checkpoint.name)
-    check_declared(checkpoint, checkpoint.quantization, checkpoint.tensors)
     text = config.get_text_config()
     layers, towers, num_layers = _read_layers(checkpoint, family, config)
     if not layers:
@@ -60,7 +60,7 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         )
     groups, top_k = family.number(family.groups, text), family.number(family.top_k, text)
     _check_routing(checkpoint.name, text, layers, groups, top_k)
-    model = MoEModel(
+    return MoEModel(
         checkpoint=checkpoint,
         family=family,
         config=config,
@@ -70,8 +70,6 @@ def read_model(checkpoint: Checkpoint, family: MoEFamily | None = None) -> MoEMo
         layers=layers,
         towers=towers,
     )
-    check_scales(checkpoint, checkpoint.quantization, model.outside)
-    return model
 
 
 def _read_layers(
@@ -93,20 +91,19 @@ def _read_layers(
                     prefix=tower + stack.stem.format(layer=index),
                     names=names,
                     config=family.at(text, min(index, count - 1)),
-                    quantization=checkpoint.quantization,
                 )
                 layers[block.index] = _layer(block)
         start += count
     for index, (prefix, names) in _blocks_apart(checkpoint, family, max([start - 1, *layers]) + 1).items():
         with faults.gather():
             facts = family.at(text, count - 1)
-            layers[index] = _layer(Block(checkpoint, family, index, prefix, names, facts, checkpoint.quantization))
+            layers[index] = _layer(Block(checkpoint, family, index, prefix, names, facts))
     faults.check()
     return layers, tuple(towers), start
 
 
 def _layer(block: Block) -> MoELayer:
-    return MoELayer(block.checkpoint, block.index, block.config, claim_block(block), block.quantization)
+    return MoELayer(block.checkpoint, block.index, block.config, claim_block(block))
 
 
 def model_type(config: PreTrainedConfig) -> str:
@@ -133,8 +130,8 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             (Path(folder) / "config.json").write_text(json.dumps(written), encoding="utf-8")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for part in (config, config.get_text_config()):
-            if checkpoint.quantization is None and hasattr(part, "quantization_config"):
-                del part.quantization_config  # which transformers implies for some
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # weights are read as numbers, and transformers implies it for some
     except Exception as error:  # configuration classes compute with foreign values, and raise whatever comes of it
         foreign = checkpoint.config.get("auto_map")
         if foreign and str(checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
@@ -185,14 +182,11 @@ def _find_tower(checkpoint: Checkpoint, family: MoEFamily, stack: Stack, config:
     """
     pattern = stack.pattern(None)
     experts = [template.pattern for template in family.templates if is_expert_role(template.spec.roles[0])]
-    endings = tuple(checkpoint.quantization.suffixes) if checkpoint.quantization else ()
     holding = set()  # towers with experts
     for name in checkpoint.tensors:
         match = pattern.fullmatch(name)
-        if match and match["tower"] not in holding:
-            key = next((match["rest"].removesuffix(ending) for ending in endings if name.endswith(ending)), match["rest"])
-            if any(expert.fullmatch(key) for expert in experts):
-                holding.add(match["tower"])
+        if match and match["tower"] not in holding and any(expert.fullmatch(match["rest"]) for expert in experts):
+            holding.add(match["tower"])
     if stack.tower in holding:
         return stack.tower
     # layers for multi-token prediction may stand beside the others under a prefix of their own

@@ -1,13 +1,10 @@
 """The named-axis view of one MoE block: the only code that interprets key names and axes on disk.
 
 Whatever the layout, an expert's matrices have one canonical form, [unit, model]: down is transposed, so that a hidden unit is
-a row everywhere. A router is [expert, model]. There are two ways to ask for a tensor:
+a row everywhere. A router is [expert, model]. Quantized weights are read as the numbers that they stand for.
 
-- `stored(role, expert)`: as it is on disk, or is to be; in its own dtype, and of quantized weights the opaque parts;
-- `values(role, expert)`: the numbers to compute with; the same, but quantized weights are dequantized to float32.
-
-Anything that answers `stored` is a LayerSource: a block on disk, the same block in other coordinates, a point between two
-blocks. `BlockView.assemble` turns any source back into the bytes of the layout on disk.
+Anything that answers `stored(role, expert)` is a LayerSource: a block on disk, the same block in other coordinates, a point
+between two blocks. `BlockView.assemble` turns any source back into the values of the layout on disk.
 """
 
 from __future__ import annotations
@@ -22,14 +19,12 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.quantization import Quantization, dequantize, scale_grid
 from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.moe.block import Claim
 from hf_moe_lmc.moe.family import LayerConfig
-from hf_moe_lmc.moe.notation import AXIS_WORDS, UNIT_KINDS, UnitKind, bank_size, is_expert_role, split_role
-from hf_moe_lmc.moe.quantized import matrix_axes, matrix_shape, stacked
+from hf_moe_lmc.moe.notation import AXIS_WORDS, UnitKind, bank_size, is_expert_role, split_role
 
-CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")), "packed")
+CANONICAL = ("expert", "1", *(word for word in AXIS_WORDS if word not in ("expert", "1", "half")))
 
 
 class LayerSource(Protocol):
@@ -65,23 +60,21 @@ class BlockView:
         index: number of its layer.
         config: what the configuration says of it; the shapes on disk agree.
         claims: by tensor name; together, each role of the family is held exactly once.
-        quantization: of its experts; whole experts can then change places, nothing else.
     """
 
     checkpoint: Checkpoint
     index: int
     config: LayerConfig
     claims: Mapping[str, Claim]
-    quantization: Quantization | None = None
 
     @property
     def sizes(self) -> Mapping[str, int]:
         return self.config.sizes
 
-    @cached_property
+    @property
     def units(self) -> Mapping[str, UnitKind]:
         """What hidden units allow, by bank, and of the `shared` expert."""
-        return dict.fromkeys(self.config.units, UNIT_KINDS["rigid"]) if self.quantization else self.config.units
+        return self.config.units
 
     @cached_property
     def holders(self) -> dict[tuple[str, int | None], tuple[Claim, int]]:
@@ -112,15 +105,9 @@ class BlockView:
         """Roles that every expert of a bank has, e.g. gate, up, down."""
         return tuple(role for role in self.roles if is_expert_role(role))
 
-    @cached_property
-    def value_roles(self) -> tuple[str, ...]:
-        """Roles whose values can be computed: those stored as they are, and those of quantized weights, which lie in parts."""
-        return tuple(dict.fromkeys([*self.roles, *(role for role, _ in self._quantized)]))
-
     def width(self, role: str) -> int:
         """What the experts' matrices of `role` read: the residual width, or a latent one."""
         specs = [claim.spec for (held, _), (claim, _) in self.holders.items() if held == role]
-        specs += [claim.part.spec for (held, _), (_, claim) in self._quantized.items() if held == role and claim.part]
         return next(bank_size(self.sizes, split_role(role)[0], word) for word in ("model", "latent") if word in specs[0].axes)
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
@@ -143,51 +130,6 @@ class BlockView:
                 f"{self.experts}, numbered from 0"
             )
         return values
-
-    def values(self, role: str, expert: int | None = None) -> Tensor:
-        """The same as numbers to compute with: quantized weights are dequantized to float32."""
-        parts = self._quantized.get((role, expert)) or self._quantized.get((role, None))
-        if parts is None or self.quantization is None:
-            return self.stored(role, expert)
-        return self._dequantized(role, expert, *parts, self.quantization)
-
-    def _dequantized(self, role: str, expert: int | None, weight: Claim, scales: Claim, quantization: Quantization) -> Tensor:
-        """The values of one expert's matrix, float32 in canonical form, from the tensors of its codes and its scales."""
-        shape = matrix_shape(scales, self.sizes, quantization)
-        halves = stacked(scales, quantization)
-        block = quantization.block_of(self.checkpoint.tensors[weight.name].dtype)
-        factors, factors_shape = self._part(scales, expert)
-        grid = scale_grid(factors_shape, shape, block, halves)
-        assert grid is not None
-        codes, _ = self._part(weight, expert)
-        values = dequantize(codes.view(shape[0], -1), factors.view(grid), block, halves)
-        rows, columns = matrix_axes(scales, quantization)
-        axes = [*rows, *columns]
-        known = {**self.sizes, "half": len(scales.weight_roles), "1": 1}
-        values = values.view([bank_size(known, split_role(role)[0], word) for word in axes])
-        if "half" in axes:
-            values = values.select(axes.index("half"), scales.weight_roles.index(role))
-            axes.remove("half")
-        return values.permute([axes.index(axis) for axis in CANONICAL if axis in axes])
-
-    def _part(self, claim: Claim, expert: int | None) -> tuple[Tensor, tuple[int, ...]]:
-        """One expert's share of the codes or the scales of a quantized weight, as a row, and its shape."""
-        shape = self.checkpoint.tensors[claim.name].shape
-        if claim.expert is not None or expert is None:
-            return self.checkpoint.read(claim.name), shape
-        count = math.prod(shape[1:])
-        return self.checkpoint.read(claim.name, expert * count, count), shape[1:]
-
-    @cached_property
-    def _quantized(self) -> dict[tuple[str, int | None], tuple[Claim, Claim]]:
-        """(role, expert named by the key) -> the tensor that holds its quantized values, and its scales."""
-        parts = {}
-        for claim in self.claims.values():
-            if claim.part and claim.part.ending == "_scales":
-                weight = self.claims.get(f"{claim.part.weight}_blocks") or self.claims[claim.part.weight]
-                for role in claim.weight_roles:
-                    parts[role, claim.expert] = (weight, claim)
-        return parts
 
     def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int]) -> Tensor:
         """The tensor at the given indices of some axes, the other axes in canonical order; reads the least range."""
@@ -224,6 +166,11 @@ class BlockView:
                     yield Piece(first + expert * numel, numel, tuple((role, expert) for role in roles))
             else:
                 yield Piece(first, numel, tuple((role, claim.expert) for role in roles))
+
+    def piece_of(self, role: str, expert: int | None) -> tuple[str, Piece]:
+        """The tensor and the range of it that hold a role of an expert, or of the block."""
+        claim, _ = self.holders.get((role, expert)) or self.holders[role, None]
+        return next((claim.name, piece) for piece in self.pieces(claim.name) if (role, expert) in piece.parts)
 
     def assemble(self, name: str, piece: Piece, source: LayerSource) -> Tensor:
         """The values of `piece` in this layout, taken from `source`: one row, in the dtype of the source."""

@@ -402,16 +402,17 @@ def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOpt
     processes = process_group()
     free = available_memory() // processes.local_count
     of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
+    stored = ends.a.checkpoint.stored.nbytes + ends.b.checkpoint.stored.nbytes
     everything = 2 * of_a + len(ends.symmetries) * of_b  # the one that stands in the model is as large as A
     longest = max(len(row) for row in windows.rows)
     per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
     if everything < SHARE * free if options.resident is None else options.resident:
-        return Cost("resident", 1, of_a + of_b, everything, per_token * longest)
+        return Cost("resident", 1, stored, everything, per_token * longest)
     needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / processes.count)
     budget = options.activation_memory or int(SHARE * free)
     lanes = math.ceil(points * len(windows.rows) / processes.count)
     passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
-    return Cost("layers", passes, of_a + of_b, everything // max(layers, 1), needed // passes)
+    return Cost("layers", passes, stored, everything // max(layers, 1), needed // passes)
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

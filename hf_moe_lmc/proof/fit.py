@@ -19,11 +19,8 @@ def check_tensors(model: MoEModel) -> None:
     Those of the blocks have been compared when the model was read; multi-token prediction and buffers do not count.
     """
     checkpoint = model.checkpoint
-    endings = tuple(checkpoint.quantization.suffixes) if checkpoint.quantization else ()
     found = {
-        name: checkpoint.tensors[name].shape
-        for name in model.outside
-        if not (model.is_extra(name) or IGNORED.fullmatch(name) or (endings and name.endswith(endings)))
+        name: checkpoint.tensors[name].shape for name in model.outside if not (model.is_extra(name) or IGNORED.fullmatch(name))
     }
     problems = min((_differences(model, found, names) for names in _layouts(model)), key=len)
     if problems:

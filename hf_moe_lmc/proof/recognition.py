@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
+from hf_moe_lmc.formats.decoded import decoded
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import model_type, read_config, read_model
@@ -29,6 +30,7 @@ def recognise(checkpoint: Checkpoint) -> MoEModel:
         FamilyError: the model type is refused, its family cannot be derived or fails its self-test, or the tensors do not
             form the blocks that the family describes.
     """
+    checkpoint = decoded(checkpoint)
     family, config = family_of(checkpoint)
     model = read_model(checkpoint, family)
     found = checkpoint.config.get("model_type")

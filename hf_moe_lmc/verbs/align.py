@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import Alignment, align_models, matching_facts
@@ -17,9 +17,9 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.writing.formats import OutputFormat, check_format, check_moves, left_in_place, model_moved, write_rounding
 from hf_moe_lmc.writing.output import FolderWriter, open_writer
 from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
-from hf_moe_lmc.writing.streams import rewritten
 from hf_moe_lmc.writing.workspace import Workspace
 
 
@@ -32,6 +32,7 @@ def align(
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
+    format: Literal["b", "bf16"] = "b",
     symmetry_only: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
@@ -52,6 +53,8 @@ def align(
         order: expert order by `gate`, `expert`, or the `best` of both (the default); see `WeightMatching`.
         units: hidden units `plain`, or `scaled` (the default), up to sign and scale.
         exact: match wide experts by all their costs in full too; without, sketches with a proof come first.
+        format: how the output stores its weights: as B does, or with what B has quantized in bfloat16. A quantized format
+            carries the order of experts and signs exactly; hidden units then stay where they are, and the symmetry has all.
         symmetry_only: write no checkpoint.
         push_to_hub: OWNER/NAME to publish the result under, where it holds no weights yet; see `push`.
         private: publish it as a private repository.
@@ -71,13 +74,17 @@ def align(
         14
     """
     given = locals()
+    check_format(format, "b", "bf16")
     method, options = filled(WeightMatching, given), filled(OutputOptions, given)
     if symmetry_only:
         refuse_idle({"license": license}, "a symmetry gets no card")
 
     def prepare(inputs: Inputs) -> Job[Alignment]:
         pair = inputs.pair(a, b, inside_only=True)
-        return _Alignment(pair.a, pair.b, method, symmetry_only, options.allow_nonfinite, options.destination())
+        if not symmetry_only:
+            check_moves(pair.b, format)
+        destination = options.destination()
+        return _Alignment(pair.a, pair.b, method, symmetry_only, format, options.allow_nonfinite, destination)
 
     return Request(
         verb="align",
@@ -98,6 +105,7 @@ class _Alignment(Job[Alignment]):
     b: MoEModel
     method: WeightMatching
     symmetry_only: bool
+    format: OutputFormat
     allow_nonfinite: bool
     destination: Destination
 
@@ -105,7 +113,7 @@ class _Alignment(Job[Alignment]):
     def work(self) -> Work:
         return Work(
             inputs=[self.a.checkpoint, self.b.checkpoint],
-            template=None if self.symmetry_only else self.b.checkpoint,
+            template=None if self.symmetry_only else model_moved(self.b, self.b.identity().layers, self.format).template,
             models=[self.a, self.b],
             matched=True,
             facts=self.facts,
@@ -113,6 +121,7 @@ class _Alignment(Job[Alignment]):
 
     def facts(self) -> Mapping[str, Any]:
         options = {"what": "align", "symmetry_only": self.symmetry_only, "allow_nonfinite": self.allow_nonfinite}
+        options |= {} if self.format == "b" else {"format": self.format}
         return options | matching_facts(self.a, self.b, self.method)
 
     def run(self, workspace: Workspace | None) -> Alignment:
@@ -120,7 +129,7 @@ class _Alignment(Job[Alignment]):
         inputs = [self.b.checkpoint]
         with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.allow_nonfinite) as writer:
             elements = pending(self.b.layers)
-            stream = rewritten(self.b, elements)
+            stream = model_moved(self.b, elements, self.format)
             with written_meanwhile(None if self.symmetry_only else writer, stream, elements) as deliver:
                 alignment = align_models(
                     self.a, self.b, self.method, allow_nonfinite=self.allow_nonfinite, workspace=workspace, deliver=deliver
@@ -130,10 +139,11 @@ class _Alignment(Job[Alignment]):
                     write_alignment(writer, alignment, "")
                 return alignment
             if writer:
-                writer.write_checkpoint_files(self.b.checkpoint)
+                writer.write_checkpoint_files(stream.template)
+                write_rounding(writer, stream, more=left_in_place(self.b, alignment.symmetry, stream))
             alignment = alignment.with_output(process_group().from_main(writer.fingerprint() if writer else ""))
             if writer:
-                writer.write_text("README.md", align_card(self.a, self.b, alignment, self.destination))
+                writer.write_text("README.md", align_card(self.a, self.b, alignment, self.destination, self.format))
                 write_alignment(writer, alignment, "alignment/")
         return alignment
 
@@ -144,7 +154,7 @@ def write_alignment(writer: FolderWriter, alignment: Alignment, folder: str) -> 
     writer.write_text(f"{folder}alignment.json", alignment.to_json())
 
 
-def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination) -> str:
+def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination, form: OutputFormat = "b") -> str:
     """The model card of an aligned checkpoint."""
     return model_card(
         title="{B} aligned to {A}",
@@ -153,7 +163,10 @@ def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Dest
         inputs={"A": a.checkpoint, "B": b.checkpoint},
         base="B",
         relation="finetune",
-        command=["align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units],
+        command=[
+            *("align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units),
+            *(["--format", form] if form != "b" else []),
+        ],
         template=b.checkpoint,
         destination=destination,
         alignment=alignment.sentences(),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.publishing.card import OUT, Destination, model_card
@@ -15,8 +15,8 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
 from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.writing.formats import OutputFormat, check_format, check_moves, left_in_place, model_moved, write_rounding
 from hf_moe_lmc.writing.output import open_writer
-from hf_moe_lmc.writing.streams import rewritten
 from hf_moe_lmc.writing.workspace import Workspace
 
 
@@ -27,6 +27,7 @@ def apply(
     output: str | os.PathLike[str],
     *,
     inverse: bool = False,
+    format: Literal["b", "bf16"] = "b",
     push_to_hub: str | None = None,
     private: bool | None = None,
     license: str | None = None,
@@ -44,6 +45,7 @@ def apply(
         b: a local folder or Hub id (OWNER/NAME[@REVISION]).
         output: a new or empty folder.
         inverse: undo it.
+        format: as for `align`: a quantized format carries the order of experts and signs.
         push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
@@ -59,11 +61,14 @@ def apply(
         PosixPath('again')
     """
     options = filled(OutputOptions, locals())
+    check_format(format, "b", "bf16")
 
     def prepare(inputs: Inputs) -> Job[Path]:
         model, given = inputs.single(b, symmetry, inverse=inverse)
+        check_moves(model, format)
         destination = options.destination()
-        return _Application(Path(output), model, given, file_name(symmetry), inverse, options.allow_nonfinite, destination)
+        file = file_name(symmetry)
+        return _Application(Path(output), model, given, file, inverse, format, options.allow_nonfinite, destination)
 
     return Request(verb="apply", output=output, inputs=(b,), options=options, prepare=prepare)
 
@@ -84,16 +89,19 @@ class _Application(Job[Path]):
     symmetry: ModelSymmetry
     file: str
     inverse: bool
+    format: OutputFormat
     allow_nonfinite: bool
     destination: Destination
 
     @property
     def work(self) -> Work:
         checkpoint = self.model.checkpoint
-        return Work(inputs=[checkpoint], template=checkpoint, models=[self.model], facts=self.facts)
+        template = model_moved(self.model, self.symmetry.layers, self.format).template
+        return Work(inputs=[checkpoint], template=template, models=[self.model], facts=self.facts)
 
     def facts(self) -> Mapping[str, Any]:
         of_inputs = {"b": self.model.checkpoint.resume_key(), "symmetry": digest(self.symmetry)}
+        of_inputs |= {} if self.format == "b" else {"format": self.format}
         return {"what": "apply", "allow_nonfinite": self.allow_nonfinite, **of_inputs}
 
     def run(self, workspace: Workspace | None) -> Path:
@@ -101,8 +109,10 @@ class _Application(Job[Path]):
         download(self.model, given=self.symmetry)
         with open_writer(workspace, self.facts(), inputs=[checkpoint], allow_nonfinite=self.allow_nonfinite) as writer:
             if writer:
-                writer.write_tensors(rewritten(self.model, self.symmetry.layers))
-                writer.write_checkpoint_files(checkpoint)
+                stream = model_moved(self.model, self.symmetry.layers, self.format)
+                writer.write_tensors(stream)
+                writer.write_checkpoint_files(stream.template)
+                write_rounding(writer, stream, more=left_in_place(self.model, self.symmetry, stream))
                 self.symmetry.save(writer.path("alignment/symmetry.safetensors"))
                 writer.write_text("README.md", self._card())
         return self.output
@@ -118,7 +128,10 @@ class _Application(Job[Path]):
             inputs={"B": self.model.checkpoint},
             base="B",
             relation="finetune",
-            command=["apply", self.file, "B", "-o", OUT, *(["--inverse"] if self.inverse else [])],
+            command=["apply", self.file, "B", "-o", OUT, *(["--inverse"] if self.inverse else []), *self._format()],
             template=self.model.checkpoint,
             destination=self.destination,
         )
+
+    def _format(self) -> list[str]:
+        return ["--format", self.format] if self.format != "b" else []

@@ -22,7 +22,6 @@ from hf_moe_lmc.verbs.measuring import Asked, Subject, given_symmetry
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import open_writer
-from hf_moe_lmc.writing.streams import refuse_quantized
 from hf_moe_lmc.writing.workspace import Workspace
 
 
@@ -124,7 +123,7 @@ def barrier(
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        pair = inputs.pair(a, b, symmetry=symmetry)
         return _Barrier(Subject.of(pair, asked), matching, file, plots)
 
     return Request(
@@ -134,6 +133,7 @@ def barrier(
         options=filled(OutputOptions, given),
         prepare=prepare,
         writes_weights=False,
+        dtype=asked.compute.dtype,
     )
 
 

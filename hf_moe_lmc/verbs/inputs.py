@@ -8,13 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.joint import rows_of
 from hf_moe_lmc.checkpoints.pair import check_plain_pair, join_plain, same_weights
-from hf_moe_lmc.checkpoints.quantization import not_interpolated
 from hf_moe_lmc.checkpoints.sizes import check_headed, check_sizes
 from hf_moe_lmc.checkpoints.token_ids import TokenIds, agreement_of, tokenizer_mismatch
 from hf_moe_lmc.errors import Faults
+from hf_moe_lmc.formats.decoded import decoded
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.writing.workspace import check_output
@@ -52,12 +54,16 @@ class Inputs:
     Args:
         stack: closes what has been opened.
         output: checked as well; None: nothing is written.
+        dtype: that quantized weights are read in.
     """
 
-    def __init__(self, stack: ExitStack, output: Model | None = None, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, stack: ExitStack, output: Model | None = None, *, overwrite: bool = False, dtype: str = "float32"
+    ) -> None:
         self._stack = stack
         self._output = output
         self._overwrite = overwrite
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self._faults = Faults()
 
     def check_first(self, check: Callable[[], object]) -> None:
@@ -125,8 +131,6 @@ class Inputs:
         checkpoints = [opened for opened in (self._open(model) for model in (a, b)) if opened]
         whole = len(checkpoints) == 2
         for checkpoint in checkpoints:
-            if checkpoint.quantization:
-                self._faults.add(not_interpolated(checkpoint.name, checkpoint.quantization, checkpoint.tensors))
             with self._faults.gather():
                 check_headed(checkpoint)
         whole = whole and not self._faults.found
@@ -173,7 +177,8 @@ class Inputs:
 
     def _open(self, model: Model) -> Checkpoint | None:
         with self._faults.gather():
-            return self._stack.enter_context(Checkpoint.open(model))
+            checkpoint = self._stack.enter_context(Checkpoint.open(model))
+            return decoded(checkpoint, self._dtype)
         return None
 
     def _recognise(self, checkpoint: Checkpoint) -> MoEModel | None:

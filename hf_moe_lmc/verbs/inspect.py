@@ -12,7 +12,7 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.joint import embedding_of
 from hf_moe_lmc.checkpoints.source import Repository
-from hf_moe_lmc.moe.counting import Parameters, count_parameters, ignored_buffers, tied_heads
+from hf_moe_lmc.moe.counting import Parameters, count_parameters, ignored_buffers, short, tied_heads
 from hf_moe_lmc.moe.experts import Bank
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
@@ -41,7 +41,8 @@ class Inspection:
         unit_kinds: what hidden units of the experts allow, of all layers; shared_kinds: those of the shared expert.
         banks: sizes and unit kind of further banks of experts, by name.
         companions: roles that move with the experts, besides their weights and router rows.
-        quantisation: method of a quantized checkpoint (`fp8`, `mxfp4`): whole experts can change places, nothing else.
+        quantisation: method of a quantized checkpoint, as declared (`fp8`, `mxfp4`, `compressed-tensors`, `modelopt`).
+        formats: elements of its quantized weights by storage format.
         layouts: how the experts lie on disk, `per-expert` or `fused` tensors.
         dtypes: bytes by dtype.
         parameters: numbers of them, see `Parameters`: `total`, `active` per token, those of the `input_embedding` among them,
@@ -74,6 +75,7 @@ class Inspection:
     banks: Mapping[str, Mapping[str, Any]]
     companions: tuple[str, ...]
     quantisation: str | None
+    formats: dict[str, int]
     layouts: tuple[str, ...]
     dtypes: dict[str, int]
     bytes: int
@@ -121,7 +123,7 @@ class Inspection:
             "router ties": self._ties_in_words(),
             "embeddings": _HEADS[self.redundant_head] if self.tied_embeddings else "",
             "buffers": _buffers_in_words(self.ignored_buffers),
-            "quantisation": f"{self.quantisation}: only whole experts move" if self.quantisation else "",
+            "quantisation": f"{self.quantisation}: {_share(self.formats)}" if self.quantisation else "",
             "on disk": f"{' and '.join(self.layouts)} tensors; {self.tensors} tensors in {self.shards} shard(s)",
             "size": f"{self.bytes / 1e9:.3f} GB ({dtypes})",
             "symmetry": self.symmetry[0],
@@ -173,14 +175,14 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
 def _describe(model: MoEModel) -> Inspection:
     checkpoint = model.checkpoint
     dtypes: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
+    for info in checkpoint.stored.tensors.values():
         name = str(info.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + info.nbytes
     layouts = {
         "per-expert" if claim.template.is_per_expert else "fused"
         for layer in model.layers.values()
         for claim in layer.claims.values()
-        if is_expert_role(claim.template.spec.roles[0])  # of a quantized part: the role of its weight
+        if is_expert_role(claim.template.spec.roles[0])
     }
     composite = model.text_config is not model.config
     every, first = model.layers.values(), next(iter(model.layers.values()))
@@ -216,11 +218,12 @@ def _describe(model: MoEModel) -> Inspection:
             for role in layer.banks[FIRST].roles
             if role in (*EXPERT_VECTORS, "expert_table") and role != "router"
         ),
-        quantisation=model.quantization.method if model.quantization else None,
+        quantisation=model.storage.quantization.method if model.storage else None,
+        formats={form.kind: count for form, count in model.storage.formats.items()} if model.storage else {},
         layouts=tuple(sorted(layouts, reverse=True)),
         dtypes=dtypes,
-        bytes=checkpoint.nbytes,
-        tensors=len(checkpoint.tensors),
+        bytes=checkpoint.stored.nbytes,
+        tensors=len(checkpoint.stored.tensors),
         shards=len(checkpoint.shards),
         symmetry=_symmetry_in_words(model),
         parameters=count_parameters(model, heads if head != "different" else ()),
@@ -270,8 +273,11 @@ def _symmetry_in_words(model: MoEModel) -> tuple[str, ...]:
         line + (f" ({_ranges(layers[line])})" if len(layers[line]) < len(model.layers) else "")
         for line in sorted(layers, key=lambda line: place[line])
     ]
-    if model.quantization:
-        lines.append(f"nothing finer than whole experts: anything else in {model.quantization.method} would need new scales")
+    if model.storage:
+        lines.append(
+            f"byte for byte in {model.storage.kind}: the order of experts, and signs; hidden units move in merges and with "
+            "--format bf16"
+        )
     return tuple(lines)
 
 
@@ -280,12 +286,12 @@ def _layer_in_words(layer: MoELayer, groups: int) -> Iterator[str]:
         yield _order_in_words(bank, groups)
     if "expert_table" in layer.roles:
         yield "the expert table, renamed to follow the experts"
-    for bank in layer.banks.values() if not layer.quantization else ():
+    for bank in layer.banks.values():
         if bank.unit_count:
             of = "each expert" if bank.name == FIRST else f"each expert of bank {bank.name}"
             yield _units_in_words(of, bank.unit_count, bank.kind)
     shared = layer.shared.unit_count
-    if shared and not layer.quantization:
+    if shared:
         same = layer.shared.kind is layer.banks[FIRST].kind
         likewise = f"hidden units of the shared expert likewise (S_{shared})"
         yield likewise if same else _units_in_words("the shared expert", shared, layer.shared.kind)
@@ -299,8 +305,6 @@ def _order_in_words(bank: Bank, groups: int) -> str:
     along = [role.replace("_", " ") for role in bank.roles if role in EXPERT_VECTORS and role != "router"]
     if any(role in EXPERT_ROLES and role.endswith("_bias") for role in bank.roles):
         along.append("biases")
-    if any(is_expert_role(role) and role.endswith("_scales") for role in bank.roles):
-        along.append("scales of its quantized weights")
     along = ["router row", *along]
     each = f"each with its {', '.join(along[:-1])}{' and ' if along[1:] else ''}{along[-1]}"
     number = bank.experts
@@ -318,6 +322,11 @@ def _units_in_words(whose: str, number: int, kind: UnitKind) -> str:
     if not kind.permutation:
         return f"hidden units of {whose} stay where they are"
     return f"hidden units of {whose} in any order (S_{number}), {kind.words}"
+
+
+def _share(formats: Mapping[str, int]) -> str:
+    """Storage formats, and how many parameters are stored in each."""
+    return ", ".join(f"{short(count)} in {kind}" for kind, count in formats.items())
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:

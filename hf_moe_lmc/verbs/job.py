@@ -51,6 +51,7 @@ class Request(Generic[R]):
         inputs: models as the user named them.
         prepare: opens and checks the inputs; what it raises is whatever is wrong, in one list.
         writes_weights: the output is a checkpoint; it is published only where no other weights are.
+        dtype: that quantized weights are read in.
     """
 
     verb: str
@@ -59,6 +60,7 @@ class Request(Generic[R]):
     options: OutputOptions
     prepare: Callable[[Inputs], Job[R]]
     writes_weights: bool = True
+    dtype: str = "float32"
 
     def run(self) -> R:
         """Checks, fetches, computes, writes, publishes."""
@@ -78,7 +80,7 @@ class Request(Generic[R]):
             return planned(self.verb, Path(self.output), self._checked(stack).work)
 
     def _checked(self, stack: ExitStack) -> Job[R]:
-        inputs = Inputs(stack, self.output, overwrite=self.options.overwrite)
+        inputs = Inputs(stack, self.output, overwrite=self.options.overwrite, dtype=self.dtype)
         repo_id = self.options.push_to_hub
         if repo_id and process_group().is_main:
             license = self.options.license

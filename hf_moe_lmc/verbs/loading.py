@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_moe_lmc.formats.templates import PLAIN
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.path.point_model import load_point
@@ -22,7 +23,6 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.writing.interpolation import check_t
 from hf_moe_lmc.writing.streams import (
     interpolated,
-    refuse_quantized,
 )
 
 
@@ -54,7 +54,7 @@ def load_interpolated(
     folder = tempfile.mkdtemp(prefix="hf_moe_lmc-")  # what the device map puts on disk lives as long as the model
     try:
         with ExitStack() as stack:
-            pair = Inputs(stack).pair(a, b, symmetry=symmetry, each=refuse_quantized)
+            pair = Inputs(stack).pair(a, b, symmetry=symmetry)
             model_a, model_b, given = pair.a, pair.b, pair.symmetry
             language_model_class(model_a)
             download(model_a, model_b, given=given)
@@ -68,9 +68,10 @@ def load_interpolated(
 
 
 def _usual_dtype(model: MoEModel) -> torch.dtype:
-    """The floating-point dtype that most bytes of a checkpoint are in."""
-    sizes: dict[torch.dtype, int] = {}
-    for info in model.checkpoint.tensors.values():
+    """The floating-point dtype that most bytes of a checkpoint are in; quantized weights count as PLAIN."""
+    storage, sizes = model.storage, dict[torch.dtype, int]()
+    for name, info in model.checkpoint.tensors.items():
         if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+            dtype = PLAIN if storage and name in storage.weights else info.dtype
+            sizes[dtype] = sizes.get(dtype, 0) + info.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])

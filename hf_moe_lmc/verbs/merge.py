@@ -19,6 +19,7 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.merge_jobs import Merge, PlainMerge
 from hf_moe_lmc.verbs.merge_points import MergePoints, T, chosen
 from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
+from hf_moe_lmc.writing.formats import OutputFormat, check_format
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
@@ -57,6 +58,7 @@ def merge(
     batch_size: int | None = None,
     activation_memory: int | None = None,
     report: str | os.PathLike[str] | None = None,
+    format: OutputFormat = "a",
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -90,6 +92,7 @@ def merge(
         context, stride, max_tokens, dtype, device, batch_size, activation_memory: how to measure, as for `barrier`.
         points: grid points of the path on which the best t is looked for, both ends included, by default 25.
         report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
+        format: how the output stores its weights: as A does, as B does, or with what A has quantized in bfloat16.
         order, units, exact, push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
     Returns:
@@ -108,8 +111,9 @@ def merge(
     method, options = filled(WeightMatching, given), filled(OutputOptions, given)
     if tokenizer not in ("a", "b"):
         raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
+    check_format(format)
     at = chosen(t)
-    written = MergePoints(at, tokenizer, options.allow_nonfinite, best=not at)
+    written = MergePoints(at, tokenizer, format, options.allow_nonfinite, best=not at)
     if len(at) > 1 and push_to_hub:
         raise InputError(f"--push-to-hub publishes one checkpoint, and {len(at)} t were given; publish its folders with push")
     if symmetry is not None and not align:
@@ -127,9 +131,7 @@ def merge(
             if earlier:
                 earlier.check_early(*plain[:2])
             return PlainMerge(*plain, written, destination, earlier)
-        from hf_moe_lmc.writing.streams import refuse_quantized
-
-        pair = inputs.pair(a, b, symmetry=symmetry, each=refuse_quantized)
+        pair = inputs.pair(a, b, symmetry=symmetry)
         if earlier:
             earlier.check_early(pair.a.checkpoint, pair.b.checkpoint)
         matched = method if align and pair.symmetry is None else None

@@ -23,6 +23,7 @@ def merge_card(
     destination: Destination,
     *,
     tokenizer: str = "a",
+    form: str = "a",
     alignment: Alignment | None = None,
     symmetry: ModelSymmetry | None = None,
     symmetry_name: str = "SYMMETRY",
@@ -33,6 +34,7 @@ def merge_card(
 
     Args:
         tokenizer: the side whose tokenizer the output has.
+        form: how it stores its weights: `a`, `b` or `bf16`.
         symmetry_name: the saved symmetry's file or folder, without the path to it.
         measured: a barrier between A and B, on whose path the merge lies.
         calibration: the text that matching looked at, as a sentence.
@@ -45,6 +47,7 @@ def merge_card(
         how = "B in the coordinates of a saved symmetry. It computes the same function as B."
         options = ["--symmetry", symmetry_name]
     options += ["--tokenizer", "b"] if tokenizer == "b" else []
+    options += ["--format", form] if form != "a" else []
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
     return model_card(
         title=f"Merge of {{A}} and {{B}} at t = {exact(t)}",

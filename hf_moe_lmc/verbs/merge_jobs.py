@@ -17,8 +17,8 @@ from hf_moe_lmc.verbs.job import Job
 from hf_moe_lmc.verbs.merge_card import merge_card
 from hf_moe_lmc.verbs.merge_points import MergePoints, standing_in, within
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.output import FolderWriter, check_room, open_writer
-from hf_moe_lmc.writing.spans import PlainStream
+from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_rounding
+from hf_moe_lmc.writing.output import FolderWriter, TensorStream, check_room, open_writer
 from hf_moe_lmc.writing.workspace import Workspace
 
 # Nothing of transformers is imported for a plain merge.
@@ -47,7 +47,12 @@ class PlainMerge(Job["Alignment | None"]):
 
     @property
     def work(self) -> Work:
-        return Work(inputs=[self.a, self.b], template=self.a, folders=self.points.folders, facts=self.facts)
+        template = self.stream.template
+        return Work(inputs=[self.a, self.b], template=template, folders=self.points.folders, facts=self.facts)
+
+    @property
+    def stream(self) -> TensorStream:
+        return plain_merge(self.a, self.b, self.points.t, self.points.format)
 
     def facts(self) -> Mapping[str, Any]:
         keys = {"a": self.a.resume_key(), "b": self.b.resume_key()}
@@ -60,14 +65,22 @@ class PlainMerge(Job["Alignment | None"]):
         inputs, points = [self.a, self.b], self.points
         with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=points.allow_nonfinite) as writer:
             if writer:
-                writer.write_tensors(PlainStream(self.a, self.b, points.t), folders=points.folders)
+                stream = self.stream
+                writer.write_tensors(stream, folders=points.folders)
                 if self.earlier:
                     self.earlier.warn_of_another_path(None)
-                for folder, t in points.placed():
-                    writer.write_checkpoint_files(self.a, self.b if points.tokenizer == "b" else None, folder=folder)
+                speaker = self.b if points.tokenizer == "b" else None
+                for number, (folder, t) in enumerate(points.placed()):
+                    writer.write_checkpoint_files(stream.template, speaker, folder=folder)
+                    write_rounding(writer, stream, number, folder)
                     place = standing_in(folder, self.destination)
                     measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
-                    card = merge_card(self.a, self.b, t, self.ids, place, tokenizer=points.tokenizer, measured=measured)
+                    card = merge_card(
+                        *(self.a, self.b, t, self.ids, place),
+                        tokenizer=points.tokenizer,
+                        form=points.format,
+                        measured=measured,
+                    )
                     writer.write_text(within(folder, "README.md"), card)
 
 
@@ -105,13 +118,18 @@ class Merge(Job["Alignment | None"]):
     def work(self) -> Work:
         return Work(
             inputs=self.inputs,
-            template=self.pair.a.checkpoint,
+            template=self.template,
             folders=self.points.folders,
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
             facts=None if self.points.best else self.facts,
         )
+
+    @property
+    def template(self) -> Checkpoint:
+        """The layout of each output."""
+        return model_merge(self.pair.a, self.pair.b, self.pair.b.identity().layers, (), self.points.format).template
 
     @property
     def used(self) -> ModelSymmetry:
@@ -141,7 +159,7 @@ class Merge(Job["Alignment | None"]):
         started = time.perf_counter()
         self.subject.check_processes()
         if workspace:
-            check_room(workspace, self.pair.a.checkpoint, self.points.folders)
+            check_room(workspace, self.template, self.points.folders)
         alignment = self._align(workspace) if self.method else None
         report = self._measured(alignment, workspace, started)
         if not self.points.best:
@@ -176,45 +194,43 @@ class Merge(Job["Alignment | None"]):
         self, workspace: Workspace | None, alignment: Alignment | None, report: BarrierReport | None = None
     ) -> Alignment | None:
         """Writes everything; without a report of the points, matches meanwhile what is still to be matched."""
+        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
+
         allow = self.points.allow_nonfinite
         with open_writer(workspace, self.facts(), inputs=self.inputs, allow_nonfinite=allow) as writer:
-            if self.method and report is None:
-                alignment = self._matched_and_written(writer, workspace)
+            awaited = pending(self.pair.b.layers) if self.method and report is None else None
+            moved = awaited or (alignment.symmetry if alignment else self.used).layers
+            stream = model_merge(self.pair.a, self.pair.b, moved, self.points.t, self.points.format)
+            if awaited is not None:
+                with written_meanwhile(writer, stream, awaited, folders=self.points.folders) as deliver:
+                    alignment = self._align(workspace, deliver=deliver)
             elif writer:
-                self._write_tensors(writer, alignment.symmetry if alignment else self.used)
+                writer.write_tensors(stream, folders=self.points.folders)
             if writer:
                 if self.earlier:
                     self.earlier.warn_of_another_path(self._moved_by(alignment))
-                for folder, t in self.points.placed():
-                    self._write_files(writer, folder, t, alignment, report)
+                for number, (folder, t) in enumerate(self.points.placed()):
+                    write_rounding(writer, stream, number, folder)
+                    self._write_files(writer, folder, t, stream.template, alignment, report)
         return alignment
-
-    def _matched_and_written(self, writer: FolderWriter | None, workspace: Workspace | None) -> Alignment:
-        from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
-        from hf_moe_lmc.writing.streams import interpolated
-
-        elements = pending(self.pair.b.layers)
-        stream = interpolated(self.pair.a, self.pair.b, elements, self.points.t, rounded=True)
-        with written_meanwhile(writer, stream, elements, folders=self.points.folders) as deliver:
-            return self._align(workspace, deliver=deliver)
-
-    def _write_tensors(self, writer: FolderWriter, symmetry: ModelSymmetry) -> None:
-        from hf_moe_lmc.writing.streams import interpolated
-
-        stream = interpolated(self.pair.a, self.pair.b, symmetry.layers, self.points.t, rounded=True)
-        writer.write_tensors(stream, folders=self.points.folders)
 
     def _moved_by(self, alignment: Alignment | None) -> ModelSymmetry | None:
         """What B is taken by; None: it is as it is."""
         return alignment.symmetry if alignment else self.pair.symmetry
 
     def _write_files(
-        self, writer: FolderWriter, folder: str, t: float, alignment: Alignment | None, report: BarrierReport | None
+        self,
+        writer: FolderWriter,
+        folder: str,
+        t: float,
+        template: Checkpoint,
+        alignment: Alignment | None,
+        report: BarrierReport | None,
     ) -> None:
         """What a checkpoint has besides its weights."""
         a, b = self.inputs
         tokenizer, moved_by = self.points.tokenizer, self._moved_by(alignment)
-        writer.write_checkpoint_files(a, b if tokenizer == "b" else None, folder=folder)
+        writer.write_checkpoint_files(template, b if tokenizer == "b" else None, folder=folder)
         if moved_by:
             moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
         if alignment:
@@ -226,6 +242,7 @@ class Merge(Job["Alignment | None"]):
             self.pair.ids,
             standing_in(folder, self.destination),
             tokenizer=tokenizer,
+            form=self.points.format,
             alignment=alignment,
             symmetry=self.pair.symmetry,
             symmetry_name=self.file or "SYMMETRY",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, worded
 from hf_moe_lmc.publishing.card import Destination
+from hf_moe_lmc.writing.formats import OutputFormat
 from hf_moe_lmc.writing.interpolation import check_t, exact
 from hf_moe_lmc.writing.location import point_folder
 from hf_moe_lmc.writing.output import WHOLE
@@ -26,12 +27,14 @@ class MergePoints:
     Attributes:
         t: of each; empty while the best one is still to be found.
         tokenizer: the side whose tokenizer the outputs have.
+        format: how they store their weights.
         allow_nonfinite: write weights that are NaN or infinite.
         best: t is, or will be, that of the least loss on a text.
     """
 
     t: tuple[float, ...]
     tokenizer: str
+    format: OutputFormat
     allow_nonfinite: bool
     best: bool = False
 
@@ -53,6 +56,7 @@ class MergePoints:
             "t": t,
             **({"best": True} if self.best else {}),
             "allow_nonfinite": self.allow_nonfinite,
+            **({} if self.format == "a" else {"format": self.format}),
             **layouts,
         }
 

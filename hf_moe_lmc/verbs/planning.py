@@ -171,7 +171,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     """The plan for work that has been checked."""
     template, models = work.template, work.models
     outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
-    both = sum(checkpoint.nbytes for checkpoint in work.inputs)
+    both = sum(checkpoint.stored.nbytes for checkpoint in work.inputs)
     reading = both if work.matched or template or not work.evaluated else 0
     if work.matched and template:  # what is evaluated in between is not in the page cache any more
         reading += both if work.evaluated else outside
@@ -190,7 +190,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         verb=verb,
         tensors=len(template.tensors) if template else 0,
         shards=len(template.shards) if template else 0,
-        bytes_to_download=sum(sum(checkpoint.absent().values()) for checkpoint in away),
+        bytes_to_download=sum(sum(checkpoint.stored.absent().values()) for checkpoint in away),
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
@@ -238,6 +238,7 @@ def _reading(inputs: Sequence[Checkpoint]) -> float:
     """Bytes per second from the middle of each input's largest shard."""
     values, seconds, count = torch.empty(PROBE, dtype=torch.uint8), 1e-9, 0
     for checkpoint in inputs:
+        checkpoint = checkpoint.stored
         shard = max(checkpoint.shards.values(), key=lambda shard: shard.size)
         wanted = values[: min(PROBE, shard.size // 2)]
         started = time.perf_counter()

@@ -28,6 +28,7 @@ from hf_moe_lmc.checkpoints.header import Shard
 from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
+from hf_moe_lmc.formats.templates import quantization_file
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.results import ResultFolder, sync
@@ -206,6 +207,8 @@ class FolderWriter:
                 self.copy(path, posixpath.join(folder, file))
             else:
                 self.write_text(posixpath.join(folder, file), json.dumps(written, indent=2) + "\n")
+        if beside := quantization_file(template):
+            self.copy(beside[0].source.path(beside[1]), posixpath.join(folder, beside[1]))
         weight_map = {name: info.shard for name, info in sorted(template.tensors.items())}
         index = {"metadata": {"total_size": template.nbytes}, "weight_map": weight_map}
         self.write_text(posixpath.join(folder, INDEX), json.dumps(index, indent=2) + "\n")

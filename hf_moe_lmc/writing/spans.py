@@ -22,10 +22,20 @@ from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
 
+GLANCE = 1 << 14  # elements that are compared first to see whether two tensors are equal
 SPAN = 8 << 20  # most bytes of one range outside the MoE blocks
 
 
 Compute = Callable[[Sequence[int]], Iterator[Tensor]]
+
+
+def alone(compute: Callable[[], Tensor]) -> Compute:
+    """What a span computes for the only output of a stream."""
+
+    def rows(wanted: Sequence[int]) -> Iterator[Tensor]:
+        yield from (compute() for _ in wanted)
+
+    return rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,16 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor of the only output, flat, not yet cast to the checkpoint's dtype."""
 
+    def values(self, name: str, first: int, count: int) -> Tensor:
+        """A range of one tensor, not yet cast to the checkpoint's dtype."""
+
+    def keeps(self, side: str, name: str, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Whether a tensor has the very values of side `a` or `b`, so that its bytes can stay.
+
+        Args:
+            ranges: (first element, elements) of parts that fit into memory; together, all of it.
+        """
+
 
 @dataclass(frozen=True)
 class Copied:
@@ -78,6 +98,12 @@ class Copied:
 
     def read(self, name: str) -> Tensor:
         return self.checkpoint.read(name)
+
+    def values(self, name: str, first: int, count: int) -> Tensor:
+        return self.checkpoint.read(name, first, count)
+
+    def keeps(self, side: str, name: str, ranges: Sequence[tuple[int, int]]) -> bool:
+        return bool(side)
 
 
 @dataclass(frozen=True)
@@ -122,6 +148,21 @@ class Interpolated:
             return interpolate(self.a.read(name), self.b.read(name), t)
         except MismatchError as error:
             raise MismatchError(f"{name}: {error}") from error
+
+    def values(self, name: str, first: int, count: int) -> Tensor:
+        (t,) = self.t
+        try:
+            return interpolate(self.a.read(name, first, count), self.b.read(name, first, count), t)
+        except MismatchError as error:
+            raise MismatchError(f"{name}: {error}") from error
+
+    def keeps(self, side: str, name: str, ranges: Sequence[tuple[int, int]]) -> bool:
+        (t,) = self.t
+        if side != "a" or t == 0:
+            return (side, t) in (("a", 0), ("b", 1))
+        first, count = ranges[0]
+        glance = [(first, min(count, GLANCE))]  # most weights differ at once
+        return all(torch.equal(self.a.read(name, *one).float(), self.b.read(name, *one).float()) for one in [*glance, *ranges])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard
-from hf_moe_lmc.checkpoints.quantization import not_interpolated
 from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.moe.action import Elements
 from hf_moe_lmc.moe.layer import MoELayer
@@ -183,10 +182,3 @@ def interpolated(
         for index, layer in a.layers.items()
     }
     return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, points))
-
-
-def refuse_quantized(*models: MoEModel) -> None:
-    """Raises CheckpointError where weights are quantized: points between two models would need scales of their own."""
-    for model in models:
-        if model.quantization:
-            raise not_interpolated(model.checkpoint.name, model.quantization, model.checkpoint.tensors)

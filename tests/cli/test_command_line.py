@@ -85,7 +85,7 @@ def test_inspect_words_the_group_of_every_kind_of_block(
     assert ("text tower" in out) == (found["tower"] is not None) and ("further banks" in out) == bool(found["banks"])
 
 
-def test_inspect_says_that_quantized_experts_move_whole(copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_how_experts_are_stored(copy: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if ".experts." in name]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
@@ -96,11 +96,10 @@ def test_inspect_says_that_quantized_experts_move_whole(copy: Callable[..., Path
     tiny.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     code, out, _ = run(capsys, "inspect", folder, "--json")
     found = json.loads(out)
-    assert code == 0 and found["quantisation"] == "fp8" and found["unit_kinds"] == ["rigid"]
-    assert found["layouts"] == ["per-expert"]
-    assert "scales of its quantized weights" in found["symmetry"][0] and "whole experts" in found["symmetry"][-1]
-    assert not any("hidden units" in line for line in found["symmetry"])
-    assert "fp8: only whole experts move" in run(capsys, "inspect", folder)[1]
+    assert code == 0 and found["quantisation"] == "fp8" and found["unit_kinds"] == ["swiglu"]
+    assert found["layouts"] == ["per-expert"] and list(found["formats"]) == ["FP8 in blocks of 8 x 8"]
+    assert "byte for byte in FP8 in blocks of 8 x 8: the order of experts, and signs" in found["symmetry"][-1]
+    assert " in FP8 in blocks of 8 x 8" in run(capsys, "inspect", folder)[1]
 
 
 def test_selftest_prints_the_proof_and_its_exit_code_is_the_verdict(

@@ -196,7 +196,7 @@ class _Planted:
     """A block on disk seen in other coordinates."""
 
     def __init__(self, layer: MoELayer, symmetry: LayerSymmetry) -> None:
-        self.layer, self.values = layer, ActedLayer(layer, symmetry, layer.units).stored
+        self.layer, self.stored = layer, ActedLayer(layer, symmetry, layer.units).stored
         self.banks = {name: Bank(self, name) for name in layer.banks}
         self.shared = SharedExpert(self)
 

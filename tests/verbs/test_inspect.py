@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
 
 import hf_moe_lmc as lmc
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, TensorInfo
-from hf_moe_lmc.checkpoints.quantization import Quantization
-from hf_moe_lmc.moe.counting import stands_for
 from tests import tiny
+from tests.formats.published import LAYOUTS, plain
 from tests.matching.test_ties import tie
 
 IDLE = {"mixtral": 3 * 4 * 3 * 24 * 16, "qwen2_moe": 2 * 4 * 3 * 8 * 16, "deepseek_v3": 2 * 5 * 3 * 8 * 16}
@@ -31,17 +27,13 @@ def test_parameters_are_those_that_transformers_counts(saved: Callable[..., Path
     assert found.input_embedding == tiny.VOCABULARY * 16
 
 
-def test_parts_of_quantized_weights_count_as_what_they_stand_for() -> None:
-    def counted(method: str, **tensors: tuple[torch.dtype, int]) -> list[int]:
-        infos = {name.replace("__", "."): TensorInfo(name, "s", dtype, (n,), 0, 0) for name, (dtype, n) in tensors.items()}
-        checkpoint = SimpleNamespace(tensors=infos, quantization=Quantization(method, None) if method else None)
-        return [stands_for(cast(Checkpoint, checkpoint), name) for name in infos]
-
-    byte, eighth, real = torch.uint8, torch.float8_e4m3fn, torch.float32
-    assert counted("mxfp4", x_blocks=(byte, 48), x_scales=(byte, 3), x_bias=(real, 5)) == [96, 0, 5]
-    assert counted("fp8", x__weight=(eighth, 64), x__weight_scale_inv=(real, 1)) == [64, 0]
-    assert counted("fp8", x__weight=(torch.int8, 64), x__scale=(real, 4), norm__scale=(real, 7)) == [128, 0, 7]
-    assert counted("", x_blocks=(real, 48), x_scales=(real, 3)) == [48, 3]  # the control
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4", "gpt_oss", "int4"])
+def test_parts_of_quantized_weights_count_as_what_they_stand_for(
+    quantized: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    found = lmc.inspect(quantized(name))
+    dequantized = lmc.inspect(plain(LAYOUTS[name], quantized(name), tmp_path / "plain"))
+    assert found.parameters == dequantized.parameters and found.bytes < dequantized.bytes
 
 
 def test_a_head_in_the_file_of_tied_embeddings(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Storage formats of quantized weights: which tensors make up one, its values, and how values are written again."""
