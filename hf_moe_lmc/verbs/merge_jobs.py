@@ -15,7 +15,7 @@ from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
 from hf_moe_lmc.verbs.merge_card import merge_card
-from hf_moe_lmc.verbs.merge_points import MergePoints, standing_in, within
+from hf_moe_lmc.verbs.merge_points import MergePoints, within
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.output import FolderWriter, check_room, open_writer
 from hf_moe_lmc.writing.spans import PlainStream
@@ -65,9 +65,10 @@ class PlainMerge(Job["Alignment | None"]):
                     self.earlier.warn_of_another_path(None)
                 for folder, t in points.placed():
                     writer.write_checkpoint_files(self.a, self.b if points.tokenizer == "b" else None, folder=folder)
-                    place = standing_in(folder, self.destination)
                     measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
-                    card = merge_card(self.a, self.b, t, self.ids, place, tokenizer=points.tokenizer, measured=measured)
+                    card = merge_card(
+                        self.a, self.b, t, self.ids, self.destination, tokenizer=points.tokenizer, measured=measured
+                    )
                     writer.write_text(within(folder, "README.md"), card)
 
 
@@ -224,7 +225,7 @@ class Merge(Job["Alignment | None"]):
             b,
             t,
             self.pair.ids,
-            standing_in(folder, self.destination),
+            self.destination,
             tokenizer=tokenizer,
             alignment=alignment,
             symmetry=self.pair.symmetry,
