@@ -15,7 +15,7 @@ from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
 from hf_moe_lmc.verbs.merge_card import merge_card
-from hf_moe_lmc.verbs.merge_points import MergePoints, standing_in, within
+from hf_moe_lmc.verbs.merge_points import MergePoints, within
 from hf_moe_lmc.verbs.planning import Work
 from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_rounding
 from hf_moe_lmc.writing.output import FolderWriter, TensorStream, check_room, open_writer
@@ -73,10 +73,9 @@ class PlainMerge(Job["Alignment | None"]):
                 for number, (folder, t) in enumerate(points.placed()):
                     writer.write_checkpoint_files(stream.template, speaker, folder=folder)
                     write_rounding(writer, stream, number, folder)
-                    place = standing_in(folder, self.destination)
                     measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
                     card = merge_card(
-                        *(self.a, self.b, t, self.ids, place),
+                        *(self.a, self.b, t, self.ids, self.destination),
                         tokenizer=points.tokenizer,
                         form=points.format,
                         measured=measured,
@@ -240,7 +239,7 @@ class Merge(Job["Alignment | None"]):
             b,
             t,
             self.pair.ids,
-            standing_in(folder, self.destination),
+            self.destination,
             tokenizer=tokenizer,
             form=self.points.format,
             alignment=alignment,

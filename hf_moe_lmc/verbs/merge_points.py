@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, worded
-from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.writing.formats import OutputFormat
 from hf_moe_lmc.writing.interpolation import check_t, exact
 from hf_moe_lmc.writing.location import point_folder
@@ -87,11 +86,6 @@ def chosen(t: T) -> tuple[float, ...]:
         if points.count(one) > 1:
             raise InputError(f"t = {exact(one)} is given {points.count(one)} times; name each point once")
     return points
-
-
-def standing_in(folder: str, destination: Destination) -> Destination:
-    """Where the checkpoint in a folder of the output is going to stand."""
-    return replace(destination, name=folder) if folder else destination
 
 
 def within(folder: str, file: str) -> str:
