@@ -43,6 +43,7 @@ def main() -> None:
             output = Path(folder) / "demo"
             runs.append({"run": name, "environment": settings, **run(output, settings)})
             if name == "as it is":
+                runs[-1]["sentences"] = {pair: sentences(output / pair) for pair in ("independent", "shuffled")}
                 for pair in ("independent", "shuffled"):
                     shutil.copyfile(output / pair / "barrier.png", ROOT / "model_cards" / f"demo-{pair}.png")
                 shutil.copyfile(output / "merge" / "README.md", ROOT / "model_cards" / "demo-merge.md")
@@ -68,6 +69,12 @@ def run(output: Path, settings: dict[str, str]) -> dict[str, Any]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     pairs = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return {"pairs": pairs, "seconds": round(seconds), "cpu_seconds": round(cpu)}
+
+
+def sentences(report: Path) -> list[str]:
+    """What the terminal says first of a barrier."""
+    found: list[str] = json.loads((report / "report.json").read_text(encoding="utf-8"))["verdict"]["sentences"]
+    return found
 
 
 if __name__ == "__main__":

@@ -73,21 +73,48 @@ def demo() -> str:
     }
     runs = read("demo")["runs"]
 
-    def span(values: list[float], form: str) -> str:
-        return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
-
     rows = []
     for pair, words in names.items():
         found = [run["pairs"][pair] for run in runs]
         naive, aligned = ([each[path]["barrier"] for each in found] for path in ("naive", "aligned"))
         left = [each["aligned_percent_of_naive"] for each in found]
-        rows.append((words, span(naive, ".2f"), span(aligned, ".3f"), f"{span(left, '.1f')} %"))
+        rows.append((words, _span(naive, ".2f"), _span(aligned, ".3f"), f"{_span(left, '.1f')} %"))
     note = (
         f"\nThe ranges are those of {len(runs)} runs, with one and two threads and with the kernels of older processors. "
         "Training is chaotic:\na difference in the last bit of a sum grows. The text is that of the Python installation. "
         "With the same settings on one machine, figures repeat.\n"
     )
     return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows) + note
+
+
+def expect() -> str:
+    """Barriers of the demo's pairs and of the paper's protocol, in one table."""
+    runs = read("demo")["runs"]
+    pairs = {
+        "shuffled": "one initialisation, other data, B then shuffled",
+        "independent": "independent initialisations of the first MoE block",
+    }
+    rows = []
+    for pair, words in pairs.items():
+        found = [run["pairs"][pair] for run in runs]
+        naive, aligned = ([each[path]["barrier"] for each in found] for path in ("naive", "aligned"))
+        left = [each["aligned_percent_of_naive"] for each in found]
+        rows.append((words, _span(naive, ".2f"), _span(aligned, ".3f"), f"{_span(left, '.1f')} %"))
+    for setting, measured in read("paper_protocol")["settings"].items():
+        naive = mean(pair["naive_barrier"] for pair in measured["pairs"])
+        aligned = mean(pair["barrier"]["default"] for pair in measured["pairs"])
+        words = f"paper's protocol, {setting} MoE block{'s' if setting == 'all' else ''}"
+        rows.append((words, f"{naive:.3f}", f"{aligned:.3f}", f"{100 * aligned / naive:.1f} %"))
+    return markdown_table(("pair", "naive", "aligned", "left"), rows)
+
+
+def _span(values: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
+
+
+def verdict() -> str:
+    """What `barrier` said of a pair of the demo."""
+    return "```text\n" + "\n".join(read("demo")["runs"][0]["sentences"]["shuffled"]) + "\n```\n"
 
 
 def families() -> str:
@@ -191,6 +218,8 @@ def decided() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "protocol": protocol,
     "demo": demo,
+    "expect": expect,
+    "verdict": verdict,
     "families": families,
     "costs in brief": costs_in_brief,
     "depth": depth,
