@@ -93,6 +93,20 @@ def test_a_merge_is_what_the_reference_makes(quantized: Callable[..., Path], tmp
         assert all(kind["requantized"] > 0 == kind["kept"] for kind in report["tensors"].values())
 
 
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "int4"])
+def test_several_points_are_the_merges_of_each(quantized: Callable[..., Path], tmp_path: Path, name: str, align: bool) -> None:
+    a, b = quantized(name), quantized(name, 1)
+    merge(a, b, tmp_path / "several", [0.0, 0.3, 1.0], align=align)
+    for t in (0.0, 0.3, 1.0):
+        merge(a, b, tmp_path / f"t{t:g}", t, align=align)
+        for file in ("config.json", "quantization.json"):
+            assert (tmp_path / "several" / f"t{t:g}" / file).read_text() == (tmp_path / f"t{t:g}" / file).read_text()
+        check(tmp_path / "several" / f"t{t:g}", tiny.tensors(tmp_path / f"t{t:g}"))
+    (first, _, last) = (tiny.tensors(tmp_path / "several" / place) for place in ("t0", "t0.3", "t1"))
+    assert any(not torch.equal(as_bytes(first[key]), as_bytes(last[key])) for key in first), "the control: points differ"
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "int4", "fused, halves", "nvfp4, modelopt", "vllm"])
 def test_bytes_stay_where_nothing_changes(quantized: Callable[..., Path], tmp_path: Path, name: str) -> None:
     a, b = quantized(name), quantized(name, 1)
