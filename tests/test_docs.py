@@ -54,7 +54,7 @@ SUBSTITUTES = {
 EXCEPTED = {
     "bash scripts/demo.sh": "makes an environment and trains for minutes",
     "bash scripts/check.sh": "makes an environment and runs these tests",
-    "hf-moe-lmc merge ./model-a ./model-b -t best": "warns: no merge of these two is best; tests/verbs/test_merge_text.py runs it",
+    "hf-moe-lmc merge ./model-a ./model-b -t best": "warns, as an end is best here; tests/verbs/test_merge_text.py runs it",
     "torchrun": "starts processes, as tests/runtime/test_processes.py does; its arguments are parsed",
     "srun": "needs Slurm; its arguments are parsed",
 }
