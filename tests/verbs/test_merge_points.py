@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def places(t: tuple[float, ...]) -> list[str]:
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes of shards that were read, by the name of the checkpoint, since it was last cleared."""
     found: dict[str, int] = {}
-    fill = Checkpoint.fill
+    fill, counted = Checkpoint.fill, threading.Lock()
 
     def counting(checkpoint: Checkpoint, values: torch.Tensor, shard: str, position: int) -> None:
-        found[checkpoint.name] = found.get(checkpoint.name, 0) + values.nbytes
+        with counted:  # shards are read by several threads
+            found[checkpoint.name] = found.get(checkpoint.name, 0) + values.nbytes
         fill(checkpoint, values, shard, position)
 
     monkeypatch.setattr(Checkpoint, "fill", counting)
