@@ -13,13 +13,14 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.reading import read_config
 from hf_moe_lmc.proof.miniature import build
 from hf_moe_lmc.proof.small_config import shrink
-from tests import tiny
+from tests import tiny, zoo
 
 REAL = Path(__file__).parent / "real"
 
 
 def published(name: str, folder: Path, seed: int) -> Path:
     """A small checkpoint of a published model, under the model type that it is published with."""
+    zoo.needs(json.loads((REAL / f"{name}.json").read_text())["model_type"])
     folder.mkdir()
     shutil.copy(REAL / f"{name}.json", folder / "config.json")
     save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")

@@ -18,7 +18,7 @@ from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.moe.catalogue import known_families
 from hf_moe_lmc.proof.checks import Check, SelfTest
 from hf_moe_lmc.proof.miniature import build, shrink
-from tests import tiny
+from tests import tiny, zoo
 from tests.checkpoints.test_checkpoint import adapter_only, index_with, pickle_only, truncate
 from tests.moe.test_layer import add, drop
 from tests.verbs.test_alignment import random_symmetry, read
@@ -75,6 +75,7 @@ def test_inspect_describes_every_family(
 def test_inspect_words_the_group_of_every_kind_of_block(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model_type: str, facts: dict[str, object], lines: list[str]
 ) -> None:
+    zoo.needs(model_type)
     build(shrink(CONFIG_MAPPING[model_type]())).save_pretrained(tmp_path)
     code, out, _ = run(capsys, "inspect", tmp_path, "--json")
     found = json.loads(out)

@@ -27,7 +27,7 @@ from hf_moe_lmc.proof.miniature import build, shrink
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.streams import rewritten
-from tests import tiny
+from tests import tiny, zoo
 from tests.schemas import check_alignment
 
 pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks", "ignore:.*router rows are tied")
@@ -178,6 +178,8 @@ def test_a_tie_is_equality_in_all_that_the_selection_sees(tmp_path: Path) -> Non
 
 
 def test_banks_that_share_one_choice_are_bound_together(tmp_path: Path) -> None:
+    zoo.needs("longcat_flash")
+
     def bound(*pairs: tuple[int, int]) -> dict[str, object]:
         model = build(shrink(CONFIG_MAPPING["longcat_flash"]()))
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -203,6 +205,7 @@ def test_banks_that_share_one_choice_are_bound_together(tmp_path: Path) -> None:
 
 
 def _saved_longcat(folder: Path) -> Path:
+    zoo.needs("longcat_flash")
     build(shrink(CONFIG_MAPPING["longcat_flash"]())).save_pretrained(folder, save_original_format=False)
     return folder
 

@@ -314,7 +314,7 @@ def test_rows_of_a_dataset_are_counted_and_joined(tmp_path: Path) -> None:
         assert list(dataset.documents()) == [" = Title = \n", "word\n"] and dataset.describe()["rows_skipped"] == 2
         recipe = "\n\n".join(row["text"] for row in rows if row["text"] is not None)
         assert list(DatasetText(str(tmp_path), split=split, join="\n\n").documents()) == [recipe]
-        with pytest.raises(InputError, match=r"expected text in column 'n', found columns text, n \(n holds int64\)"):
+        with pytest.raises(InputError, match=r"expected text in column 'n', found columns text, n \(.* holds int"):
             list(DatasetText(str(tmp_path), split=split, column="n").documents())
 
 
