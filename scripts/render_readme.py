@@ -71,35 +71,32 @@ def demo() -> str:
         "independent": "independent initialisations",
         "shuffled": "one initialisation, other data, B then shuffled",
     }
-    runs = read("demo")["runs"]
+    note = (
+        f"\nThe ranges are those of {len(read('demo')['runs'])} runs, with one and two threads and with the kernels of older "
+        "processors. Training is chaotic:\na difference in the last bit of a sum grows. The text is that of the Python "
+        "installation. With the same settings on one machine, figures repeat.\n"
+    )
+    return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), demo_rows(names)) + note
 
-    rows = []
-    for pair, words in names.items():
-        found = [run["pairs"][pair] for run in runs]
+
+def demo_rows(pairs: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Words for a pair of the demo, and the ranges of its barriers over the runs: naive, aligned, what is left in percent."""
+    rows: list[tuple[str, ...]] = []
+    for pair, words in pairs.items():
+        found = [run["pairs"][pair] for run in read("demo")["runs"]]
         naive, aligned = ([each[path]["barrier"] for each in found] for path in ("naive", "aligned"))
         left = [each["aligned_percent_of_naive"] for each in found]
         rows.append((words, _span(naive, ".2f"), _span(aligned, ".3f"), f"{_span(left, '.1f')} %"))
-    note = (
-        f"\nThe ranges are those of {len(runs)} runs, with one and two threads and with the kernels of older processors. "
-        "Training is chaotic:\na difference in the last bit of a sum grows. The text is that of the Python installation. "
-        "With the same settings on one machine, figures repeat.\n"
-    )
-    return markdown_table(("pair", "naive barrier, nats", "aligned", "left"), rows) + note
+    return rows
 
 
 def expect() -> str:
     """Barriers of the demo's pairs and of the paper's protocol, in one table."""
-    runs = read("demo")["runs"]
     pairs = {
         "shuffled": "one initialisation, other data, B then shuffled",
         "independent": "independent initialisations of the first MoE block",
     }
-    rows = []
-    for pair, words in pairs.items():
-        found = [run["pairs"][pair] for run in runs]
-        naive, aligned = ([each[path]["barrier"] for each in found] for path in ("naive", "aligned"))
-        left = [each["aligned_percent_of_naive"] for each in found]
-        rows.append((words, _span(naive, ".2f"), _span(aligned, ".3f"), f"{_span(left, '.1f')} %"))
+    rows = demo_rows(pairs)
     for setting, measured in read("paper_protocol")["settings"].items():
         naive = mean(pair["naive_barrier"] for pair in measured["pairs"])
         aligned = mean(pair["barrier"]["default"] for pair in measured["pairs"])

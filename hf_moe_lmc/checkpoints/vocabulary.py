@@ -53,11 +53,6 @@ class Vocabulary:
         """The token of each id; None where only files in other formats hold them."""
         return None if self.tokens is None else {number: token for token, number in self.tokens.items()}
 
-    def id_of(self, role: str) -> int | None:
-        """The id of the token in a role; None where there is none, or its id is not known."""
-        token = self.special.get(role)
-        return None if token is None else (self.tokens or self.added).get(token)
-
     def named(self, token: str) -> str:
         """A token with its id, for messages."""
         number = (self.tokens or self.added).get(token)

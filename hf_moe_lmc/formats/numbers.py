@@ -17,7 +17,6 @@ FP4_LARGEST = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EXPONENT_BIAS = 127  # of E8M0: code 127 is 1, code 255 is NaN
-_LEAST = torch.finfo(torch.float32).tiny
 # Midpoints between neighbouring FP4 values, by whether a tie goes up: to the code whose last bit is 0.
 _TIES_UP, _TIES_DOWN = (0.75, 1.75, 3.5), (0.25, 1.25, 2.5, 5.0)
 

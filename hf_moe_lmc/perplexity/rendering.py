@@ -10,7 +10,7 @@ from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
-from hf_moe_lmc.perplexity.wording import no_barrier
+from hf_moe_lmc.perplexity.wording import capital, no_barrier
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -129,7 +129,7 @@ def markdown(
     path = paths["aligned" if "aligned" in paths else "naive"]
     parts = [
         f"# {title}\n",
-        *([] if disagreement is None else [f"**Not to be relied on.** {disagreement[0].upper()}{disagreement[1:]}.\n"]),
+        *([] if disagreement is None else [f"**Not to be relied on.** {capital(disagreement)}.\n"]),
         *(
             f"{'**' if number == 0 else ''}{line}{'**' if number == 0 else ''}\n"
             for number, line in enumerate(verdict.sentences)
@@ -158,7 +158,7 @@ def markdown(
 
 
 def _own_lines(own: Own) -> Iterator[str]:
-    yield from (f"{line[0].upper()}{line[1:]}.\n" for line in own_losses(own))
+    yield from (f"{capital(line)}.\n" for line in own_losses(own))
 
 
 def _references(verdict: Verdict) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.perplexity import drawing, rendering
+from hf_moe_lmc.perplexity import drawing, rendering, wording
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.references import References, references
@@ -354,9 +354,5 @@ class BarrierReport:
             layers=self.layers,
             routing=self.routing or (),
             measured=self.subtitle,
-            finding=_capital(VOID if self.disagreement else self.verdict.title),
+            finding=wording.capital(VOID if self.disagreement else self.verdict.title),
         ).write(path, kind)
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]

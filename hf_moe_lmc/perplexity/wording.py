@@ -14,6 +14,11 @@ SMALL = 0.01  # nats per token; smaller numbers get a digit more
 FLAT = 1e-5  # nats per token: a curve within so much of its line is on it
 
 
+def capital(sentence: str) -> str:
+    """A sentence with its first letter in upper case."""
+    return sentence[:1].upper() + sentence[1:]
+
+
 def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
     """A number of nats, with three decimals or, where it or `like` is small, four.
 

@@ -17,7 +17,16 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.formats import OutputFormat, check_format, check_moves, left_in_place, model_moved, write_rounding
+from hf_moe_lmc.writing.formats import (
+    OutputFormat,
+    check_format,
+    check_moves,
+    format_facts,
+    format_option,
+    left_in_place,
+    model_moved,
+    write_beside,
+)
 from hf_moe_lmc.writing.output import FolderWriter, open_writer
 from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 from hf_moe_lmc.writing.workspace import Workspace
@@ -121,7 +130,7 @@ class _Alignment(Job[Alignment]):
 
     def facts(self) -> Mapping[str, Any]:
         options = {"what": "align", "symmetry_only": self.symmetry_only, "allow_nonfinite": self.allow_nonfinite}
-        options |= {} if self.format == "b" else {"format": self.format}
+        options |= format_facts(self.format, "b")
         return options | matching_facts(self.a, self.b, self.method)
 
     def run(self, workspace: Workspace | None) -> Alignment:
@@ -139,8 +148,7 @@ class _Alignment(Job[Alignment]):
                     write_alignment(writer, alignment, "")
                 return alignment
             if writer:
-                writer.write_checkpoint_files(stream.template)
-                write_rounding(writer, stream, more=left_in_place(self.b, alignment.symmetry, stream))
+                write_beside(writer, stream, more=left_in_place(self.b, alignment.symmetry, stream))
             alignment = alignment.with_output(process_group().from_main(writer.fingerprint() if writer else ""))
             if writer:
                 writer.write_text("README.md", align_card(self.a, self.b, alignment, self.destination, self.format))
@@ -165,7 +173,7 @@ def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Dest
         relation="finetune",
         command=[
             *("align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units),
-            *(["--format", form] if form != "b" else []),
+            *format_option(form, "b"),
         ],
         template=b.checkpoint,
         destination=destination,

@@ -15,7 +15,16 @@ from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, file_name, filled
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.formats import OutputFormat, check_format, check_moves, left_in_place, model_moved, write_rounding
+from hf_moe_lmc.writing.formats import (
+    OutputFormat,
+    check_format,
+    check_moves,
+    format_facts,
+    format_option,
+    left_in_place,
+    model_moved,
+    write_beside,
+)
 from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.workspace import Workspace
 
@@ -101,8 +110,7 @@ class _Application(Job[Path]):
 
     def facts(self) -> Mapping[str, Any]:
         of_inputs = {"b": self.model.checkpoint.resume_key(), "symmetry": digest(self.symmetry)}
-        of_inputs |= {} if self.format == "b" else {"format": self.format}
-        return {"what": "apply", "allow_nonfinite": self.allow_nonfinite, **of_inputs}
+        return {"what": "apply", "allow_nonfinite": self.allow_nonfinite, **of_inputs, **format_facts(self.format, "b")}
 
     def run(self, workspace: Workspace | None) -> Path:
         checkpoint = self.model.checkpoint
@@ -111,8 +119,7 @@ class _Application(Job[Path]):
             if writer:
                 stream = model_moved(self.model, self.symmetry.layers, self.format)
                 writer.write_tensors(stream)
-                writer.write_checkpoint_files(stream.template)
-                write_rounding(writer, stream, more=left_in_place(self.model, self.symmetry, stream))
+                write_beside(writer, stream, more=left_in_place(self.model, self.symmetry, stream))
                 self.symmetry.save(writer.path("alignment/symmetry.safetensors"))
                 writer.write_text("README.md", self._card())
         return self.output
@@ -128,10 +135,10 @@ class _Application(Job[Path]):
             inputs={"B": self.model.checkpoint},
             base="B",
             relation="finetune",
-            command=["apply", self.file, "B", "-o", OUT, *(["--inverse"] if self.inverse else []), *self._format()],
+            command=["apply", self.file, "B", "-o", OUT, *self._options()],
             template=self.model.checkpoint,
             destination=self.destination,
         )
 
-    def _format(self) -> list[str]:
-        return ["--format", self.format] if self.format != "b" else []
+    def _options(self) -> list[str]:
+        return [*(["--inverse"] if self.inverse else []), *format_option(self.format, "b")]

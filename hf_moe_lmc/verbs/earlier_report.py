@@ -14,6 +14,7 @@ from hf_moe_lmc.errors import InputError, shown
 from hf_moe_lmc.publishing.finished import REPORT
 from hf_moe_lmc.publishing.measured import Measured
 from hf_moe_lmc.runtime.notices import warn
+from hf_moe_lmc.verbs.merge_points import within
 from hf_moe_lmc.writing.output import FolderWriter
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class EarlierReport:
         Args:
             symmetry: that B was taken by; None: it is as it is.
         """
-        writer.copy(self.folder / PICTURE, f"{folder}/{PICTURE}" if folder else PICTURE)
+        writer.copy(self.folder / PICTURE, within(folder, PICTURE))
         return Measured(
             report=self.content,
             verdict=[shown(sentence, 1000) for sentence in self.content["verdict"]["sentences"]],

@@ -10,9 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from hf_moe_lmc.formats.templates import PLAIN
 from hf_moe_lmc.moe.model import MoEModel
@@ -21,9 +19,7 @@ from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.writing.interpolation import check_t
-from hf_moe_lmc.writing.streams import (
-    interpolated,
-)
+from hf_moe_lmc.writing.streams import interpolated
 
 
 def load_interpolated(

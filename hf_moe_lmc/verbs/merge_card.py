@@ -8,6 +8,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import OUT, Destination, model_card
 from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.writing.formats import format_option
 from hf_moe_lmc.writing.interpolation import exact
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def merge_card(
         how = "B in the coordinates of a saved symmetry. It computes the same function as B."
         options = ["--symmetry", symmetry_name]
     options += ["--tokenizer", "b"] if tokenizer == "b" else []
-    options += ["--format", form] if form != "a" else []
+    options += format_option(form, "a")
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
     return model_card(
         title=f"Merge of {{A}} and {{B}} at t = {exact(t)}",

@@ -17,7 +17,7 @@ from hf_moe_lmc.verbs.job import Job
 from hf_moe_lmc.verbs.merge_card import merge_card
 from hf_moe_lmc.verbs.merge_points import MergePoints, within
 from hf_moe_lmc.verbs.planning import Work
-from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_rounding
+from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_beside
 from hf_moe_lmc.writing.output import FolderWriter, TensorStream, check_room, open_writer
 from hf_moe_lmc.writing.workspace import Workspace
 
@@ -69,10 +69,8 @@ class PlainMerge(Job["Alignment | None"]):
                 writer.write_tensors(stream, folders=points.folders)
                 if self.earlier:
                     self.earlier.warn_of_another_path(None)
-                speaker = self.b if points.tokenizer == "b" else None
                 for number, (folder, t) in enumerate(points.placed()):
-                    writer.write_checkpoint_files(stream.template, speaker, folder=folder)
-                    write_rounding(writer, stream, number, folder)
+                    write_beside(writer, stream, number, folder, speaker=points.speaker(self.b))
                     measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
                     card = merge_card(
                         *(self.a, self.b, t, self.ids, self.destination),
@@ -209,8 +207,8 @@ class Merge(Job["Alignment | None"]):
                 if self.earlier:
                     self.earlier.warn_of_another_path(self._moved_by(alignment))
                 for number, (folder, t) in enumerate(self.points.placed()):
-                    write_rounding(writer, stream, number, folder)
-                    self._write_files(writer, folder, t, stream.template, alignment, report)
+                    write_beside(writer, stream, number, folder, speaker=self.points.speaker(self.pair.b.checkpoint))
+                    self._write_files(writer, folder, t, alignment, report)
         return alignment
 
     def _moved_by(self, alignment: Alignment | None) -> ModelSymmetry | None:
@@ -218,29 +216,24 @@ class Merge(Job["Alignment | None"]):
         return alignment.symmetry if alignment else self.pair.symmetry
 
     def _write_files(
-        self,
-        writer: FolderWriter,
-        folder: str,
-        t: float,
-        template: Checkpoint,
-        alignment: Alignment | None,
-        report: BarrierReport | None,
+        self, writer: FolderWriter, folder: str, t: float, alignment: Alignment | None, report: BarrierReport | None
     ) -> None:
-        """What a checkpoint has besides its weights."""
+        """What says how a merge was made: the symmetry, the reports and the card."""
+        from hf_moe_lmc.verbs.align import write_alignment
+
         a, b = self.inputs
-        tokenizer, moved_by = self.points.tokenizer, self._moved_by(alignment)
-        writer.write_checkpoint_files(template, b if tokenizer == "b" else None, folder=folder)
-        if moved_by:
-            moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
+        moved_by = self._moved_by(alignment)
         if alignment:
-            writer.write_text(within(folder, "alignment/alignment.json"), alignment.to_json())
+            write_alignment(writer, alignment, within(folder, "alignment/"))
+        elif moved_by:
+            moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
         card = merge_card(
             a,
             b,
             t,
             self.pair.ids,
             self.destination,
-            tokenizer=tokenizer,
+            tokenizer=self.points.tokenizer,
             form=self.points.format,
             alignment=alignment,
             symmetry=self.pair.symmetry,
@@ -256,7 +249,6 @@ class Merge(Job["Alignment | None"]):
         if report is None:
             return self.earlier.put(writer, folder, t, moved_by) if self.earlier else None
         from hf_moe_lmc.perplexity.verdict import MergedAt
-        from hf_moe_lmc.verbs.merge_text import of_point, write_report
+        from hf_moe_lmc.verbs.merge_text import write_report
 
-        at = MergedAt(t, self.path, self.points.best)
-        return write_report(writer, folder, of_point(report, at, *self.inputs))
+        return write_report(writer, folder, replace(report, merge=MergedAt(t, self.path, self.points.best)))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import InputError, worded
-from hf_moe_lmc.writing.formats import OutputFormat
+from hf_moe_lmc.writing.formats import OutputFormat, format_facts
 from hf_moe_lmc.writing.interpolation import check_t, exact
 from hf_moe_lmc.writing.location import point_folder
 from hf_moe_lmc.writing.output import WHOLE
@@ -42,6 +42,10 @@ class MergePoints:
         """Of the output, one for each point; a single point is the output itself."""
         return [point_folder(t) for t in self.t] if len(self.t) > 1 else WHOLE
 
+    def speaker(self, b: Checkpoint) -> Checkpoint | None:
+        """Whose tokenizer the outputs have, where it is not A's."""
+        return b if self.tokenizer == "b" else None
+
     def placed(self) -> Iterator[tuple[str, float]]:
         """(folder of the output, t) of each point."""
         return zip(self.folders, self.t, strict=True)
@@ -55,7 +59,7 @@ class MergePoints:
             "t": t,
             **({"best": True} if self.best else {}),
             "allow_nonfinite": self.allow_nonfinite,
-            **({} if self.format == "a" else {"format": self.format}),
+            **format_facts(self.format, "a"),
             **layouts,
         }
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.checkpoints.pair import origins
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.verdict import MergedAt
@@ -46,12 +44,6 @@ def best_point(report: BarrierReport, path: str) -> float:
             f"written is {taken}, no mixture"
         )
     return least.chosen
-
-
-def of_point(report: BarrierReport, at: MergedAt, a: Checkpoint, b: Checkpoint) -> BarrierReport:
-    """The report of one merge, without paths of this machine: it goes where the checkpoint goes."""
-    of_a, of_b = origins(a, b)
-    return replace(report, merge=at, a=of_a, b=of_b)
 
 
 def write_report(writer: FolderWriter, folder: str, report: BarrierReport) -> Measured:

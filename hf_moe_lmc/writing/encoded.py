@@ -171,8 +171,9 @@ class EncodedStream:
         """For each unit, the spans of its codes, and those of its other parts that lie in this shard."""
         parts = {role: part for role, part in weight.parts.items() if part.info.name in here}
         ranges = self._ranges(weight.name)
-        compute = self._in_block if ranges else partial(self._outside, _Outside(weight, self.outside, self.side))
-        for unit in units(weight, ranges):
+        every = list(units(weight, ranges))
+        compute = self._in_block if ranges else partial(self._outside, _Outside(weight, every, self.outside, self.side))
+        for unit in every:
             windows = {role: unit.window(part) for role, part in parts.items()}
             windows = {role: window for role, window in windows.items() if window[0] < window[1]}
             once = Once(partial(compute, unit), len(windows))
@@ -305,6 +306,7 @@ class _Outside:
     """What the units of one weight outside the MoE blocks have in common, found out once."""
 
     weight: StoredWeight
+    units: Sequence[Unit]
     source: TensorSource
     side: str
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -315,21 +317,18 @@ class _Outside:
         """Whether the bytes stay: see the module."""
         with self._lock:
             if self._kept is None:
-                self._kept = self.source.keeps(
-                    self.side, self.weight.name, [(unit.start, unit.numel) for unit in self._units()]
-                )
+                self._kept = self.source.keeps(self.side, self.weight.name, [(unit.start, unit.numel) for unit in self.units])
             return self._kept
 
     def largest(self, matrix: int) -> Tensor | None:
         """The largest absolute value of a matrix whose rows share a scale and are not in one unit; else None."""
-        mine = [unit for unit in self._units() if unit.first // self.weight.rows == matrix]
-        if self.weight.format.rows or len(mine) == 1:
+        if self.weight.format.rows:
+            return None
+        mine = [unit for unit in self.units if unit.first // self.weight.rows == matrix]
+        if len(mine) == 1:
             return None
         with self._lock:
             if matrix not in self._largest:
                 found = (self.source.values(self.weight.name, unit.start, unit.numel).abs().amax() for unit in mine)
                 self._largest[matrix] = torch.stack(list(found)).amax()
             return self._largest[matrix]
-
-    def _units(self) -> list[Unit]:
-        return list(units(self.weight, ()))

@@ -25,6 +25,16 @@ OutputFormat = Literal["a", "b", "bf16"]
 REPORT = "quantization.json"
 
 
+def format_option(form: str, default: str) -> list[str]:
+    """The words of a command line that ask for a format."""
+    return [] if form == default else ["--format", form]
+
+
+def format_facts(form: str, default: str) -> dict[str, str]:
+    """What the shards of an output depend on, where it is not in the default format."""
+    return {} if form == default else {"format": form}
+
+
 def check_format(form: str, *allowed: str) -> None:
     """Raises InputError unless a verb can write this format."""
     if form not in (allowed or get_args(OutputFormat)):
@@ -98,16 +108,24 @@ def check_moves(b: MoEModel, form: OutputFormat) -> None:
         check_movable(b, storage)
 
 
-def write_rounding(
-    writer: FolderWriter, stream: TensorStream, number: int = 0, folder: str = "", more: Mapping[str, Any] | None = None
+def write_beside(
+    writer: FolderWriter,
+    stream: TensorStream,
+    number: int = 0,
+    folder: str = "",
+    *,
+    speaker: Checkpoint | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what storing weights anew has added to them and what was kept, where an output is quantized.
+    """Writes the configuration and side files of an output. Where it is quantized, also what storing weights anew has added.
 
     Args:
         number: of the output, among those of the stream.
         folder: in which it stands.
-        more: further facts to write.
+        speaker: as in `FolderWriter.write_checkpoint_files`.
+        more: further facts about what is quantized.
     """
+    writer.write_checkpoint_files(stream.template, speaker, folder=folder)
     if isinstance(stream, EncodedStreams):
         stream = stream.streams[number]
     if isinstance(stream, EncodedStream) and stream.storage is not None:

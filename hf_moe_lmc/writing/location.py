@@ -44,13 +44,6 @@ def working_folder(root: Path) -> Path:
     return beside
 
 
-def unfinished_output(root: Path) -> Path | None:
-    """The folder that holds files of an output that has not become `root` yet; None if there are none."""
-    root = root.resolve()
-    folders = (root.parent / f".{root.name}.progress", root / INSIDE)
-    return next((folder for folder in folders if any(path.is_file() for path in folder.glob(f"{OUTPUT}-*/**/*"))), None)
-
-
 def check_location(root: Path, inputs: Sequence[Path], shown: Path, *, overwrite: bool) -> None:
     """Raises OutputError for an output inside an input or the Hub's cache, through links or not, and for a file."""
     if root.exists() and not root.is_dir():

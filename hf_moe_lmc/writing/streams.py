@@ -18,12 +18,7 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.runtime.memory import reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
-from hf_moe_lmc.writing.spans import (
-    Copied,
-    Interpolated,
-    Span,
-    TensorSource,
-)
+from hf_moe_lmc.writing.spans import Copied, Interpolated, Span, TensorSource
 
 
 @dataclass(frozen=True)

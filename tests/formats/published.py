@@ -130,13 +130,7 @@ def packed(name: str, weight: Tensor) -> Parts:
     stem = name.removesuffix(".weight")
     scales = (weight.unflatten(-1, (-1, 32)).abs().amax(dim=-1) / 7).bfloat16()
     codes = (weight / scales.float().repeat_interleave(32, dim=-1)).round().clamp(-7, 7).long() + 8
-    words = sum(codes[:, i::8] << (4 * i) for i in range(8))
-    assert isinstance(words, Tensor)
-    return {
-        f"{stem}.weight_packed": words.to(torch.int32),
-        f"{stem}.weight_scale": scales,
-        f"{stem}.weight_shape": torch.tensor(weight.shape),
-    }
+    return words_of(stem, codes, 4, scales)
 
 
 def packed_bytes(name: str, weight: Tensor) -> Parts:
@@ -144,12 +138,18 @@ def packed_bytes(name: str, weight: Tensor) -> Parts:
     stem = name.removesuffix(".weight")
     scales = weight.abs().amax(dim=1, keepdim=True) / 127
     codes = (weight / scales).round().long() + 128
-    words = sum(codes[:, i::4] << (8 * i) for i in range(4))
+    return words_of(stem, codes, 8, scales)
+
+
+def words_of(stem: str, codes: Tensor, bits: int, scales: Tensor) -> Parts:
+    """Unsigned codes in words of 32 bits, the first one lowest."""
+    count = 32 // bits
+    words = sum(codes[:, i::count] << (bits * i) for i in range(count))
     assert isinstance(words, Tensor)
     return {
         f"{stem}.weight_packed": words.to(torch.int32),
         f"{stem}.weight_scale": scales,
-        f"{stem}.weight_shape": torch.tensor(weight.shape),
+        f"{stem}.weight_shape": torch.tensor(codes.shape),
     }
 
 
