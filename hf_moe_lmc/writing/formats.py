@@ -135,17 +135,18 @@ def write_beside(
 
 def left_in_place(b: MoEModel, symmetry: ModelSymmetry, stream: TensorStream) -> dict[str, int]:
     """How many hidden units of routed experts a quantized output leaves as B has them, though a symmetry moves them."""
-    from hf_moe_lmc.writing.carried import carried, moved_units
+    from hf_moe_lmc.writing.blocks import ModelBlocks
+    from hf_moe_lmc.writing.carried import CarriedLayer, moved_units
 
-    storage = stream.storage if isinstance(stream, EncodedStream) else None
-    if storage is None:
+    if not isinstance(stream, EncodedStream) or stream.storage is None:
         return {}
-    stored = b.checkpoint.stored
-    written = {i: carried(b.layers[i], element, storage, stored) for i, element in symmetry.layers.items() if i in b.layers}
+    assert isinstance(stream.blocks, ModelBlocks)
+    layers = stream.blocks.layers
+    written = {i: layer.acted.symmetry for i, layer in layers.items() if isinstance(layer, CarriedLayer)}
     count = moved_units({i: symmetry.layers[i] for i in written}, written)
     if count:
         warn(
-            f"{b.checkpoint.name}: {count} hidden units stay as B has them: {storage.kind} carries the order of experts "
+            f"{b.checkpoint.name}: {count} hidden units stay as B has them: {stream.storage.kind} carries the order of experts "
             "exactly, and signs, but no order of hidden units. --format bf16 moves them, and so does a merge"
         )
     return {"hidden_units_left_in_place": count}
