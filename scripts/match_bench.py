@@ -33,18 +33,18 @@ HIDDEN, FFN, STD = 4096, 14336, 0.02
 ROLES = ("w1", "w3", "w2")  # gate, up, down
 
 
-def make(folder: Path, layers: int, experts: int, noise: float) -> Path:
-    """A (noise 0), or a B so far from it."""
+def make(folder: Path, layers: int, experts: int, noise: float, device: str = "cpu") -> Path:
+    """A (noise 0), or a B so far from it; `device` draws the numbers."""
     folder.mkdir()
     config = MixtralConfig(
         vocab_size=1024, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_local_experts=experts,
         architectures=["MixtralForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(folder)
-    return bench.write_shards(folder, _shards(layers, experts, noise))
+    return bench.write_shards(folder, _shards(layers, experts, noise, device))
 
 
-def _shards(layers: int, experts: int, noise: float) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _shards(layers: int, experts: int, noise: float, device: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     plan = torch.Generator().manual_seed(2)
     outside = {"model.embed_tokens.weight": (1024, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (1024, HIDDEN)}
     for layer in range(layers):
@@ -52,16 +52,16 @@ def _shards(layers: int, experts: int, noise: float) -> Iterator[tuple[str, dict
         for name, rows in (("q_proj", HIDDEN), ("k_proj", HIDDEN // 4), ("v_proj", HIDDEN // 4), ("o_proj", HIDDEN)):
             outside[f"{prefix}self_attn.{name}.weight"] = (rows, HIDDEN)
         outside |= {f"{prefix}{name}.weight": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")}
-    tensors = {name: drawn(shape, 1, i, noise) for i, (name, shape) in enumerate(outside.items())}
+    tensors = {name: drawn(shape, 1, i, noise, device) for i, (name, shape) in enumerate(outside.items())}
     for layer in range(layers):
         block = f"model.layers.{layer}.block_sparse_moe."
         order = torch.randperm(experts, generator=plan) if noise else torch.arange(experts)
-        tensors[f"{block}gate.weight"] = drawn((experts, HIDDEN), 3, layer, noise)[order]
+        tensors[f"{block}gate.weight"] = drawn((experts, HIDDEN), 3, layer, noise, device)[order]
         for place, expert in enumerate(order.tolist()):
             units = torch.randperm(FFN, generator=plan)
             signs = (torch.randint(2, (FFN, 1), generator=plan) * 2 - 1).bfloat16()
             for number, role in enumerate(ROLES):
-                values = drawn((FFN, HIDDEN), 10 + layer, 8 * expert + number, noise)
+                values = drawn((FFN, HIDDEN), 10 + layer, 8 * expert + number, noise, device)
                 if noise:
                     values = values[units] * (1 if role == "w1" else signs)
                 tensors[f"{block}experts.{place}.{role}.weight"] = (values.T if role == "w2" else values).contiguous()
@@ -70,15 +70,15 @@ def _shards(layers: int, experts: int, noise: float) -> Iterator[tuple[str, dict
                 tensors = {}
 
 
-def drawn(shape: tuple[int, ...], kind: int, number: int, noise: float) -> torch.Tensor:
+def drawn(shape: tuple[int, ...], kind: int, number: int, noise: float, device: str = "cpu") -> torch.Tensor:
     """A's weights of this name, with noise added."""
 
     def draw(seed: int) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * STD
+        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device) * STD
 
     seed = 1000 * kind + number
     values = draw(seed + 500_000) if math.isinf(noise) else draw(seed)
-    return (values.add_(draw(seed + 900_000), alpha=noise) if 0 < noise < math.inf else values).bfloat16()
+    return (values.add_(draw(seed + 900_000), alpha=noise) if 0 < noise < math.inf else values).bfloat16().cpu()
 
 
 def run(verb: str, a: str, b: str, output: str) -> dict[str, Any]:

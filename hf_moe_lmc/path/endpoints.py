@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.path.skeleton import Conversion, Group, Skeleton
+from hf_moe_lmc.runtime.memory import CPU
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.interpolation import interpolate_into
 from hf_moe_lmc.writing.spans import Copied
@@ -52,6 +53,8 @@ class Endpoints:
 
     Attributes:
         conversions: of A and of B, see `conversions`.
+        home: where the weights of both ends wait for their points; on the device of the model they cross over to it once, and
+            are interpolated there.
     """
 
     a: MoEModel
@@ -59,6 +62,7 @@ class Endpoints:
     symmetries: Mapping[str, ModelSymmetry]
     skeleton: Skeleton
     conversions: tuple[Conversion, Conversion]
+    home: torch.device = CPU
     held: dict[tuple[str | None, str], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -108,7 +112,7 @@ class Endpoints:
                 self._hold(path, values)
 
     def _hold(self, path: str | None, values: Mapping[str, Tensor]) -> None:
-        self.held.update(((path, name), value) for name, value in values.items())
+        self.held.update(((path, name), value.to(self.home)) for name, value in values.items())
 
     def drop(self, names: Sequence[str]) -> None:
         for path in (None, *self.symmetries):

@@ -18,7 +18,7 @@ from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
-from hf_moe_lmc.runtime.memory import available_memory
+from hf_moe_lmc.runtime.memory import CPU, available_memory, memory_on
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar
@@ -30,6 +30,7 @@ from hf_moe_lmc.writing.workspace import Workspace
 LANES = 4096  # at most at once
 IN_FLIGHT = 6  # hidden states that a paused forward holds, about
 SHARE = 0.5  # of the available memory, for all weights at once or for the activations
+FULL = 0.8  # of an accelerator's memory, for weights and activations together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,8 @@ class Evaluator:
 
         Every decoder layer of A and of B is read once per pass, whatever the number of points; passes follow from
         `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
-        place at once (`resident`), which is the same procedure with one segment.
+        place at once (`resident`), which is the same procedure with one segment. On a GPU it is the GPU's memory that counts,
+        and what is held for the points is held there if it fits.
 
         Several processes take whole batches in turn, each with passes of its own, and all end up with all losses: bit for
         bit those of one process, as no batch depends on another.
@@ -166,6 +168,7 @@ class Evaluator:
         ends = self._ends(symmetries)
         layers = self._layers(ends)
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
+        ends.home = _home(self._skeleton.device, plan)
         batches = batches_of(self.windows.rows, self.options.batch_size)
         job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode), self.options.masked)
         kept = progress.results("losses", _facts(job, self.options, observers)) if progress else None
@@ -398,12 +401,19 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
 
 
 def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
-    """Decides how much is in memory at once."""
-    processes = process_group()
-    free = available_memory() // processes.local_count
+    """Decides how much is in memory at once.
+
+    An accelerator with memory of its own decides in the place of the CPU: the model and the activations are there.
+    """
+    processes, device = process_group(), ends.skeleton.device
+    there = memory_on(device)
+    if there is None:
+        free = available_memory() // processes.local_count
+    else:
+        free = there // math.ceil(processes.local_count / torch.cuda.device_count())
     of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
     stored = ends.a.checkpoint.stored.nbytes + ends.b.checkpoint.stored.nbytes
-    everything = 2 * of_a + len(ends.symmetries) * of_b  # the one that stands in the model is as large as A
+    everything = of_a + len(ends.symmetries) * of_b + ends.skeleton.nbytes
     longest = max(len(row) for row in windows.rows)
     per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
     if everything < SHARE * free if options.resident is None else options.resident:
@@ -413,6 +423,12 @@ def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOpt
     lanes = math.ceil(points * len(windows.rows) / processes.count)
     passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
     return Cost("layers", passes, stored, everything // max(layers, 1), needed // passes)
+
+
+def _home(device: torch.device, plan: Cost) -> torch.device:
+    """Where the weights of both ends wait: beside the model, unless its memory is too small for that."""
+    there = memory_on(device)
+    return CPU if there is None or plan.weights + plan.activations > FULL * there else device
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

@@ -74,6 +74,12 @@ class Skeleton:
         """Parameters that are others: name -> name."""
         return dict(getattr(self.module, "all_tied_weights_keys", {}) or {})
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all its weights once they are in place."""
+        names = [name for name in self.state if name not in self.tied]
+        return sum(self.state[name].numel() * self.dtype_of(name).itemsize for name in names)
+
     def place(self, values: Mapping[str, Tensor]) -> None:
         """Puts values in their places, cast once to the dtype that the model keeps them in, on the model's device."""
         for name, value in values.items():

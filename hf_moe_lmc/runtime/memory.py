@@ -68,3 +68,11 @@ def available_memory() -> int:
     """Bytes that this process may still take: of what the machine has free, or can free, as much as its cgroups allow."""
     free, left = psutil.virtual_memory().available, memory_left()
     return free if left is None else min(free, left)
+
+
+def memory_on(device: torch.device) -> int | None:
+    """Bytes that this process may still take on an accelerator with memory of its own; None where there is only the CPU's."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch keeps for itself counts

@@ -9,6 +9,7 @@ from hf_moe_lmc.errors import InputError, MismatchError
 
 NATIVE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # torch rounds these once
 AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`, whose float32 copies stay in the cache
+AT_ONCE_THERE = 1 << 25  # on an accelerator, where each step waits for its start
 
 
 def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -35,7 +36,7 @@ def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:
     """`interpolate` written to `out` (which may be a), in its dtype and on its device, rounded once.
 
     Where all three have one dtype no wider copy is made: torch computes in float32 and rounds once, too. Elsewhere AT_ONCE
-    elements are in float32 at a time.
+    elements are in float32 at a time, AT_ONCE_THERE where a is on an accelerator.
 
     Raises:
         MismatchError: integers that differ.
@@ -45,9 +46,9 @@ def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:
         out.copy_((a, b)[int(t)])
     elif alike and a.dtype in NATIVE:
         torch.lerp(a, b, t, out=out)
-    elif a.numel() <= AT_ONCE or a.ndim == 0:
+    elif a.numel() <= (step := AT_ONCE if a.device.type == "cpu" else AT_ONCE_THERE) or a.ndim == 0:
         out.copy_(interpolate(a, b, t))
-    elif rows := AT_ONCE // (a.numel() // len(a)):
+    elif rows := step // (a.numel() // len(a)):
         for parts in zip(out.split(rows), a.split(rows), b.split(rows), strict=True):
             parts[0].copy_(interpolate(*parts[1:], t))
     else:
