@@ -282,10 +282,31 @@ def test_points_on_unknown_paths_are_refused(symmetries: dict[str, Any]) -> None
 def test_the_mode_follows_the_memory_that_is_free(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run([POINTS[0]], resident=None)[1].mode == "resident"
     monkeypatch.setattr(evaluation, "available_memory", lambda: 100_000)
-    losses, cost = run(resident=None)
+    losses, cost = run(resident=None, device="cpu")
     assert cost.mode == "layers" and cost.passes > 1
-    assert torch.allclose(losses, run()[0], rtol=1e-6)
+    assert torch.allclose(losses, run(device="cpu")[0], rtol=1e-6)
     assert evaluation.available_memory() == 100_000
+
+
+@pytest.mark.parametrize(
+    ("memory", "mode", "home"), [(10**9, "resident", "meta"), (5 * 10**5, "layers", "meta"), (10**5, "layers", "cpu")]
+)
+def test_an_accelerator_of_its_own_memory_decides(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, memory: int, mode: str, home: str
+) -> None:
+    """Where both ends wait, and whether all of them do; the CPU's memory has no say."""
+    monkeypatch.setattr(evaluation, "available_memory", lambda: 1)
+    monkeypatch.setattr(evaluation, "memory_on", lambda device: memory)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    waiting: list[torch.device] = []
+    decide = evaluation._home
+
+    def decided(device: torch.device, plan: evaluation.Cost) -> torch.device:
+        waiting.append(decide(torch.device("meta"), plan))
+        return torch.device("cpu")
+
+    monkeypatch.setattr(evaluation, "_home", decided)
+    assert run(resident=None, device="cpu")[1].mode == mode and [str(one) for one in waiting] == [home]
 
 
 @pytest.mark.parametrize(("order", "message"), [((0, 2), "layer 2 where 1 was"), ((2, 1, 0), "layer 2 where 0 was")])

@@ -57,7 +57,7 @@ def test_models_are_placed_by_the_device_map_and_offloaded_to_disk(
 ) -> None:
     model = read(saved("deepseek_v3"))
     stream = interpolated(model, model, model.identity().layers, 0.5)
-    whole = load_point(stream, dtype=torch.float32, device=None, offload_folder=tmp_path)
+    whole = load_point(stream, dtype=torch.float32, device="cpu", offload_folder=tmp_path)
     on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
     places = dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
     monkeypatch.setattr("hf_moe_lmc.path.point_model.placement", lambda device: places)
