@@ -57,6 +57,12 @@ class LeastLoss:
         return None if self.index is None else self.t[self.index]
 
     @cached_property
+    def between(self) -> int | None:
+        """Of the point of the least loss between the ends; None without such a point, and where no loss there is finite."""
+        found = least_of(self.nll[1:-1])
+        return None if found is None else found + 1
+
+    @cached_property
     def close(self) -> tuple[float, ...]:
         """All t whose loss cannot be told from the least one: the paired interval of the difference reaches down to 0.
 

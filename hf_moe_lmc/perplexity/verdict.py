@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.perplexity import curve as curves
@@ -30,6 +31,7 @@ STANDINGS = {
     "above_better": "above the better parent, not told apart from the other",
     "worse_than_either": "above both parents",
     "undecided": "not told apart from the better parent",
+    "parent": "a parent itself, at an end of the path",
     "not_finite": "a loss is not finite",
 }
 
@@ -91,9 +93,23 @@ class Verdict:
         return self.compared.mean
 
     @cached_property
+    def itself(self) -> str | None:
+        """The parent that the merge is: at an end of the path, where the path has that parent as it is by itself.
+
+        None: the merge lies between the ends, or the configuration or vocabulary of the path make the end another model.
+        """
+        models, end = self.compared.models, {0.0: "a", 1.0: "b"}.get(self.t)
+        if end is None or not torch.equal(models[end], models.get("naive", models[self.merge])):
+            return None
+        return end if abs(self.mean.differences[self.merge][end].value) <= self.floor else None
+
+    @cached_property
     def held_out(self) -> dict[str, Difference] | None:
-        """The loss at t chosen on other documents, less that of each parent; None where t was not chosen. See `least`."""
-        if self.least is None or self.least.chosen != self.t or self.least.cross_fitted is None:
+        """The loss at t chosen on other documents, less that of each parent. See `least`.
+
+        None where t was not chosen, and where the merge is a parent itself.
+        """
+        if self.least is None or self.least.chosen != self.t or self.least.cross_fitted is None or self.itself:
             return None
         models = {**{side: self.compared.models[side] for side in PARENTS}, "chosen": self.least.cross_fitted}
         found = differences_on(None, self.compared.means, models, [("chosen", side) for side in PARENTS])
@@ -109,6 +125,8 @@ class Verdict:
         found = self.mean
         if not all(math.isfinite(found.loss(name)) for name in (self.merge, *PARENTS)):
             return "not_finite"
+        if self.itself:
+            return "parent"
         of_merge = found.differences[self.merge]
         better, worse = (of_merge[side].sign(self.floor) for side in (found.better, found.worse))
         if better < 0 and worse < 0:
@@ -143,13 +161,28 @@ class Verdict:
     @cached_property
     def sentences(self) -> list[str]:
         """The t of the least loss, the merge there against both parents, and the barriers; each where it applies."""
-        subject = f"The merge at {wording.place(self.t)}"
-        if self.references.several:
-            subject = f"On the mean of the texts, the merge at {wording.place(self.t)}"
-        held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
         found = [] if self.least is None else [wording.least_loss(self.least, self.references, self.merge)]
-        found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
+        if self.standing == "parent":
+            assert self.itself is not None
+            found.append(self._of_parent(self.itself))
+        else:
+            subject = wording.on_mean(f"the merge at {wording.place(self.t)}", self.references.several)
+            held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
+            found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
         return [*found, wording.barriers(self.barriers)] if self.barriers else found
+
+    def _of_parent(self, parent: str) -> str:
+        """Of a merge that is a parent itself: the best merge between the ends, or where t was given the other parent."""
+        about: dict[str, Any] = {"floor": self.floor, "several": self.references.several}
+        if self.least is None:
+            other = "b" if parent == "a" else "a"
+            return wording.of_parent(self.t, parent, self.mean.differences[self.merge][other], **about)
+        between = self.least.between
+        if between is None:
+            return wording.none_below(self.t, parent, None, None, **about)
+        models = {"between": self.least.losses[between], "end": self.compared.models[parent]}
+        (above,) = differences_on(None, self.compared.means, models, [("between", "end")])
+        return wording.none_below(self.t, parent, self.least.t[between], above, **about)
 
     @property
     def title(self) -> str:

@@ -151,6 +151,54 @@ def of_merge(subject: str, merge: str, standing: str, found: Comparison, held_ou
     return f"{start}, nor from {worse} ({open_size(other)})."
 
 
+def on_mean(sentence: str, several: bool) -> str:
+    """A sentence about the mean of the texts, where there are several, with a capital."""
+    return f"On the mean of the texts, {sentence}" if several else capital(sentence)
+
+
+def of_parent(t: float, parent: str, to_other: Difference, *, floor: float, several: bool) -> str:
+    """A merge at a given end of the path, which is a parent itself, against the other parent.
+
+    Args:
+        parent: the end, `a` or `b`.
+        to_other: the loss of that end less that of the other parent.
+        floor: nats per token; a difference of at most so much is no finding.
+        several: there are several texts.
+
+    Example:
+        >>> print(of_parent(0, "a", Difference(-0.2, (-0.25, -0.15)), floor=1e-4, several=False))
+        The merge at t = 0 is A itself, no mixture. It is 0.200 nats per token [0.150, 0.250] below B.
+    """
+    other, sign = ("B" if parent == "a" else "A"), to_other.sign(floor)
+    against = f"it is {size(to_other, unit=True)} {'below' if sign < 0 else 'above'} {other}"
+    if not sign:
+        against = f"it cannot be told apart from {other} ({open_size(to_other, unit=True)})"
+    return f"The merge at {place(t)} is {parent.upper()} itself, no mixture. {on_mean(against, several)}."
+
+
+def none_below(end: float, parent: str, best: float | None, above: Difference | None, *, floor: float, several: bool) -> str:
+    """A merge at the t of the least loss, where that is an end of the path and so a parent itself.
+
+    Args:
+        end: its t.
+        best: t of the least loss between the ends; None: no loss there is finite.
+        above: the loss there less that of the end.
+        parent, floor, several: as in `of_parent`.
+
+    Example:
+        >>> print(none_below(0, "a", 0.25, Difference(0.031, (0.02, 0.04)), floor=1e-4, several=False))
+        The merge at t = 0 is A itself. No merge on the path is below A: the best one, at t = 0.25, is 0.031 nats per token
+        [0.020, 0.040] above it.
+    """
+    start, name = f"The merge at {place(end)} is {parent.upper()} itself.", parent.upper()
+    if best is None or above is None:
+        return f"{start} No loss between the ends of the path is known and finite."
+    one = on_mean(f"no merge on the path is below {name}: the best one, at {place(best)},", several)
+    if above.sign(floor) > 0:
+        return f"{start} {one} is {size(above, unit=True)} above it."
+    return f"{start} {one} cannot be told apart from it ({open_size(above, unit=True)})."
+
+
 def no_barrier(curve: BarrierCurve) -> str | None:
     """Why there is no barrier on a path, in words; None where there is one.
 
@@ -197,7 +245,11 @@ def title(merge_at: float, standing: str, found: Comparison, merge: str, *, text
         at_end: the end at which the loss is least; None: it is between the ends, or t was given.
     """
     start, better = f"at {place(merge_at)}", f"the better parent ({found.better.upper()})"
-    ending = (f"mean of {texts} texts: " if texts > 1 else "") + ("" if at_end is None else f"least loss at {at_end}; ")
+    ending = f"mean of {texts} texts: " if texts > 1 else ""
+    if standing == "parent":
+        itself = "A" if merge_at == 0 else "B"
+        return f"{ending}{start}: {itself} itself" + ("" if at_end is None else ", no merge is below it")
+    ending += "" if at_end is None else f"least loss at {at_end}; "
     if standing == "not_finite":
         return f"{ending}{start}: a loss is not finite"
     one, other = found.to_better(merge), found.differences[merge][found.worse]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
 from hf_moe_lmc.perplexity.references import references
-from hf_moe_lmc.perplexity.verdict import STANDINGS, Verdict, merge_verdict, path_verdict
+from hf_moe_lmc.perplexity.verdict import STANDINGS, MergedAt, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from tests.perplexity.reports import cut, make_report
 
@@ -165,6 +166,50 @@ def test_a_minimum_at_an_end_is_said_in_words_and_the_merge_halfway_compared() -
     assert "(or at 1, which cannot be told from it)" in both.sentences[0]
     fine = path(0.2, tilt=0.1, own=-0.2)  # B by itself, under its own configuration, is the better parent
     assert fine.mean.better == "b" and fine.sentences[0].endswith("no merge is better than its better parent, B.")
+
+
+def written(height: float, t: float, *, chosen: bool, b: float = 0.1, own: float | None = None, texts: int = 1) -> Verdict:
+    """The verdict of a report about a merge that was made at an end of a path with so much excess at its middle."""
+    names = ("prose", "code")[:texts]
+    level, windows = levels(24 * texts), on(24, names)
+    rise = np.array([[0], [height + b / 2], [b]]) + np.random.default_rng(3).normal(0, 0.001, (3, 24 * texts)) * [[0], [1], [0]]
+    losses = sums({"aligned": level + rise, "naive": level + rise + np.array([[0], [1], [0]])})
+    alone = None if own is None else {"b": {"window_nll": list((level + b + own).repeat(2)), "because": ["top_k"], "nll": 3.0}}
+    report = make_report(windows, losses, (0.0, 0.5, 1.0), own=alone)
+    return replace(report, merge=MergedAt(t, chosen=chosen)).verdict
+
+
+@pytest.mark.parametrize(
+    ("height", "t", "b", "texts", "second", "title"),
+    [
+        (0.2, 0, 0.1, 1, "is A itself. No merge on the path is below A: the best one, at t = 0.5, is 0.250 nats", "A"),
+        (0.2, 1, -0.1, 1, "is B itself. No merge on the path is below B: the best one, at t = 0.5, is 0.250 nats", "B"),
+        (0.2, 0, 0.1, 2, "is A itself. On the mean of the texts, no merge on the path is below A: the best one", "A"),
+        (1e-5, 0, 0.0, 1, "No merge on the path is below A: the best one, at t = 0.5, cannot be told apart from it (+0.0", "A"),
+        (math.nan, 0, 0.1, 1, "The merge at t = 0 is A itself. No loss between the ends of the path is known and finite.", "A"),
+    ],
+)  # fmt: skip
+def test_a_merge_that_is_a_parent_is_compared_with_the_best_merge_and_not_with_itself(
+    height: float, t: float, b: float, texts: int, second: str, title: str
+) -> None:
+    found = written(height, t, chosen=True, b=b, texts=texts)
+    assert found.standing == "parent" and found.standing in STANDINGS and found.held_out is None
+    sentence = found.sentences[1]
+    assert second in sentence and "better parent" not in sentence and "itself, no mixture" not in sentence
+    assert found.title.endswith(f"at t = {t}: {title} itself, no merge is below it") and len(found.title) < 80
+
+
+def test_a_merge_at_an_end_that_was_given_is_compared_with_the_other_parent() -> None:
+    assert written(0.2, 0, chosen=False).sentences == [
+        "The merge at t = 0 is A itself, no mixture. It is 0.100 nats per token [0.100, 0.100] below B."
+    ]
+    assert "is B itself, no mixture. It is 0.100 nats" in written(0.2, 1, chosen=False).sentences[0]
+    assert "It cannot be told apart from B (no difference)." in written(0.2, 0, chosen=False, b=0.0).sentences[0]
+    assert written(0.2, 0, chosen=False).title == "at t = 0: A itself"
+    # the controls: under the configuration of A, B's weights are another model than B; a point between the ends is a merge
+    other = written(0.2, 1, chosen=False, own=-0.02)
+    assert other.itself is None and other.standing == "worse_than_either"
+    assert written(0.2, 0.5, chosen=False).itself is None
 
 
 def test_equal_models_differ_by_nothing_and_no_t_is_named() -> None:

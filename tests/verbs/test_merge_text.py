@@ -127,6 +127,9 @@ def test_the_matching_is_done_once_and_the_best_end_is_a_parent_and_said(
     assert found["merge"]["t"] == found["references"]["t"] == 0 and found["references"]["mean"]["aligned"] == pytest.approx(
         found["references"]["mean"]["a"]
     )
+    assert found["verdict"]["standing"] == "parent" and found["verdict"]["sentences"][1].startswith(
+        "The merge at t = 0 is A itself. On the mean of the texts, no merge on the path is below A: the best one, at t = 0.5, "
+    )
     of_a, written = tiny.tensors(a), tiny.tensors(tmp_path / "out")
     assert all(tiny.same_bytes(of_a[name], written[name]) for name in of_a)
 
