@@ -92,10 +92,12 @@ def model_card(
     parents = {letter: ParentCard.of(inputs[letter]) for letter in base}
     inherited = Inherited.of({f"{letter} ({names[letter]})": card for letter, card in parents.items()})
     licence = Licence(destination.license) if destination.license else inherited.licence
-    data = _metadata([inputs[letter] for letter in base], relation, inherited, licence, template, destination, measured)
+    heading = title.format(**names)
+    name = heading if destination.name == UNPUBLISHED else destination.name.rpartition("/")[2]
+    data = _metadata([inputs[letter] for letter in base], relation, inherited, licence, template, name, measured)
     words = {letter: reference(checkpoint, names[letter]) for letter, checkpoint in inputs.items()}
     words[OUT] = destination.name.rpartition("/")[2]
-    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {title.format(**names)}\n", f"{summary}\n", _parents(inputs, names)]
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {heading}\n", f"{summary}\n", _parents(inputs, names)]
     if measured:
         parts.append(measured.section())
     parts.append(how_to_load(template, template.side_files(), destination.name))
@@ -149,7 +151,7 @@ def _metadata(
     inherited: Inherited,
     licence: Licence | None,
     template: Checkpoint,
-    destination: Destination,
+    name: str,
     measured: Measured | None,
 ) -> ModelCardData:
     ids = list(dict.fromkeys(one.source.repo_id for one in base if isinstance(one.source, Repository)))
@@ -165,7 +167,7 @@ def _metadata(
         library_name=inherited.library_name or "transformers",
         pipeline_tag=inherited.pipeline_tag or TASKS.get(auto_class(template.config)),
         tags=[*(["merge"] if relation == "merge" else []), *TAGS],
-        model_name=destination.name.rpartition("/")[2] if results else None,
+        model_name=name if results else None,
         eval_results=results or None,
         **named,
     )

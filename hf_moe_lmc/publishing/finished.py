@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from hf_moe_lmc.checkpoints.contents import INDEX, SINGLE
 from hf_moe_lmc.checkpoints.source import Folder, looks_local
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
-from hf_moe_lmc.errors import InputError, shown
+from hf_moe_lmc.errors import InputError, listing, shown
 from hf_moe_lmc.publishing.weights import CONFIG, EXPLICIT, NUMBERED, is_weights
 
 CARD = "README.md"
@@ -95,16 +97,42 @@ def _progress(root: Path) -> Path | None:
 
 
 def _kind(root: Path, files: list[str]) -> Kind:
+    kind = _kind_of(files)
+    if kind is None:
+        raise InputError(
+            f"{root}: nothing to publish: expected a checkpoint ({CONFIG} and weights), a report ({REPORT}) or a symmetry "
+            f"({SYMMETRIES[0]}), found none of them{_inner(root, files)}"
+        )
+    return kind
+
+
+def _kind_of(files: Collection[str]) -> Kind | None:
+    """What a folder of these files holds; None: nothing to publish."""
     if CONFIG in files or any(map(is_weights, files)):
         return "checkpoint"
     if REPORT in files:
         return "report"
-    if any(file in files for file in SYMMETRIES):
-        return "symmetry"
-    raise InputError(
-        f"{root}: nothing to publish: expected a checkpoint ({CONFIG} and weights), a report ({REPORT}) or a symmetry "
-        f"({SYMMETRIES[0]}), found none of them"
-    )
+    return "symmetry" if any(file in files for file in SYMMETRIES) else None
+
+
+def _inner(root: Path, files: Sequence[str]) -> str:
+    """The folders within that can be published, such as the points of one merge, each with its command; empty without any."""
+    folders = sorted({str(parent) for file in files for parent in PurePosixPath(file).parents[:-1]})
+    found: list[str] = []
+    for folder in folders:
+        if any(folder.startswith(f"{outer}/") for outer in found):
+            continue  # a part of an output
+        if not _kind_of([file.removeprefix(f"{folder}/") for file in files if file.startswith(f"{folder}/")]):
+            continue
+        try:
+            finished(root / folder)
+        except InputError:  # it cannot be published as it is
+            continue
+        found.append(folder)
+    if not found:
+        return ""
+    calls = [f"hf-moe-lmc push {shlex.quote(str(root / folder))} OWNER/NAME" for folder in found]
+    return f" in the folder itself. Publish what it holds, each in a repository of its own:\n{listing(calls)}"
 
 
 def _check_checkpoint(root: Path, files: list[str]) -> None:

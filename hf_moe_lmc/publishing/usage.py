@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 
@@ -38,7 +41,9 @@ CHAT = (
 )
 HERE = "# this folder"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"[^"\n]*"(?:  # this folder)?\n')
+_LINE = re.compile(rb'(## How to load it\n\n```python\n(?:(?!```).*\n)*?model_id = )"([^"\n]*)"(?:  # this folder)?\n')
+_INDEX = re.compile(rb"\A(---\n(?:(?!---\n).*\n)*?model-index:\n)(- name: [^\n]*\n)")
+_HEADING = re.compile(rb"^# +(.*\S)", re.MULTILINE)
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
@@ -82,14 +87,26 @@ def how_to_load(checkpoint: Checkpoint, files: Collection[str], name: str) -> st
 
 
 def named_for(card: bytes, repo_id: str) -> bytes:
-    """A card whose lines that load the model name the repository; a card that has no such lines is as it was.
+    """A card for a repository: the lines that load the model and the results in its metadata name that repository.
+
+    A card without such lines is as it was. Results that somebody has given another name keep it.
 
     Example:
         >>> card = b'## How to load it\\n\\n```python\\nmodel_id = "merged"\\n```\\n'
         >>> named_for(card, "me/merged") == card.replace(b'"merged"', b'"me/merged"')
         True
     """
+    lines, index, heading = _LINE.search(card), _INDEX.search(card), _HEADING.search(card)
+    if index and lines:
+        before = (lines[2].rpartition(b"/")[2], heading[1] if heading else b"")
+        if index[2] in [_index_name(name.decode(errors="replace")) for name in before]:
+            card = index[1] + _index_name(repo_id.rpartition("/")[2]) + card[index.end() :]
     return _LINE.sub(rb"\g<1>" + f'"{repo_id}"\n'.encode(), card, count=1)
+
+
+def _index_name(name: str) -> bytes:
+    """The line of a card's metadata that names the model of its results."""
+    return yaml.safe_dump([{"name": name}], width=math.inf, allow_unicode=True).encode()
 
 
 def _reader(files: Collection[str]) -> tuple[str, str] | None:

@@ -23,7 +23,7 @@ from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.windows import Windows
-from hf_moe_lmc.publishing.card import Destination, check_license, model_card
+from hf_moe_lmc.publishing.card import UNPUBLISHED, Destination, check_license, model_card
 from hf_moe_lmc.publishing.measured import Measured
 from hf_moe_lmc.publishing.usage import auto_class, named_for
 from tests import prose, tiny, zoo
@@ -52,7 +52,7 @@ def on_hub(folder: Path, repo_id: str, **metadata: object) -> Checkpoint:
     return replace(Checkpoint.open(folder), source=OnHub(repo_id, COMMIT, ()))
 
 
-def card(a: Checkpoint, b: Checkpoint, *, license: str | None = None, **more: Any) -> ModelCard:
+def card(a: Checkpoint, b: Checkpoint, *, name: str = "me/merged", license: str | None = None, **more: Any) -> ModelCard:
     text = model_card(
         title="Merge of {A} and {B} at t = 0.5",
         summary="S.",
@@ -61,7 +61,7 @@ def card(a: Checkpoint, b: Checkpoint, *, license: str | None = None, **more: An
         relation="merge",
         command=["merge", "A", "B", "-o", "OUT", "-t", "0.5"],
         template=a,
-        destination=Destination(name="me/merged", license=license),
+        destination=Destination(name=name, license=license),
         **more,
     )
     assert yaml.safe_load(text.split("---\n")[1]) == ModelCard(text).data.to_dict()  # what was meant is what YAML reads
@@ -235,6 +235,22 @@ def test_a_measured_barrier_is_told_and_becomes_results(pair: tuple[Path, Path],
     on_the_hub = text.get("name") == DATASET["name"]
     assert results["perplexity"].dataset_type == (DATASET["name"] if on_the_hub else "text")
     assert results["perplexity"].dataset_revision == text.get("revision")
+
+
+def test_results_have_the_name_of_the_merge_until_a_push_gives_that_of_the_repository(pair: tuple[Path, Path]) -> None:
+    measured = Measured(report=report(TEXTS), t=0.5)
+    text = card(*map(Checkpoint.open, pair), name=UNPUBLISHED, measured=measured).content
+    assert ModelCard(text).data.model_name == "Merge of a and b at t = 0.5"
+    pushed = text
+    for repository in ("me/merged", "me/123", "me/null", "other/v2"):  # one after the other: a copy is pushed elsewhere
+        pushed = named_for(pushed.encode(), repository).decode()
+        found = ModelCard(pushed)
+        assert found.data.model_name == repository.rpartition("/")[2] and len(found.data.eval_results) == 2
+        assert found.text == text.split("---\n", 2)[2].replace('model_id = "."  # this folder', f'model_id = "{repository}"')
+    own = text.replace("- name: Merge of a and b at t = 0.5", "- name: 'My: model'")
+    assert ModelCard(named_for(own.encode(), "me/merged").decode()).data.model_name == "My: model"  # somebody's own
+    for damaged in (own.replace("'My: model'", "["), own.replace("'My: model'", "[1]")):
+        assert named_for(damaged.encode(), "me/merged").count(b"me/merged") == 1
 
 
 def test_each_of_several_texts_has_its_losses(pair: tuple[Path, Path]) -> None:

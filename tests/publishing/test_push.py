@@ -426,3 +426,21 @@ def test_traces_of_a_finished_call_are_no_obstacle(
     run("push", tmp_path / "begun", REPO).expect(2, "no such folder to publish yet", ".begun.progress")
     (tmp_path / "empty").mkdir()
     run("push", tmp_path / "empty", REPO).expect(2, "nothing to publish")
+
+
+def test_the_outputs_within_a_folder_are_named_with_their_commands(
+    hub: HubServer, run: Callable[..., Ran], sharded: Path, report: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out of one call"
+    for name in ("t0.3", "t0.5", "deeper/t0.7"):
+        shutil.copytree(sharded, out / name)
+        (out / name / "alignment").mkdir(exist_ok=True)
+        shutil.copyfile(report / "symmetry.safetensors", out / name / "alignment" / "symmetry.safetensors")
+    shutil.copytree(report, out / "barrier")
+    remove_a_shard(Path(shutil.copytree(sharded, out / "t0.6")))
+    outcome = run("push", out, REPO)
+    assert outcome.code == 2 and "found none of them in the folder itself. Publish what it holds" in outcome.errors
+    named = re.findall(r"hf-moe-lmc push '(.+)' OWNER/NAME", outcome.errors)
+    assert named == [str(out / name) for name in ("barrier", "deeper/t0.7", "t0.3", "t0.5")]
+    assert not hub.log
+    assert run("push", named[0], REPO).code == 0
