@@ -1,4 +1,4 @@
-"""Checks of report.json and alignment.json against the schemas in the package, and the key paths of both."""
+"""Checks of JSON documents against the schemas in the package, and the key paths of both."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ from referencing import Registry, Resource
 Schema = Mapping[str, Any]
 KeyPaths = set[tuple[str, str]]  # (key path, type): `layers[].candidates.*` is a number
 
-ALIGNMENT: Schema = json.loads(files("hf_moe_lmc.matching").joinpath("alignment.schema.json").read_text(encoding="utf-8"))
-REPORT: Schema = json.loads(files("hf_moe_lmc.perplexity").joinpath("report.schema.json").read_text(encoding="utf-8"))
-REGISTRY = Registry().with_resources((schema["$id"], Resource.from_contents(schema)) for schema in (ALIGNMENT, REPORT))
+
+def _schema(room: str, file: str) -> Schema:
+    found: Schema = json.loads(files(f"hf_moe_lmc.{room}").joinpath(f"{file}.schema.json").read_text(encoding="utf-8"))
+    return found
+
+
+ALIGNMENT, REPORT = _schema("matching", "alignment"), _schema("perplexity", "report")
+INSPECTION, PLAN = _schema("verbs", "inspection"), _schema("verbs", "plan")
+SELFTEST, FAMILIES = _schema("proof", "selftest"), _schema("moe", "families")
+BY_ID = {schema["$id"]: schema for schema in (REPORT, ALIGNMENT, INSPECTION, PLAN, SELFTEST, FAMILIES)}
+REGISTRY = Registry().with_resources((uri, Resource.from_contents(schema)) for uri, schema in BY_ID.items())
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
 
 
 def check_report(report: dict[str, Any]) -> None:
     """Fails, naming the place, unless this is the content of a report.json."""
-    _check(report, REPORT)
+    check(report, REPORT)
 
 
 def check_alignment(alignment: dict[str, Any]) -> None:
     """Fails, naming the place, unless this is the content of an alignment.json."""
-    _check(alignment, ALIGNMENT)
+    check(alignment, ALIGNMENT)
 
 
-def _check(value: Any, schema: Schema) -> None:
+def check(value: Any, schema: Schema) -> None:
+    """Fails, naming the place, unless a value is what a schema describes."""
     error = best_match(Draft202012Validator(schema, registry=REGISTRY).iter_errors(value))
     assert error is None, f"{schema['title']}, {error.json_path}: {error.message}"
 
@@ -55,7 +64,7 @@ class Node:
         reference = self.schema.get("$ref")
         if reference is not None:
             uri, _, name = reference.partition("#/$defs/")
-            root = {schema["$id"]: schema for schema in (ALIGNMENT, REPORT)}[uri] if uri else self.root
+            root = BY_ID[uri] if uri else self.root
             place = f"{root['$id']}#{name}"
             path = self.entered.get(place, self.path)
             entered = {**self.entered, place: path}

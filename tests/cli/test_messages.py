@@ -21,7 +21,7 @@ from hf_moe_lmc.publishing.push import Published
 from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.verbs.inspect import inspect
 from tests.perplexity.reports import on_documents
-from tests.schemas import check_alignment, check_report
+from tests.schemas import FAMILIES, INSPECTION, PLAN, SELFTEST, check, check_alignment, check_report
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -50,9 +50,13 @@ def test_each_verb_that_computes_prints_one_document(
     saved: Callable[..., Path], run: Run, tmp_path: Path, text_file: Path
 ) -> None:
     a, b, out = saved("olmoe"), saved("olmoe", "fused", 1), tmp_path
-    assert document(run, "inspect", a) == json.loads(json.dumps(inspect(a).to_dict()))
-    assert document(run, "selftest", a)["passed"]
-    assert document(run, "families")["supported"]
+    inspected = document(run, "inspect", a)
+    check(inspected, INSPECTION)
+    assert inspected == json.loads(json.dumps(inspect(a).to_dict()))
+    tested = document(run, "selftest", a)
+    check(tested, SELFTEST)
+    assert tested["passed"]
+    check(document(run, "families"), FAMILIES)
     aligned = document(run, "align", a, b, "-o", out / "aligned")
     check_alignment(aligned)
     assert aligned == json.loads((out / "aligned/alignment/alignment.json").read_text())
@@ -66,6 +70,7 @@ def test_each_verb_that_computes_prints_one_document(
     assert document(run, "merge", a, b, "-o", out / "plain", "--no-align") == {"output": str(out / "plain"), "alignment": None}
     for verb in ("align", "merge"):
         plan = document(run, verb, a, b, "-o", out / "planned", "--dry-run")
+        check(plan, PLAN)
         assert plan["verb"] == verb and plan["problem"] is None and not (out / "planned").exists()
 
 
