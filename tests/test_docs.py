@@ -35,7 +35,7 @@ PAGES = {
     for path in sorted((ROOT / folder).glob(pattern))
 }
 # Written from docstrings, schemas and data: their words are tested where they come from.
-GENERATED = ("docs/api.md", "docs/command_line.md", "docs/families.md", "docs/faults.md", "docs/report.md")
+GENERATED = tuple(f"docs/{name}.md" for name in ("api", "command_line", "documents", "families", "faults", "report"))
 WORDS = 25  # of a sentence, at most
 
 # What the examples name, and what stands for it here.
