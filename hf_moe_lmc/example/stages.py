@@ -122,7 +122,7 @@ class _Stages:
         torch.manual_seed(0)
         model = MixtralForCausalLM(CONFIG)
         loss = self._train(model, BASE, seed=0, layers=None)
-        model.save_pretrained(self.checkpoint("base"))
+        self._save(model, "base")
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         return [f"base: {size:.1f}M parameters, training loss {loss:.2f} nats per token"]
 
@@ -133,9 +133,13 @@ class _Stages:
         model = copy.deepcopy(base)
         reinitialise(model, [0], std=INIT_STD, seed=init_seed)
         loss = self._train(model, BLOCK, seed=data_seed, layers=[0])
-        model.save_pretrained(self.checkpoint(name))
+        self._save(model, name)
         PreTrainedTokenizerFast.from_pretrained(self.checkpoint("base")).save_pretrained(self.checkpoint(name))
         return [f"{name}: training loss {loss:.2f} nats per token"]
+
+    def _save(self, model: PreTrainedModel, name: str) -> None:
+        with quiet_transformers():  # a bar for each shard, of which there is one
+            model.save_pretrained(self.checkpoint(name))
 
     def _train(self, model: PreTrainedModel, recipe: Training, *, seed: int, layers: list[int] | None) -> float:
         tokens = self.records.read(TOKENS)[TOKENS]

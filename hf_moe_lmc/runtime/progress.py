@@ -138,11 +138,14 @@ def quiet_datasets() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences the progress bars and load reports of transformers. The caller checks what was loaded."""
+    """Silences the progress bars and load reports of transformers. The caller checks what was loaded.
+
+    Afterwards all is as it was, also the bars of the Hub's client, which transformers switches with its own.
+    """
     import transformers  # takes seconds, which a mere bar need not wait for
 
     logging = transformers.utils.logging
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars, verbosity, of_hub = logging.is_progress_bar_enabled(), logging.get_verbosity(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -151,3 +154,7 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+        if bars and not of_hub:
+            disable_progress_bars()
+        elif of_hub and not bars:
+            enable_progress_bars()

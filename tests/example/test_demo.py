@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import hf_moe_lmc as lmc
 from hf_moe_lmc.cli import main
@@ -27,9 +29,17 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, story = tmp_path / "demo", list[str]()
+    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", None), ("progress_bar_states", {})):
+        monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], name, value)
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)  # as they are outside of tests
     reports = lmc.demo(output, tell=story.append)
+    errors = capsys.readouterr().err
+    assert "training: 12 of 12 steps" in errors and "Writing model shards" not in errors, "bars of our own alone"
+    assert transformers.utils.logging.is_progress_bar_enabled()
     summary = json.loads((output / "summary.json").read_text())
     for pair in stages.PAIRS:
         report = json.loads((output / pair / "report.json").read_text())

@@ -11,10 +11,11 @@ import sys
 import termios
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hf_moe_lmc.runtime import progress
-from hf_moe_lmc.runtime.progress import bar, silenced, tracked
+from hf_moe_lmc.runtime.progress import bar, quiet_transformers, silenced, tracked
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,23 @@ def test_silence_holds_whatever_the_environment_asks_of_the_hub(
     with bar(total=3, desc="b", unit="step") as shown:
         shown.update(3)
     assert bool(capsys.readouterr().err) is not asked
+
+
+@pytest.mark.parametrize("of_hub", [True, False])
+@pytest.mark.parametrize("of_transformers", [True, False])
+def test_bars_of_transformers_are_silenced_and_all_is_as_it_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, of_transformers: bool, of_hub: bool
+) -> None:
+    logging = transformers.utils.logging
+    monkeypatch.setattr(logging, "_tqdm_active", of_transformers)
+    (enable_progress_bars if of_hub else disable_progress_bars)()
+    for _ in range(2):
+        with quiet_transformers():
+            assert list(logging.tqdm([1, 2], desc="Writing model shards")) == [1, 2]
+        assert capsys.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() is of_transformers and are_progress_bars_disabled() is not of_hub
+    list(logging.tqdm([1, 2], desc="Writing model shards"))  # the control
+    assert bool(capsys.readouterr().err) is of_transformers
 
 
 def test_a_terminal_gets_a_bar() -> None:
