@@ -72,10 +72,11 @@ def merge(given: Given, tell: Tell) -> Outcome:
         return _planned(lmc.plan_merge(**given))
     alignment = lmc.merge(**given)
     reports = _reports(given["output"])
-    verdicts = [sentence for report in reports.values() for sentence in report["verdict"]["sentences"]]
+    verdicts = [sentence for report in reports.values() for sentence in _said(report)]
     document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
     document |= {"reports": reports} if reports else {}
-    return Outcome("\n".join([*verdicts, *(alignment.sentences() if alignment else ()), _place(given)]), document)
+    text = "\n".join([*verdicts, *(alignment.sentences() if alignment else ()), _place(given)])
+    return Outcome(text, document, code=1 if any(report["disagreement"] for report in reports.values()) else 0)
 
 
 def push(given: Given, tell: Tell) -> Outcome:
@@ -111,6 +112,13 @@ def _reports(output: Path) -> dict[str, Any]:
     """The reports of a merge by their folders within the output: one, or one for each point; none if nothing was measured."""
     files = sorted([*output.glob("report.json"), *output.glob("t*/report.json")])
     return {file.parent.relative_to(output).as_posix(): json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _said(report: Mapping[str, Any]) -> list[str]:
+    """The verdict of a report; what makes it void comes first."""
+    from hf_moe_lmc.perplexity.wording import void
+
+    return [*void(report["disagreement"]), *report["verdict"]["sentences"]]
 
 
 def _place(given: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
-from hf_moe_lmc.perplexity.wording import capital, no_barrier
+from hf_moe_lmc.perplexity.wording import capital, no_barrier, void
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -25,8 +25,11 @@ LAYERS = ("layers", "barrier, nats", "at t")
 
 def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:
     """The sentences of a verdict, then what makes them uncertain; what makes them void comes first."""
-    void = [] if disagreement is None else [f"Not to be relied on: {disagreement}."]
-    return [*void, *found.sentences, *(f"Mind: {caution}." for caution in found.cautions if caution != disagreement)]
+    return [
+        *void(disagreement),
+        *found.sentences,
+        *(f"Mind: {caution}." for caution in found.cautions if caution != disagreement),
+    ]
 
 
 def by_text(found: References) -> list[str]:

@@ -235,7 +235,7 @@ class BarrierReport:
                 return None
         return (
             f"the two paths end in one model, but its losses differ by {change:+.2e} nats per token: the alignment changed "
-            "what B computes, so do not rely on this report"
+            "what B computes, so do not rely on this report" + ("" if self.merge is None else ", nor on the merge")
         )
 
     @property
@@ -257,6 +257,7 @@ class BarrierReport:
         return {
             "version": REPORT_VERSION,
             "verdict": self.verdict.to_dict(),
+            "disagreement": self.disagreement,
             "references": self.references.to_dict(),
             **({} if self.merge is None else {"merge": asdict(self.merge)}),
             "a": self.a,

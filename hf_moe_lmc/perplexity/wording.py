@@ -19,6 +19,16 @@ def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def void(disagreement: str | None) -> list[str]:
+    """What comes before the sentences of a verdict that is not to be relied on; nothing where there is no disagreement.
+
+    Example:
+        >>> void("the two paths do not end in one model"), void(None)
+        (['Not to be relied on: the two paths do not end in one model.'], [])
+    """
+    return [] if disagreement is None else [f"Not to be relied on: {disagreement}."]
+
+
 def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
     """A number of nats, with three decimals or, where it or `like` is small, four.
 
@@ -186,9 +196,10 @@ def none_below(end: float, parent: str, best: float | None, above: Difference | 
         parent, floor, several: as in `of_parent`.
 
     Example:
-        >>> print(none_below(0, "a", 0.25, Difference(0.031, (0.02, 0.04)), floor=1e-4, several=False))
-        The merge at t = 0 is A itself. No merge on the path is below A: the best one, at t = 0.25, is 0.031 nats per token
-        [0.020, 0.040] above it.
+        >>> said = none_below(0, "a", 0.25, Difference(0.031, (0.02, 0.04)), floor=1e-4, several=False)
+        >>> print(said.replace(": ", ":\\n", 1))
+        The merge at t = 0 is A itself. No merge on the path is below A:
+        the best one, at t = 0.25, is 0.031 nats per token [0.020, 0.040] above it.
     """
     start, name = f"The merge at {place(end)} is {parent.upper()} itself.", parent.upper()
     if best is None or above is None:

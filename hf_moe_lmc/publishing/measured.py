@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from hf_moe_lmc.checkpoints.source import looks_local
+from hf_moe_lmc.errors import shown
 from hf_moe_lmc.runtime.tables import markdown_table
 
 SAME_POINT = 1e-9  # values of t no further apart are one point
@@ -38,11 +39,16 @@ class Measured:
     def section(self) -> str:
         """The section of the card, in Markdown."""
         said = list(self.verdict) or [self._barrier(name) for name in self.report["paths"]]
-        parts = ["## Results\n", *(f"{sentence}\n" for sentence in said)]
+        parts = ["## Results\n", *self._void(), *(f"{sentence}\n" for sentence in said)]
         if self.plot:
             parts.append(f"![Loss along the path from A to B]({self.plot})\n")
         parts += [self._losses(), self._text()]
         return "\n".join(parts)
+
+    def _void(self) -> list[str]:
+        """What comes first where the figures are not to be relied on."""
+        because = self.report.get("disagreement")
+        return [f"**Not to be relied on:** {shown(because, 1000)}.\n"] if because else []
 
     def results(self) -> list[EvalResult]:
         """Perplexity and loss of the checkpoint on each text, for the metadata of the card; empty where it was not measured."""

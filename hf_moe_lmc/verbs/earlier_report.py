@@ -27,6 +27,7 @@ NEEDED: dict[tuple[str, ...], type | tuple[type, ...]] = {  # what a card takes 
     ("a", "source"): str,
     ("b", "fingerprint"): str,
     ("b", "source"): str,
+    ("disagreement",): (str, type(None)),
     ("evaluation", "context"): int,
     ("evaluation", "dtype"): str,
     ("evaluation", "text", "kind"): str,

@@ -280,6 +280,29 @@ def test_a_saved_symmetry_is_measured_and_written(saved: Callable[..., Path], tm
     assert all(one[key] == two[key] for key in MEASURED) and one["matching"]["symmetry"] == "g"
 
 
+@pytest.mark.filterwarnings("ignore:the two paths end in one model")
+def test_ends_that_disagree_are_a_failure_of_barrier_and_merge_alike(
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    texts: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As if the aligned B were another model than B. The output is there all the same, to be looked at."""
+    call = [str(saved("mixtral", "per-expert", seed)) for seed in (0, 1)] + ["--text", str(texts[0])]
+    for tolerance, code in ((-1.0, 1), (1.0, 0)):  # the second: the control
+        monkeypatch.setattr("hf_moe_lmc.perplexity.report.TOLERANCE", tolerance)
+        for verb, *options in (("barrier", "--points", "3"), ("merge", "-t", "0.3")):
+            out = tmp_path / f"{verb} {options[1]} {code}"
+            assert main([verb, *call, *options, "-o", str(out)]) == code
+            said, found = capsys.readouterr().out.splitlines(), report(out)
+            assert said[0].startswith("Not to be relied on: the two paths end in one model") == bool(code)
+            assert bool(found["disagreement"]) == bool(code) and ("not rely on this report" in said[0]) == bool(code)
+            assert ("nor on the merge" in said[0]) == (bool(code) and verb == "merge")
+            card = (out / ("README.md" if verb == "merge" else "report.md")).read_text()
+            assert ("**Not to be relied on" in card) == bool(code)
+
+
 def test_two_processes_choose_and_write_what_one_does(
     saved: Callable[..., Path], tmp_path: Path, texts: list[Path], interpreter: Interpreter, capsys: pytest.CaptureFixture[str]
 ) -> None:
