@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from hf_moe_lmc.checkpoints.source import hub_errors, one_line
 from hf_moe_lmc.errors import HubError, InputError
@@ -70,7 +70,7 @@ def check_target(repo_id: str, output: str | os.PathLike[str], *, weights: bool,
     api = HfApi()
     with hub_errors(repo_id, writing=True):
         if license is not None:
-            _validate(f"---\nlicense: {license}\n---\n".encode(), f"--license {license}")
+            _validate(f"---\nlicense: {license}\n---\n".encode(), f"--license {license}", api.endpoint)
         whole = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
             target = Target.look(api, whole, None, make_branch=False)
@@ -153,16 +153,23 @@ def push(
             address, changed = f"{api.endpoint}/{target.repo_id}/commit/{target.commit}", False
         else:
             if contents.card is not None and any(addition.path_in_repo == CARD for addition in change.additions):
-                _validate(contents.card, whole.path(CARD))  # before gigabytes go there
+                _validate(contents.card, whole.path(CARD), api.endpoint)  # before gigabytes go there
             address, changed = send(api, target, change, commit), True
     _keep_card(whole, contents.card)
     return Published(target.name, address, changed)
 
 
-def _validate(card: bytes, where: str | Path) -> None:
-    """Raises InputError for a card that the Hub refuses."""
+def _validate(card: bytes, where: str | Path, endpoint: str) -> None:
+    """Raises InputError for a card that the Hub refuses.
+
+    This is `ModelCard.validate`, which in releases 1 of huggingface_hub sends the card to the public Hub whatever the endpoint.
+    """
     try:
-        ModelCard(card.decode()).validate()
+        body = {"repoType": "model", "content": str(ModelCard(card.decode()))}
+        answer = get_session().post(f"{endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+        if answer.status_code == 400:
+            raise ValueError(answer.text)
+        hf_raise_for_status(answer)
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{where}: the Hub refuses the metadata of the card ({_reason(error)}); correct it") from error
 
