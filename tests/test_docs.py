@@ -86,6 +86,7 @@ class StandIn:
     """The Hub's client, as far as `push` asks it for anything; what it is asked is on record."""
 
     commits: list[dict[str, Any]]
+    endpoint = "https://huggingface.co"
 
     def __init__(self, token: str | None = None) -> None: ...
 
@@ -140,7 +141,7 @@ def reader(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     known = registry.families()
     monkeypatch.setattr(registry, "_FAMILIES", dict(known))
     monkeypatch.setattr("hf_moe_lmc.publishing.push.HfApi", StandIn)
-    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)
+    monkeypatch.setattr("hf_moe_lmc.publishing.push._validate", lambda card, where, endpoint: None)
     monkeypatch.setenv("HF_TOKEN", "of a reader")
     monkeypatch.setattr(StandIn, "commits", [], raising=False)
 
