@@ -5,7 +5,8 @@
 A trial is a process that kills itself (SIGKILL) at its n-th act on the file system: a file opened for writing, made, renamed
 or removed, a write (half of which is done first), an fsync. n goes over the whole run, in `--trials` steps for each case.
 After the kill the output has to be absent, or whole. Then the same call is made again. Everything in the output has to equal,
-byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left.
+byte for byte, what an undisturbed call wrote (alignment.json without its seconds). Nothing else may be left, but a workspace
+without results where the kill met its removal. The output is whole then, and the second call is refused as after any.
 
 Cases: the output beside its workspace; an empty folder that alone may be written in (so files move in one by one); an old
 output that is replaced.
@@ -142,6 +143,15 @@ def prepare(place: str, output: Path, old: Path) -> dict[str, Any]:
     return {}
 
 
+def workspace_left(output: Path) -> bool:
+    """Removes a workspace that holds nothing but its lock, and says whether there was one."""
+    for folder in (output.parent / f".{output.name}.progress", output / location.INSIDE):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {location.LOCK}:
+            shutil.rmtree(folder)
+            return True
+    return False
+
+
 def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) -> Iterator[dict[str, Any]]:
     """Kills one verb `count` times, spread over its run; yields what each trial found.
 
@@ -185,9 +195,11 @@ def trials(verb: str, place: str, count: int, folder: Path, a: Path, b: Path) ->
             code_again = run(0, again)
             # killed when all was done but for the workspace: the output is refused as not empty, as any finished one
             assert code_again == 0 or state == "whole", (verb, place, last, code_again)
+            left = workspace_left(output)
+            assert not left or (code_again and state == "whole"), (verb, place, last, left)
             assert contents(output) == expected, (verb, place, last)
             assert [path.name for path in output.parent.iterdir()] == ["out"], (verb, place, last)
-            yield {"event": last, "of": number, "killed": code == -signal.SIGKILL, "stood": state}
+            yield {"event": last, "of": number, "killed": code == -signal.SIGKILL, "stood": state, "left": left}
             shutil.rmtree(output.parent)
     finally:
         workspace.working_folder = choose
@@ -210,6 +222,7 @@ def main() -> None:
                     "verb": verb, "output": place, "events": found[0]["of"], "trials": len(found),
                     "killed": sum(one["killed"] for one in found), "stood_after_the_kill": stood,
                     "resumed_to_the_same_bytes": len(found),
+                    "left_a_workspace_without_results": sum(one["left"] for one in found),
                 })  # fmt: skip
                 print(results[-1], file=sys.stderr, flush=True)
     bench.report(options.output, {"results": results})
