@@ -56,7 +56,8 @@ KILLS = """
 
 SIGKILL at points spread over the whole run. The columns tell what stood where the output was to be, and how often the same
 call then ended in the same bytes. `old` is the output to be replaced. `part` means some files without their index, which is
-possible only where they move in one by one.
+possible only where they move in one by one. A workspace without results is left where the kill met its removal. The output is
+whole then.
 """
 
 
@@ -138,10 +139,11 @@ def kills(record: dict[str, Any]) -> str:
             str(one["trials"]),
             *(str(one["stood_after_the_kill"][state]) for state in states),
             str(one["resumed_to_the_same_bytes"]),
+            str(one["left_a_workspace_without_results"]),
         )
         for one in record["results"]
     ]
-    head = ("verb", "output", "trials", *states, "same bytes in the end")
+    head = ("verb", "output", "trials", *states, "same bytes in the end", "workspace left")
     return KILLS + f"\n`{record['command']}`\n\n" + markdown_table(head, rows)
 
 
