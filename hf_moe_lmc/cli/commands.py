@@ -116,7 +116,7 @@ def _reports(output: Path) -> dict[str, Any]:
 
 def _said(report: Mapping[str, Any]) -> list[str]:
     """The verdict of a report; what makes it void comes first."""
-    from hf_moe_lmc.perplexity.wording import void
+    from hf_moe_lmc.perplexity.rendering import void
 
     return [*void(report["disagreement"]), *report["verdict"]["sentences"]]
 

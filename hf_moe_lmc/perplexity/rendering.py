@@ -10,7 +10,7 @@ from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MERGES, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
-from hf_moe_lmc.perplexity.wording import capital, no_barrier, void
+from hf_moe_lmc.perplexity.wording import capital, no_barrier
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -21,6 +21,16 @@ Routing = Sequence[Mapping[str, Any]]  # records as in report.json
 
 BARRIERS = ("path", "barrier, nats", "at t", "over the worse end", "perplexity ratio", "area", "nll of A", "nll of B")
 LAYERS = ("layers", "barrier, nats", "at t")
+
+
+def void(disagreement: str | None) -> list[str]:
+    """What comes before the sentences of a verdict that is not to be relied on; nothing where there is no disagreement.
+
+    Example:
+        >>> void("the two paths do not end in one model"), void(None)
+        (['Not to be relied on: the two paths do not end in one model.'], [])
+    """
+    return [] if disagreement is None else [f"Not to be relied on: {disagreement}."]
 
 
 def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:

@@ -19,16 +19,6 @@ def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def void(disagreement: str | None) -> list[str]:
-    """What comes before the sentences of a verdict that is not to be relied on; nothing where there is no disagreement.
-
-    Example:
-        >>> void("the two paths do not end in one model"), void(None)
-        (['Not to be relied on: the two paths do not end in one model.'], [])
-    """
-    return [] if disagreement is None else [f"Not to be relied on: {disagreement}."]
-
-
 def number(value: float, like: float | None = None, *, sign: bool = False) -> str:
     """A number of nats, with three decimals or, where it or `like` is small, four.
 
