@@ -168,15 +168,13 @@ def test_a_minimum_at_an_end_is_said_in_words_and_the_merge_halfway_compared() -
     assert fine.mean.better == "b" and fine.sentences[0].endswith("no merge is better than its better parent, B.")
 
 
-def written(height: float, t: float, *, chosen: bool, b: float = 0.1, own: float | None = None, texts: int = 1) -> Verdict:
+def written(height: float, t: float, *, chosen: bool, b: float = 0.1, texts: int = 1) -> Verdict:
     """The verdict of a report about a merge that was made at an end of a path with so much excess at its middle."""
     names = ("prose", "code")[:texts]
     level, windows = levels(24 * texts), on(24, names)
     rise = np.array([[0], [height + b / 2], [b]]) + np.random.default_rng(3).normal(0, 0.001, (3, 24 * texts)) * [[0], [1], [0]]
     losses = sums({"aligned": level + rise, "naive": level + rise + np.array([[0], [1], [0]])})
-    alone = None if own is None else {"b": {"window_nll": list((level + b + own).repeat(2)), "because": ["top_k"], "nll": 3.0}}
-    report = make_report(windows, losses, (0.0, 0.5, 1.0), own=alone)
-    return replace(report, merge=MergedAt(t, chosen=chosen)).verdict
+    return replace(make_report(windows, losses, (0.0, 0.5, 1.0)), merge=MergedAt(t, chosen=chosen)).verdict
 
 
 @pytest.mark.parametrize(
@@ -207,8 +205,11 @@ def test_a_merge_at_an_end_that_was_given_is_compared_with_the_other_parent() ->
     assert "It cannot be told apart from B (no difference)." in written(0.2, 0, chosen=False, b=0.0).sentences[0]
     assert written(0.2, 0, chosen=False).title == "at t = 0: A itself"
     # the controls: under the configuration of A, B's weights are another model than B; a point between the ends is a merge
-    other = written(0.2, 1, chosen=False, own=-0.02)
+    level = levels(24)
+    ends = sums({"a": level, "b": level - 0.02, "naive": level + 0.1, "aligned": level + 0.1})
+    other = merge_verdict(ends, on(24), t=1.0)
     assert other.itself is None and other.standing == "worse_than_either"
+    assert merge_verdict({**ends, "b": ends["naive"]}, on(24), t=1.0).itself == "b"
     assert written(0.2, 0.5, chosen=False).itself is None
 
 
