@@ -35,12 +35,14 @@ class _Found:
 
     Attributes:
         losses: of each window, float64 [window], nats.
+        right: tokens of each window that are the first choice, float64 [window].
         routing: records as in report.json.
         facts: of the model that ran.
         problem: why there is no routing.
     """
 
     losses: dict[Point, Tensor]
+    right: dict[Point, Tensor]
     cost: Cost
     routing: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -52,7 +54,7 @@ class _Found:
         rows = [*self.routing, *(row for row in later.routing if (row["path"], row["t"]) not in known)]
         rows.sort(key=lambda row: (row["path"], row["t"], row["layer"], row["module"]))
         cost = replace(self.cost, passes=self.cost.passes + later.cost.passes)
-        return _Found(later.losses | self.losses, cost, rows, self.facts, self.problem)
+        return _Found(later.losses | self.losses, later.right | self.right, cost, rows, self.facts, self.problem)
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,20 @@ class Measurement:
         """Losses, and the routing where it is wanted, at some points."""
         processes, facts = process_group(), dict[str, Any]()
         watching = RoutingObserver(self.evaluator.a, points) if self.grid.routing else None
-        losses, cost = self.evaluator.evaluate(
+        scores, cost = self.evaluator.score(
             self.symmetries,
             points,
             inspect_model=lambda model: facts.update(implementations(model, self.evaluator.options.device)),
             observers=[watching] if watching else [],
             progress=self.progress,
         )
-        at_point = dict(zip(points, losses, strict=True))
+        found = [dict(zip(points, values, strict=True)) for values in (scores.losses, scores.right)]
         if watching is None:
-            return _Found(at_point, cost, [], facts, None)
+            return _Found(*found, cost, [], facts, None)
         for number, tallies in enumerate(processes.exchange(watching.tallies)):
             if number != processes.rank:
                 watching.add(tallies)
-        return _Found(at_point, cost, watching.rows(), facts, watching.problem)
+        return _Found(*found, cost, watching.rows(), facts, watching.problem)
 
     def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
         """The aligned path."""

@@ -111,20 +111,20 @@ class Windows:
         predicted = torch.tensor([len(row) - 1 for row in self.rows], dtype=torch.float64)
         return predicted - torch.tensor(self.context_only, dtype=torch.float64) if self.context_only else predicted
 
-    def sums(self, numbers: Sequence[int], losses: Tensor) -> Tensor:
+    def sums(self, numbers: Sequence[int], values: Tensor) -> Tensor:
         """Sums over the scored tokens of some windows of one length.
 
         Args:
             numbers: of the windows.
-            losses: of their predicted tokens, float64 [window, length - 1], nats.
+            values: of their predicted tokens, float64 [window, length - 1]: losses in nats, say.
 
         Returns:
-            float64 [window], nats.
+            float64 [window].
         """
         if self.context_only:
-            first = torch.tensor([self.context_only[i] for i in numbers], device=losses.device)
-            losses = losses.masked_fill(torch.arange(losses.shape[1], device=losses.device) < first[:, None], 0.0)
-        return losses.sum(dim=1)
+            first = torch.tensor([self.context_only[i] for i in numbers], device=values.device)
+            values = values.masked_fill(torch.arange(values.shape[1], device=values.device) < first[:, None], 0.0)
+        return values.sum(dim=1)
 
     @property
     def convention_hash(self) -> str:
@@ -382,24 +382,47 @@ def batches_of(rows: Sequence[Tensor], batch_size: int) -> list[list[int]]:
     return [same[first : first + batch_size] for same in by_length.values() for first in range(0, len(same), batch_size)]
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token, in float32: float64 [batch, token], nats.
+class TokenScores(NamedTuple):
+    """What a model gives for each token.
+
+    Attributes:
+        losses: cross entropy, float64 [batch, token], nats.
+        right: 1 where the token is the model's first choice, else 0: float64 [batch, token]. Of equal choices the one of the
+            lowest id is first.
+    """
+
+    losses: Tensor
+    right: Tensor
+
+
+def token_scores(logits: Tensor, targets: Tensor) -> TokenScores:
+    """Cross entropy of each token, and whether it is the model's first choice; both in float32.
 
     Args:
         logits: [batch, token, vocabulary].
         targets: int64 [batch, token].
 
     Example:
+        >>> token_scores(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))  # four tokens, all alike
+        TokenScores(losses=tensor([[1.3863, 1.3863]], dtype=torch.float64), right=tensor([[1., 0.]], dtype=torch.float64))
+    """
+    targets = targets.to(logits.device)
+    losses, right = torch.empty(2, *targets.shape, dtype=torch.float64, device=logits.device)
+    for first in range(0, logits.shape[1], POSITIONS_AT_ONCE):
+        here = slice(first, first + POSITIONS_AT_ONCE)
+        # rows of one matrix: along another dimension, torch is up to twenty times slower
+        wide, wanted = logits[:, here].float().flatten(0, 1), targets[:, here]
+        found = torch.nn.functional.cross_entropy(wide, wanted.flatten(), reduction="none")
+        losses[:, here] = found.view(wanted.shape).double()
+        right[:, here] = (wide.argmax(dim=1).view(wanted.shape) == wanted).double()
+    return TokenScores(losses, right)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each token, in float32: float64 [batch, token], nats. See `token_scores`.
+
+    Example:
         >>> token_losses(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))  # four tokens, all alike
         tensor([[1.3863, 1.3863]], dtype=torch.float64)
     """
-    targets = targets.to(logits.device)
-    parts = [
-        torch.nn.functional.cross_entropy(
-            logits[:, first : first + POSITIONS_AT_ONCE].float().transpose(1, 2),
-            targets[:, first : first + POSITIONS_AT_ONCE],
-            reduction="none",
-        ).double()
-        for first in range(0, logits.shape[1], POSITIONS_AT_ONCE)
-    ]
-    return torch.cat(parts, dim=1)
+    return token_scores(logits, targets).losses
