@@ -193,11 +193,11 @@ class Evaluator:
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
         ends.home = _home(self._skeleton.device, plan)
         batches = batches_of(self.windows.rows, self.options.batch_size)
-        job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode), self.options.masked)
+        job = _Job(ends, points, self.windows, batches, stages(ends, plan.mode), self.options.masked)
         kept = progress.results("scores", _facts(job, self.options, observers)) if progress else None
         results = _Results.begin(job, observers, kept)
         processes = process_group()
-        chunks = _chunks(processes.share(results.left), plan.passes)
+        chunks = rounds_of(processes.share(results.left), plan)
         total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
         running: list[Sweep] = []
         for observer in observers:
@@ -261,7 +261,8 @@ def predictions(skeleton: Skeleton, ids: Tensor) -> Tensor:
     return logits[:, :-1]
 
 
-def _stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+def stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+    """Parts of a model whose weights are in place together, one stage after the other."""
     of_layers, beside = ends.parts()
     if mode == "resident":
         return [(beside, *of_layers)]
@@ -369,9 +370,10 @@ def _fill_in(scores: Tensor, batches: Sequence[list[int]], found: Mapping[str, T
     return places
 
 
-def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
-    """The batches of each pass."""
-    size = math.ceil(len(batches) / passes) or 1
+def rounds_of(batches: Sequence[int], plan: Cost, size: int | None = None) -> list[Sequence[int]]:
+    """The batches of each pass; with `size`, at most so many where all weights are in place at once."""
+    if size is None or plan.mode == "layers":
+        size = math.ceil(len(batches) / plan.passes) or 1
     return [batches[first : first + size] for first in range(0, len(batches), size)]
 
 

@@ -22,6 +22,7 @@ from hf_moe_lmc.perplexity.windows import Windows
 PARENTS = ("a", "b")
 MERGES = ("naive", "aligned", "repaired", "ensemble")  # what is compared with the parents
 MODELS = (*PARENTS, *MERGES)
+KINDS = ("logits", "probabilities")  # what is averaged in the ensembles of both parents
 
 
 @dataclass(frozen=True)
