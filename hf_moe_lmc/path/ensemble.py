@@ -6,10 +6,11 @@ adds them. Each model runs by itself, under its own configuration.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,7 +22,6 @@ from hf_moe_lmc.path.endpoints import Endpoints, Part, conversion, groups
 from hf_moe_lmc.path.evaluation import (
     Cost,
     EvaluationOptions,
-    Scores,
     compute_device,
     planned,
     predictions,
@@ -31,7 +31,8 @@ from hf_moe_lmc.path.evaluation import (
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.references import KINDS
-from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_scores
+from hf_moe_lmc.perplexity.scores import Scores, token_scores
+from hf_moe_lmc.perplexity.windows import Windows, batches_of
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar
@@ -65,7 +66,22 @@ class Ensemble:
         self.windows, self.options, self.common = windows, options, common
         device = compute_device(options.device)
         self._members = tuple(_Member.of(model, options, device) for model in (a, b))
-        self._batches = batches_of(windows.rows, options.batch_size)
+
+    def on(self, windows: Windows, batch_size: int) -> Ensemble:
+        """The same on another text; both share their models without weights, so use one at a time."""
+        other = copy.copy(self)
+        other.windows, other.options = windows, replace(self.options, batch_size=batch_size)
+        other.__dict__.pop("_batches", None)
+        return other
+
+    @cached_property
+    def _batches(self) -> list[list[int]]:
+        return batches_of(self.windows.rows, self.options.batch_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both checkpoints: what one pass reads."""
+        return sum(member.model.checkpoint.stored.nbytes for member in self._members)
 
     def cost(self) -> Cost:
         """What it takes, with the memory that is free now."""
@@ -76,7 +92,7 @@ class Ensemble:
             len(self._members),
             self.windows,
             self.options,
-            stored=sum(member.model.checkpoint.stored.nbytes for member in self._members),
+            stored=self.nbytes,
             hidden=int(first.model.text_config.hidden_size),
             layers=len(first.layers),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,8 @@ from hf_moe_lmc.moe.model_class import foreign, text_reader
 from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
-from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_scores
+from hf_moe_lmc.perplexity.scores import Scores, token_scores
+from hf_moe_lmc.perplexity.windows import Windows, batches_of
 from hf_moe_lmc.runtime.memory import CPU, available_memory, memory_on
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
@@ -75,24 +77,6 @@ class Cost:
     activations: int
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the points have scored on each window, summed over its scored tokens.
-
-    Attributes:
-        losses: float64 [point, window], nats.
-        right: tokens that were the first choice, float64 [point, window].
-    """
-
-    losses: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor) -> Scores:
-        """From float64 [point, window, 2]."""
-        return cls(*values.unbind(dim=2))
-
-
 class Observer(Protocol):
     """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points.
 
@@ -134,6 +118,12 @@ class Evaluator:
         self._skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=device)
         self._conversions = conversions(self._skeleton, a, b)
         warn_of_unused(a.checkpoint.name, options.model_class, self._conversions[0].unused)
+
+    def on(self, windows: Windows, batch_size: int) -> Evaluator:
+        """The same on another text; both share their model without weights, so use one at a time."""
+        other = copy.copy(self)
+        other.windows, other.options = windows, replace(self.options, batch_size=batch_size)
+        return other
 
     def _ends(self, symmetries: Mapping[str, ModelSymmetry]) -> Endpoints:
         return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions)

@@ -137,6 +137,8 @@ class Measurement:
         grid, evaluator = self.grid, self.evaluator
         found, t = self.run()
         losses = {path: torch.stack([found.losses[self.on(path, at)] for at in t]) for path in self.symmetries}
+        right = {path: torch.stack([found.right[self.on(path, at)] for at in t]) for path in self.symmetries}
+        halfway = {path: self.on(path, MIDPOINT) for path in self.symmetries if grid.halfway}
         facts = dict(found.facts)
         if grid.refine:
             facts["refined_t"] = [at for at in t if at not in grid.t]
@@ -156,7 +158,9 @@ class Measurement:
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
             own=own,
-            halfway={path: found.losses[self.on(path, MIDPOINT)] for path in self.symmetries if grid.halfway},
+            halfway={path: found.losses[point] for path, point in halfway.items()},
+            right=right,
+            halfway_right={path: found.right[point] for path, point in halfway.items()},
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -173,11 +177,16 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
 
 
 def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> dict[str, Any]:
-    """Losses of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
+    """Losses and right tokens of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
-    losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
+    scores, _ = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)])
     scored = windows.scored
-    return {"nll": float(losses.sum() / scored.sum()), "window_nll": (losses[0] / scored).tolist()}
+    return {
+        "nll": float(scores.losses.sum() / scored.sum()),
+        "accuracy": float(scores.right.sum() / scored.sum()),
+        "window_nll": (scores.losses[0] / scored).tolist(),
+        "window_right": scores.right[0].int().tolist(),
+    }
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path import ensemble
-from hf_moe_lmc.path.ensemble import Ensemble, combined
 from hf_moe_lmc.path.endpoints import Point
+from hf_moe_lmc.path.ensemble import Ensemble, combined
 from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.sweep import Sweep
 from hf_moe_lmc.perplexity.references import KINDS
