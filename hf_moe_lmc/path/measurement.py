@@ -177,7 +177,7 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
 
 
 def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> dict[str, Any]:
-    """Losses and right tokens of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
+    """What one model by itself has in report.json, under its own configuration and over its own vocabulary."""
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
     scores, _ = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)])
     scored = windows.scored

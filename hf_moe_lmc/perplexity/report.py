@@ -361,6 +361,7 @@ class BarrierReport:
                 "window_nll": (of.losses[0] / scored).tolist(),
             }
             for t, added in sorted(self.added.items())
+            if self.merge is None or self.merge.t == t
             for kind, of in added.ensembles.items()
         ]
 

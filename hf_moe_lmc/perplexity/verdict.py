@@ -143,12 +143,10 @@ class Verdict:
     @cached_property
     def sentences(self) -> list[str]:
         """The t of the least loss, the merge there against both parents, and the barriers; each where it applies."""
-        subject = f"The merge at {wording.place(self.t)}"
-        if self.references.several:
-            subject = f"On the mean of the texts, the merge at {wording.place(self.t)}"
+        subject = f"The {'repaired ' if self.merge == 'repaired' else ''}merge at {wording.place(self.t)}"
         held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
         found = [] if self.least is None else [wording.least_loss(self.least, self.references, self.merge)]
-        found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
+        found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out, several=self.references.several))
         return [*found, wording.barriers(self.barriers)] if self.barriers else found
 
     @property
