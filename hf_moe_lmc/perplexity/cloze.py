@@ -88,7 +88,7 @@ def cloze_of(windows: Windows, count: int) -> Cloze:
         InputError: a text too short or too uniform for questions, or windows too short.
     """
     bos = windows.rows[0][:1].tolist() if windows.bos else []
-    pieces_of = {name: list(_documents(windows, name)) for name in dict.fromkeys(windows.text_of)}
+    pieces_of = {name: _documents(windows, name) for name in dict.fromkeys(windows.text_of)}
     found: list[tuple[list[int], int, str]] = []
     beginning = min(BEGINNING, windows.context - len(bos) - CONTINUATION)
     while beginning >= CONTINUATION and not all(_enough(pieces, beginning) for pieces in pieces_of.values()):
@@ -122,23 +122,13 @@ class _Piece(NamedTuple):
     continuation: list[int]
 
 
-def _documents(windows: Windows, text: str) -> Iterator[_Document]:
-    """The documents of a text: windows without what they repeat of the one before."""
-    width = windows.context - windows.bos
-    repeated = width - (windows.stride or width)
-    current: _Document | None = None
-    for row, number, name in zip(windows.rows, windows.documents, windows.text_of, strict=True):
-        if name != text:
-            continue
-        ids = row[int(windows.bos) :].tolist()
-        if current is None or current.number != number:
-            if current is not None:
-                yield current
-            current = _Document(number, ids)
-        else:
-            current.ids.extend(ids[repeated:])
-    if current is not None:
-        yield current
+def _documents(windows: Windows, text: str) -> list[_Document]:
+    """The documents of a text."""
+    found: dict[int, list[int]] = {}
+    for ids, number, name in zip(windows.new_ids(), windows.documents, windows.text_of, strict=True):
+        if name == text:
+            found.setdefault(number, []).extend(ids)
+    return [_Document(number, ids) for number, ids in found.items()]
 
 
 def _pieces(document: _Document, beginning: int) -> Iterator[_Piece]:

@@ -126,6 +126,22 @@ class Windows:
             values = values.masked_fill(torch.arange(values.shape[1], device=values.device) < first[:, None], 0.0)
         return values.sum(dim=1)
 
+    def new_ids(self) -> list[list[int]]:
+        """Token ids of the text of each window: without a BOS, and without what it repeats of the window before.
+
+        Example:
+            >>> rows = (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 3, 4]))
+            >>> Windows(rows, (0, 0), context=4, bos=True, tokens_read=4, stride=1, context_only=(0, 2)).new_ids()
+            [[1, 2, 3], [4]]
+        """
+        width = self.context - self.bos
+        repeated = width - (self.stride or width)
+        before = [None, *self.documents[:-1]]
+        return [
+            row[int(self.bos) + (repeated if owner == last else 0) :].tolist()
+            for row, owner, last in zip(self.rows, self.documents, before, strict=True)
+        ]
+
     @property
     def convention_hash(self) -> str:
         """SHA-256 of everything but the model that a loss depends on. Losses with equal hashes can be compared."""
