@@ -95,9 +95,12 @@ def cloze_of(windows: Windows, count: int) -> Cloze:
         beginning //= 2
     if windows.context - len(bos) < 2 * CONTINUATION:
         raise InputError(f"context {windows.context}: a cloze task needs at least {2 * CONTINUATION + len(bos)} tokens")
+    size = max(beginning, CONTINUATION)
     for name, documents in pieces_of.items():
-        pieces = _spread([piece for document in documents for piece in _pieces(document, max(beginning, CONTINUATION))], count)
-        questions = [rows for rows in (_question(pieces, number, bos) for number in range(len(pieces))) if rows]
+        all_pieces = [piece for document in documents for piece in _pieces(document, size)]
+        pieces = _spread(all_pieces, max(count, CHOICES))  # fewer would not give three wrong continuations
+        asked = range(min(count, len(pieces)))
+        questions = [rows for rows in (_question(pieces, number, bos) for number in asked) if rows]
         if not questions:
             raise InputError(
                 f"the text {name} gives no cloze task: it takes {CHOICES} pieces of {2 * CONTINUATION} tokens that end in "
@@ -108,7 +111,7 @@ def cloze_of(windows: Windows, count: int) -> Cloze:
     tensors = tuple(torch.tensor(row) for row in rows)
     scored_before = tuple(len(row) - 1 - CONTINUATION for row in rows)
     made = Windows(tensors, owners, windows.context, windows.bos, sum(map(len, rows)), context_only=scored_before, texts=texts)
-    return Cloze(made, max(beginning, CONTINUATION))
+    return Cloze(made, size)
 
 
 class _Document(NamedTuple):

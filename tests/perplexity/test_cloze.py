@@ -52,6 +52,7 @@ def test_questions_are_spread_and_the_same_each_time() -> None:
     text = windows((4000,))
     some, same = cloze_of(text, 10), cloze_of(text, 10)
     starts = [int(row[0]) for row in some.rows.rows[::CHOICES]]
+    assert len(cloze_of(text, 1).windows.rows) == 1 and len(cloze_of(text, 1).rows.rows) == CHOICES
     assert len(starts) == 10 and min(b - a for a, b in pairwise(starts)) >= 400
     assert all(torch.equal(one, other) for one, other in zip(some.rows.rows, same.rows.rows, strict=True))
 
