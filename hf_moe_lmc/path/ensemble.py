@@ -191,10 +191,10 @@ class Ensemble:
     def _combined(self, pair: Sequence[Lane], weights: Sequence[float]) -> Tensor:
         """Scores of one batch, whose lanes have come to their end; lets go of their logits."""
         batch = pair[0].batch
-        logits = [lane.result for lane in pair]
+        of_a, of_b = (lane.result for lane in pair)
         for lane in pair:
             lane.result = None
-        per_token = combined(*logits, self._ids(batch)[:, 1:], weights, self.common)  # [label, 2, window, token]
+        per_token = combined(of_a, of_b, self._ids(batch)[:, 1:], weights, self.common)  # [label, 2, window, token]
         rows = self._batches[batch]
         return torch.stack([torch.stack([self.windows.sums(rows, one) for one in label], dim=1) for label in per_token]).cpu()
 

@@ -117,13 +117,13 @@ class Measurement:
             observers=[watching] if watching else [],
             progress=self.progress,
         )
-        found = [dict(zip(points, values, strict=True)) for values in (scores.losses, scores.right)]
+        losses, right = (dict(zip(points, values, strict=True)) for values in (scores.losses, scores.right))
         if watching is None:
-            return _Found(*found, cost, [], facts, None)
+            return _Found(losses, right, cost, [], facts, None)
         for number, tallies in enumerate(processes.exchange(watching.tallies)):
             if number != processes.rank:
                 watching.add(tallies)
-        return _Found(*found, cost, watching.rows(), facts, watching.problem)
+        return _Found(losses, right, cost, watching.rows(), facts, watching.problem)
 
     def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
         """The aligned path."""
