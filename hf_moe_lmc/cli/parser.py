@@ -28,7 +28,7 @@ from hf_moe_lmc.cli.arguments import (
     size,
 )
 from hf_moe_lmc.cli.usage import Parser, short_usage
-from hf_moe_lmc.path.options import LAYERWISE, ComputeOptions, DType, GridOptions
+from hf_moe_lmc.path.options import LAYERWISE, QUESTIONS, ComputeOptions, DType, GridOptions
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.tables import definitions
 
@@ -173,6 +173,18 @@ def _text(verb: Parser, *, required: bool = True) -> None:
         "--stride", metavar="N", type=int, help="let windows overlap, N tokens apart, each scored where the last ended"
     )
     group.add_argument("--max-tokens", metavar="N", type=int, help="tokens to read of each text (default: all)")
+    group.add_argument(
+        "--ensemble", action="store_true", help="also the ensemble of A and B: the mean of their logits, and of probabilities"
+    )
+    group.add_argument(
+        "--cloze",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=QUESTIONS,
+        help=f"also a cloze task of N questions made from each text ({QUESTIONS} if not given): which of four continuations "
+        "follows",
+    )
 
 
 def _path(verb: Parser) -> None:

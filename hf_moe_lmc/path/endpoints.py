@@ -102,9 +102,9 @@ class Endpoints:
         """Reads parameters of A and of every path's B, unless they are held; what no symmetry touches is held once."""
         names = [name for name in wanted if (None, name) not in self.held]
         plain = ModelStream(self.a, dict(self.a.layers), Copied(self.a.checkpoint))
-        for group in _groups(self.conversions[0], names):
+        for group in groups(self.conversions[0], names):
             self._hold(None, self.conversions[0].convert(group, partial(whole, plain)))
-        for group in _groups(self.conversions[1], names):
+        for group in groups(self.conversions[1], names):
             touched = any(key in self.b.layer_of for key in group.keys)
             for i, (path, stream) in enumerate(self.streams.items()):
                 if touched or i == 0:
@@ -147,13 +147,15 @@ def conversions(skeleton: Skeleton, a: MoEModel, b: MoEModel) -> tuple[Conversio
     Raises:
         CheckpointError: parameters without tensors, or with tensors of another shape.
     """
-
-    def conversion(model: MoEModel) -> Conversion:
-        shapes = {name: info.shape for name, info in model.checkpoint.tensors.items() if not model.is_extra(name)}
-        return Conversion(skeleton, model.checkpoint.name, shapes)
-
-    return conversion(a), conversion(b)
+    return conversion(skeleton, a), conversion(skeleton, b)
 
 
-def _groups(conversion: Conversion, names: Sequence[str]) -> list[Group]:
+def conversion(skeleton: Skeleton, model: MoEModel) -> Conversion:
+    """As `conversions`, of one model."""
+    shapes = {name: info.shape for name, info in model.checkpoint.tensors.items() if not model.is_extra(name)}
+    return Conversion(skeleton, model.checkpoint.name, shapes)
+
+
+def groups(conversion: Conversion, names: Sequence[str]) -> list[Group]:
+    """The groups of tensors that some parameters come from, each once."""
     return list(dict.fromkeys(conversion.group_of[name] for name in names if name in conversion.group_of))

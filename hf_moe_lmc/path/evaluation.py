@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,8 @@ from hf_moe_lmc.moe.model_class import foreign, text_reader
 from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
-from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
+from hf_moe_lmc.perplexity.scores import Scores, token_scores
+from hf_moe_lmc.perplexity.windows import Windows, batches_of
 from hf_moe_lmc.runtime.memory import CPU, available_memory, memory_on
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
@@ -117,6 +119,12 @@ class Evaluator:
         self._conversions = conversions(self._skeleton, a, b)
         warn_of_unused(a.checkpoint.name, options.model_class, self._conversions[0].unused)
 
+    def on(self, windows: Windows, batch_size: int) -> Evaluator:
+        """The same on another text; both share their model without weights, so use one at a time."""
+        other = copy.copy(self)
+        other.windows, other.options = windows, replace(self.options, batch_size=batch_size)
+        return other
+
     def _ends(self, symmetries: Mapping[str, ModelSymmetry]) -> Endpoints:
         return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions)
 
@@ -133,7 +141,12 @@ class Evaluator:
         ends = self._ends({path: self.b.identity() for path in paths})
         return _plan(ends, points, self.windows, self.options, len(self._layers(ends)))
 
-    def evaluate(
+    def evaluate(self, symmetries: Mapping[str, ModelSymmetry], points: Sequence[Point], **how: Any) -> tuple[Tensor, Cost]:
+        """The losses of `score` alone: float64 [point, window], nats."""
+        scores, cost = self.score(symmetries, points, **how)
+        return scores.losses, cost
+
+    def score(
         self,
         symmetries: Mapping[str, ModelSymmetry],
         points: Sequence[Point],
@@ -141,8 +154,8 @@ class Evaluator:
         inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
         observers: Sequence[Observer] = (),
         progress: Workspace | None = None,
-    ) -> tuple[Tensor, Cost]:
-        """Summed losses of each window at each point: float64 [point, window], nats.
+    ) -> tuple[Scores, Cost]:
+        """Summed losses of each window at each point, and how many of its tokens are the model's first choice.
 
         Every decoder layer of A and of B is read once per pass, whatever the number of points; passes follow from
         `activation_memory`. Where the weights of both models fit into half of the memory that is free, all of them are in
@@ -170,11 +183,11 @@ class Evaluator:
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
         ends.home = _home(self._skeleton.device, plan)
         batches = batches_of(self.windows.rows, self.options.batch_size)
-        job = _Job(ends, points, self.windows, batches, _stages(ends, plan.mode), self.options.masked)
-        kept = progress.results("losses", _facts(job, self.options, observers)) if progress else None
+        job = _Job(ends, points, self.windows, batches, stages(ends, plan.mode), self.options.masked)
+        kept = progress.results("scores", _facts(job, self.options, observers)) if progress else None
         results = _Results.begin(job, observers, kept)
         processes = process_group()
-        chunks = _chunks(processes.share(results.left), plan.passes)
+        chunks = rounds_of(processes.share(results.left), plan)
         total = sum(len(chunk) for chunk in chunks) * len(results.todo) * len(job.stages)
         running: list[Sweep] = []
         for observer in observers:
@@ -196,7 +209,7 @@ class Evaluator:
             for observer in observers:
                 observer.end()
         passes = max(processes.exchange(plan.passes))
-        return results.losses, replace(plan, passes=passes, mode=processes.from_main(plan.mode))
+        return Scores.of(results.scores), replace(plan, passes=passes, mode=processes.from_main(plan.mode))
 
 
 @dataclass(frozen=True)
@@ -217,17 +230,29 @@ class _Job:
     masked: Tensor | None
 
     def forward(self, batch: int) -> Tensor:
-        """Summed losses of the windows of a batch with the weights that stand in the model: float64 [window]."""
-        rows, skeleton = self.batches[batch], self.ends.skeleton
-        ids = torch.stack([self.windows.rows[i] for i in rows]).to(skeleton.device)
-        with foreign(type(skeleton.module), "cannot run on token ids alone"):
-            logits = text_reader(skeleton.module)(input_ids=ids, use_cache=False).logits[:, :-1]
+        """What the windows of a batch score with the weights that stand in the model: float64 [window, 2], see `Scores`."""
+        rows = self.batches[batch]
+        ids = torch.stack([self.windows.rows[i] for i in rows])
+        logits = predictions(self.ends.skeleton, ids)
         if self.masked is not None:
             logits = logits.masked_fill(self.masked.to(logits.device), -math.inf)
-        return self.windows.sums(rows, token_losses(logits, ids[:, 1:])).cpu()
+        found = token_scores(logits, ids[:, 1:])
+        return torch.stack([self.windows.sums(rows, values) for values in found], dim=1).cpu()
 
 
-def _stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+def predictions(skeleton: Skeleton, ids: Tensor) -> Tensor:
+    """Logits of all tokens but the first, from the weights that stand in a model: [window, length - 1, vocabulary].
+
+    Args:
+        ids: int64 [window, length].
+    """
+    with foreign(type(skeleton.module), "cannot run on token ids alone"):
+        logits: Tensor = text_reader(skeleton.module)(input_ids=ids.to(skeleton.device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+def stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
+    """Parts of a model whose weights are in place together, one stage after the other."""
     of_layers, beside = ends.parts()
     if mode == "resident":
         return [(beside, *of_layers)]
@@ -236,16 +261,16 @@ def _stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:
 
 @dataclass
 class _Results:
-    """Losses as they come in, and what is kept of them and of what observers have seen.
+    """Scores as they come in, and what is kept of them and of what observers have seen.
 
     Attributes:
-        losses: float64 [point, window].
+        scores: float64 [point, window, 2], see `Scores`.
         done: by an earlier call, bool [point, batch].
         todo, left: numbers of the points and of the batches that have lanes.
         keeping: whether process 0 keeps what comes in; `kept` is there.
     """
 
-    losses: Tensor
+    scores: Tensor
     batches: list[list[int]]
     observers: Sequence[Observer]
     kept: ResultFolder | None
@@ -258,13 +283,13 @@ class _Results:
     def begin(cls, job: _Job, observers: Sequence[Observer], kept: ResultFolder | None) -> _Results:
         """With what an earlier call has left, in all processes."""
         processes = process_group()
-        losses = torch.empty(len(job.points), len(job.windows.rows), dtype=torch.float64)
+        scores = torch.empty(len(job.points), len(job.windows.rows), 2, dtype=torch.float64)
         done = torch.zeros(len(job.points), len(job.batches), dtype=torch.bool)
-        found = cls(losses, job.batches, observers, kept, processes.from_main(kept is not None), done)
+        found = cls(scores, job.batches, observers, kept, processes.from_main(kept is not None), done)
         found._restore()
         found.done = processes.from_main(found.done)
         if bool(found.done.any()):
-            losses.copy_(processes.from_main(losses))
+            scores.copy_(processes.from_main(scores))
         todo, found.left = ((~found.done).any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
         needed = {point for observer in observers for point in observer.needed} if bool(found.done.any()) and todo else ()
         found.todo = sorted({*todo, *needed})
@@ -275,7 +300,7 @@ class _Results:
             assert self.kept is not None
             stored = self.kept.read(name)
             seen = {key: stored.pop(key) for key in list(stored) if "/" in key}
-            for point, batch in _fill_in(self.losses, self.batches, stored):
+            for point, batch in _fill_in(self.scores, self.batches, stored):
                 self.done[point, batch] = True
             for number, observer in enumerate(self.observers):
                 ranks = {key.split("/")[1] for key in seen if key.startswith(f"{number}/")}
@@ -300,14 +325,14 @@ class _Results:
             for number, observer in enumerate(self.observers if self.keeping else ())
             for key, value in observer.seen(points).items()
         }
-        losses: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         everything: dict[str, Tensor] = {}
         for of_one, seen_by_one in processes.exchange((mine, seen)):
-            losses |= of_one
+            scores |= of_one
             everything |= seen_by_one
-        _fill_in(self.losses, self.batches, losses)
-        if self.kept and losses:
-            self.kept.write(next(iter(losses)), {**losses, **everything})
+        _fill_in(self.scores, self.batches, scores)
+        if self.kept and scores:
+            self.kept.write(next(iter(scores)), {**scores, **everything})
 
 
 def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer]) -> dict[str, Any]:
@@ -327,17 +352,18 @@ def _facts(job: _Job, options: EvaluationOptions, observers: Sequence[Observer])
     }
 
 
-def _fill_in(losses: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Puts summed losses [window of the batch] in their places; keys are POINT-BATCH."""
+def _fill_in(scores: Tensor, batches: Sequence[list[int]], found: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Puts scores [window of the batch, 2] in their places; keys are POINT-BATCH."""
     places = [(int(point), int(batch)) for point, batch in (key.split("-") for key in found)]
     for (point, batch), values in zip(places, found.values(), strict=True):
-        losses[point, batches[batch]] = values
+        scores[point, batches[batch]] = values
     return places
 
 
-def _chunks(batches: Sequence[int], passes: int) -> list[Sequence[int]]:
-    """The batches of each pass."""
-    size = math.ceil(len(batches) / passes) or 1
+def rounds_of(batches: Sequence[int], plan: Cost, size: int | None = None) -> list[Sequence[int]]:
+    """The batches of each pass; with `size`, at most so many where all weights are in place at once."""
+    if size is None or plan.mode == "layers":
+        size = math.ceil(len(batches) / plan.passes) or 1
     return [batches[first : first + size] for first in range(0, len(batches), size)]
 
 
@@ -401,21 +427,43 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
 
 
 def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
-    """Decides how much is in memory at once.
+    """Decides how much is in memory at once."""
+    of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
+    stored = ends.a.checkpoint.stored.nbytes + ends.b.checkpoint.stored.nbytes
+    everything = of_a + len(ends.symmetries) * of_b + ends.skeleton.nbytes
+    hidden = int(ends.a.text_config.hidden_size)
+    return planned(ends.skeleton.device, everything, points, windows, options, stored=stored, hidden=hidden, layers=layers)
+
+
+def planned(
+    device: torch.device,
+    everything: int,
+    points: int,
+    windows: Windows,
+    options: EvaluationOptions,
+    *,
+    stored: int,
+    hidden: int,
+    layers: int,
+) -> Cost:
+    """Decides whether all weights are in memory at once, and how many passes the activations take.
 
     An accelerator with memory of its own decides in the place of the CPU: the model and the activations are there.
+
+    Args:
+        everything: bytes of all weights at once.
+        points: forward passes of each batch.
+        stored: bytes that one pass reads.
+        hidden: size of a hidden state.
+        layers: decoder layers.
     """
-    processes, device = process_group(), ends.skeleton.device
-    there = memory_on(device)
+    processes, there = process_group(), memory_on(device)
     if there is None:
         free = available_memory() // processes.local_count
     else:
         free = there // math.ceil(processes.local_count / torch.cuda.device_count())
-    of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
-    stored = ends.a.checkpoint.stored.nbytes + ends.b.checkpoint.stored.nbytes
-    everything = of_a + len(ends.symmetries) * of_b + ends.skeleton.nbytes
     longest = max(len(row) for row in windows.rows)
-    per_token = IN_FLIGHT * int(ends.a.text_config.hidden_size) * options.dtype.itemsize
+    per_token = IN_FLIGHT * hidden * options.dtype.itemsize
     if everything < SHARE * free if options.resident is None else options.resident:
         return Cost("resident", 1, stored, everything, per_token * longest)
     needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / processes.count)

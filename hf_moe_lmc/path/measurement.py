@@ -35,12 +35,14 @@ class _Found:
 
     Attributes:
         losses: of each window, float64 [window], nats.
+        right: tokens of each window that are the first choice, float64 [window].
         routing: records as in report.json.
         facts: of the model that ran.
         problem: why there is no routing.
     """
 
     losses: dict[Point, Tensor]
+    right: dict[Point, Tensor]
     cost: Cost
     routing: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -52,7 +54,7 @@ class _Found:
         rows = [*self.routing, *(row for row in later.routing if (row["path"], row["t"]) not in known)]
         rows.sort(key=lambda row: (row["path"], row["t"], row["layer"], row["module"]))
         cost = replace(self.cost, passes=self.cost.passes + later.cost.passes)
-        return _Found(later.losses | self.losses, cost, rows, self.facts, self.problem)
+        return _Found(later.losses | self.losses, later.right | self.right, cost, rows, self.facts, self.problem)
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,20 @@ class Measurement:
         """Losses, and the routing where it is wanted, at some points."""
         processes, facts = process_group(), dict[str, Any]()
         watching = RoutingObserver(self.evaluator.a, points) if self.grid.routing else None
-        losses, cost = self.evaluator.evaluate(
+        scores, cost = self.evaluator.score(
             self.symmetries,
             points,
             inspect_model=lambda model: facts.update(implementations(model, self.evaluator.options.device)),
             observers=[watching] if watching else [],
             progress=self.progress,
         )
-        at_point = dict(zip(points, losses, strict=True))
+        losses, right = (dict(zip(points, values, strict=True)) for values in (scores.losses, scores.right))
         if watching is None:
-            return _Found(at_point, cost, [], facts, None)
+            return _Found(losses, right, cost, [], facts, None)
         for number, tallies in enumerate(processes.exchange(watching.tallies)):
             if number != processes.rank:
                 watching.add(tallies)
-        return _Found(at_point, cost, watching.rows(), facts, watching.problem)
+        return _Found(losses, right, cost, watching.rows(), facts, watching.problem)
 
     def curve(self, found: _Found, t: Sequence[float]) -> BarrierCurve:
         """The aligned path."""
@@ -135,6 +137,8 @@ class Measurement:
         grid, evaluator = self.grid, self.evaluator
         found, t = self.run()
         losses = {path: torch.stack([found.losses[self.on(path, at)] for at in t]) for path in self.symmetries}
+        right = {path: torch.stack([found.right[self.on(path, at)] for at in t]) for path in self.symmetries}
+        halfway = {path: self.on(path, MIDPOINT) for path in self.symmetries if grid.halfway}
         facts = dict(found.facts)
         if grid.refine:
             facts["refined_t"] = [at for at in t if at not in grid.t]
@@ -154,7 +158,9 @@ class Measurement:
             layerwise={span: self.span_losses(span, found) for span in self.spans} if grid.steps else None,
             routing=[row for row in found.routing if row["t"] in t] if grid.routing and not found.problem else None,
             own=own,
-            halfway={path: found.losses[self.on(path, MIDPOINT)] for path in self.symmetries if grid.halfway},
+            halfway={path: found.losses[point] for path, point in halfway.items()},
+            right=right,
+            halfway_right={path: found.right[point] for path, point in halfway.items()},
         )
 
     def span_losses(self, span: Span, found: _Found) -> LayerLosses:
@@ -171,11 +177,16 @@ def _beside_the_maximum(curve: BarrierCurve) -> list[float]:
 
 
 def own_losses(model: MoEModel, windows: Windows, options: EvaluationOptions) -> dict[str, Any]:
-    """Losses of one model by itself, under its own configuration and over its own vocabulary, as in report.json."""
+    """What one model by itself has in report.json, under its own configuration and over its own vocabulary."""
     evaluator = Evaluator(model, model, windows, replace(options, masked=None))
-    losses, _ = evaluator.evaluate({"naive": model.identity()}, [Point("naive", 0.0)])
+    scores, _ = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)])
     scored = windows.scored
-    return {"nll": float(losses.sum() / scored.sum()), "window_nll": (losses[0] / scored).tolist()}
+    return {
+        "nll": float(scores.losses.sum() / scored.sum()),
+        "accuracy": float(scores.right.sum() / scored.sum()),
+        "window_nll": (scores.losses[0] / scored).tolist(),
+        "window_right": scores.right[0].int().tolist(),
+    }
 
 
 def layer_spans(layers: str | None, model: MoEModel) -> list[Span]:

@@ -9,6 +9,7 @@ from hf_moe_lmc.errors import InputError
 
 DType = Literal["float32", "bfloat16", "float16"]
 LAYERWISE = 5  # inner points where `layers` alone is given
+QUESTIONS = 200  # of a cloze task where no number is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,30 @@ class GridOptions:
         """The points behind A where some layers alone leave it; none where that is not measured."""
         inner = self.layerwise or (LAYERWISE if self.layers is not None else 0)
         return tuple((i + 1) / (inner + 1) for i in range(inner + 1)) if inner else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditionOptions:
+    """What is measured besides the losses along the paths.
+
+    Attributes:
+        ensemble: the ensemble of both parents: the mean of the logits, and the mean of the probabilities.
+        cloze: questions of each text, at most, of a cloze task made from it; None: none are asked.
+
+    Raises:
+        InputError: a number out of range.
+
+    Example:
+        >>> AdditionOptions(cloze=0)
+        Traceback (most recent call last):
+        hf_moe_lmc.errors.InputError: cloze 0: expected at least 1
+    """
+
+    ensemble: bool = False
+    cloze: int | None = None
+
+    def __post_init__(self) -> None:
+        check_least(self, cloze=1)
 
 
 @dataclass(frozen=True, kw_only=True)

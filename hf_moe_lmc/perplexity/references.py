@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.perplexity.bootstrap import Interval
@@ -22,6 +23,9 @@ from hf_moe_lmc.perplexity.windows import Windows
 PARENTS = ("a", "b")
 MERGES = ("naive", "aligned", "repaired", "ensemble")  # what is compared with the parents
 MODELS = (*PARENTS, *MERGES)
+KINDS = ("logits", "probabilities")  # what is averaged in the ensembles of both parents
+BY_TEXT = "by_text"  # where the lower ensemble is another on another text
+MEASURES = ("accuracy", "cloze")  # shares of right answers
 
 
 @dataclass(frozen=True)
@@ -54,32 +58,37 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses on one text, or on the mean of the texts, and the differences of merges from the parents.
+    """One figure of the models on one text, or on the mean of the texts, and the differences of merges from the parents.
 
     Attributes:
-        losses: by the names of MODELS, nats per token; None: not measured.
+        values: by the names of MODELS; None: not measured. Losses are in nats per token.
         differences: of each measured merge, from `a`, `b` and, where it is another merge, `naive`.
+        higher: the figure is the share of right answers, of which more is better.
 
     Example:
         >>> losses = {"a": 3.0, "b": 2.5, "naive": 4.0, "aligned": 2.6, "repaired": None, "ensemble": None}
         >>> found = Comparison(losses, {"aligned": {"b": Difference(0.1, (0.08, 0.12))}})
         >>> found.better, found.worse, found.parents, found.to_better("aligned").value
         ('b', 'a', 2.75, 0.1)
+        >>> Comparison({"a": 0.5, "b": 0.25}, {}, higher=True).better
+        'a'
     """
 
-    losses: Mapping[str, float | None]
+    values: Mapping[str, float | None]
     differences: Mapping[str, Mapping[str, Difference]]
+    higher: bool = False
 
     def loss(self, model: str) -> float:
-        """Nats per token; nan where it was not measured."""
-        found = self.losses[model]
+        """The figure of a model, a loss in nats per token unless `higher`; nan where it was not measured."""
+        found = self.values[model]
         return math.nan if found is None else found
 
     @property
     def better(self) -> str:
-        """The parent of the lower loss, `a` where both are equal. One whose loss is not finite is the worse one."""
-        a, b = (loss if math.isfinite(loss) else math.inf for loss in map(self.loss, PARENTS))
-        return "b" if b < a else "a"
+        """The better parent, `a` where both are equal. One whose figure is not finite is the worse one."""
+        worst = -math.inf if self.higher else math.inf
+        a, b = (value if math.isfinite(value) else worst for value in map(self.loss, PARENTS))
+        return "b" if (b > a if self.higher else b < a) else "a"
 
     @property
     def worse(self) -> str:
@@ -88,17 +97,17 @@ class Comparison:
 
     @property
     def parents(self) -> float:
-        """Mean loss of both parents, nats per token."""
+        """Mean of both parents."""
         return (self.loss("a") + self.loss("b")) / 2
 
     def to_better(self, merge: str) -> Difference:
-        """The loss of a merge less that of the better parent."""
+        """The figure of a merge less that of the better parent."""
         return self.differences[merge][self.better]
 
     def to_dict(self) -> dict[str, Any]:
         """One text, or the mean, of `references` in report.json."""
         return {
-            **self.losses,
+            **self.values,
             "parents": self.parents,
             "better": self.better,
             "differences": {
@@ -110,14 +119,45 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
+class Shares:
+    """Right answers of the models, counted in units: windows of predicted tokens, or single questions.
+
+    Attributes:
+        models: by the names of MODELS, float64 [unit]; what is missing was not measured.
+        ensembles: by KINDS, float64 [unit]; empty: not measured.
+        means: of the texts, over these units.
+    """
+
+    models: Mapping[str, Tensor]
+    ensembles: Mapping[str, Tensor]
+    means: TextMeans
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What stands beside the losses of parents and merges, at the same t.
+
+    Attributes:
+        ensembles: losses of the two parents' ensembles by KINDS, float64 [window], nats, summed over each window.
+        shares: by the words of MEASURES.
+    """
+
+    ensembles: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: Mapping[str, Shares] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class References:
     """Losses of two parents and of their merges at one t, by text and on the unweighted mean of the texts.
 
+    Of the two ensembles, `ensemble` is on each text the one of the lower loss, and its right answers are of the same one.
+
     Attributes:
-        t: of the merges; 0 is A, 1 is B.
+        t: of the merges, and the weight of B in the ensembles; 0 is A, 1 is B.
         models: by the names of MODELS, float64 [window], nats, summed over each window: `a` and `b` are each parent by
             itself, under its own configuration and over its own vocabulary. What is missing was not measured.
         means: of the texts.
+        beside: right answers and ensembles.
 
     Example:
         >>> import torch
@@ -132,43 +172,97 @@ class References:
     t: float
     models: Mapping[str, Tensor]
     means: TextMeans
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def several(self) -> bool:
         """Whether there are several texts."""
         return len(self.means.names) > 1
 
+    @property
+    def scopes(self) -> list[tuple[str, str | None]]:
+        """Each text by its name, then, where there are several, their mean: its title, and what `means` calls it."""
+        return [*((name, name) for name in self.means.names), *([("mean", None)] if self.several else [])]
+
     @cached_property
     def texts(self) -> dict[str, Comparison]:
-        """On each text, by its name."""
-        return {name: self._on(name) for name in self.means.names}
+        """Losses on each text, by its name."""
+        return {name: self._losses(name) for name in self.means.names}
 
     @cached_property
     def mean(self) -> Comparison:
-        """On the unweighted mean of the texts."""
-        return self._on(None) if self.several else next(iter(self.texts.values()))
+        """Losses on the unweighted mean of the texts."""
+        return self._losses(None) if self.several else next(iter(self.texts.values()))
 
-    def _on(self, text: str | None) -> Comparison:
-        values = self.means.of(text, np.stack([losses.numpy() for losses in self.models.values()]))
-        losses = dict(zip(self.models, values.tolist(), strict=True))
-        pairs = [
-            (merge, other)
-            for merge in MERGES
-            for other in (*PARENTS, "naive")
-            if merge in self.models and other in self.models and other != merge
-        ]
-        differences: dict[str, dict[str, Difference]] = {}
-        for (merge, other), found in zip(pairs, differences_on(text, self.means, self.models, pairs), strict=True):
-            differences.setdefault(merge, {})[other] = found
-        return Comparison({name: losses.get(name) for name in MODELS}, differences)
+    @cached_property
+    def ensemble_of(self) -> dict[str, str]:
+        """Which of the ensembles `ensemble` is on each text, one of KINDS; empty: not measured."""
+        measured = self.beside.ensembles
+        if not measured:
+            return {}
+        losses = np.stack([measured[kind].numpy() for kind in KINDS])
+        by_text = {name: np.nan_to_num(self.means.of(name, losses), nan=np.inf) for name in self.means.names}
+        return {name: KINDS[int(values.argmin())] for name, values in by_text.items()}
+
+    def shares(self, measure: str, text: str | None) -> Comparison | None:
+        """Right answers on a text, or with None on the mean of the texts; None where they were not counted.
+
+        Args:
+            measure: one of MEASURES.
+        """
+        found = self.beside.shares.get(measure)
+        if found is None:
+            return None
+        models = dict(found.models)
+        if found.ensembles:
+            models["ensemble"] = self._lower(found.ensembles, found.means)
+        return _compared(text if self.several else self.means.names[0], found.means, models, higher=True)
+
+    def _losses(self, text: str | None) -> Comparison:
+        models = dict(self.models)
+        if self.beside.ensembles:
+            models["ensemble"] = self._lower(self.beside.ensembles, self.means)
+        return _compared(text, self.means, models)
+
+    def _lower(self, ensembles: Mapping[str, Tensor], means: TextMeans) -> Tensor:
+        """In each unit, that of the ensemble which is taken on its text."""
+        found = ensembles[KINDS[0]].clone()
+        for text, kind in self.ensemble_of.items():
+            own = torch.from_numpy(means.members[text])
+            found[own] = ensembles[kind][own]
+        return found
+
+    def _on(self, text: str | None) -> dict[str, Any]:
+        """One text, or the mean, of `references` in report.json."""
+        losses, kinds = (self.mean if text is None else self.texts[text]), self.ensemble_of
+        taken = set(kinds.values()) if text is None else {kinds[text]} if kinds else set()
+        both = {kind: float(self.means.of(text, value.numpy()[None])[0]) for kind, value in self.beside.ensembles.items()}
+        shares = {measure: self.shares(measure, text) for measure in MEASURES}
+        return {
+            **losses.to_dict(),
+            "ensemble_of": BY_TEXT if len(taken) > 1 else next(iter(taken), None),
+            "ensembles": both or None,
+            **{measure: found and found.to_dict() for measure, found in shares.items()},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The `references` of report.json."""
-        return {
-            "t": self.t,
-            "texts": {name: found.to_dict() for name, found in self.texts.items()},
-            "mean": self.mean.to_dict(),
-        }
+        return {"t": self.t, "texts": {name: self._on(name) for name in self.means.names}, "mean": self._on(None)}
+
+
+def _compared(text: str | None, means: TextMeans, models: Mapping[str, Tensor], *, higher: bool = False) -> Comparison:
+    """One figure of some models on a text, or with None on the mean of the texts; float64 [unit] by model."""
+    values = dict(zip(models, means.of(text, np.stack([each.numpy() for each in models.values()])).tolist(), strict=True))
+    pairs = [
+        (merge, other)
+        for merge in MERGES
+        for other in (*PARENTS, "naive")
+        if merge in models and other in models and other != merge
+    ]
+    differences: dict[str, dict[str, Difference]] = {}
+    for (merge, other), found in zip(pairs, differences_on(text, means, models, pairs), strict=True):
+        differences.setdefault(merge, {})[other] = found
+    return Comparison({name: values.get(name) for name in MODELS}, differences, higher)
 
 
 def differences_on(
@@ -186,8 +280,10 @@ def differences_on(
     ]
 
 
-def references(models: Mapping[str, Tensor], windows: Windows, *, t: float) -> References:
+def references(models: Mapping[str, Tensor], windows: Windows, *, t: float, beside: Beside | None = None) -> References:
     """See `References`; what was not measured may be missing.
+
+    A repaired merge needs nothing but its losses under the name `repaired`.
 
     Raises:
         KeyError: a model of another name than those of MODELS, or a parent is missing.
@@ -195,4 +291,4 @@ def references(models: Mapping[str, Tensor], windows: Windows, *, t: float) -> R
     if strange := models.keys() - set(MODELS):
         raise KeyError(f"unknown models {', '.join(sorted(strange))}")
     ordered = {name: models[name] for name in MODELS if name in models or name in PARENTS}
-    return References(t, ordered, TextMeans(windows))
+    return References(t, ordered, TextMeans(windows), beside or Beside())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
 from hf_moe_lmc.perplexity.drawing import POOLED, path_names
-from hf_moe_lmc.perplexity.references import MERGES, References
+from hf_moe_lmc.perplexity.references import MEASURES, MERGES, Comparison, Difference, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
-from hf_moe_lmc.perplexity.verdict import MergedAt, Verdict
+from hf_moe_lmc.perplexity.verdict import MIDPOINT, MergedAt, Verdict
 from hf_moe_lmc.perplexity.wording import capital, no_barrier
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
@@ -43,22 +44,88 @@ def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:
 
 
 def by_text(found: References) -> list[str]:
-    """Losses on each text and on their mean, for a terminal."""
-    return [f"nats per token at t = {found.t:.3g}", *aligned(_text_rows(found), align=">")]
+    """The models on each text and on their mean, then how far merges are from the better parent, for a terminal."""
+    figures, differences = figure_rows(found), difference_rows(found)
+    return [
+        f"at t = {found.t:.3g}: losses in nats per token{_of_shares(found)}{_of_ensemble(found)}",
+        *aligned(figures, align=">"),
+        "",
+        f"less the better parent on that text, at t = {found.t:.3g}",
+        *aligned(differences, align=">"),
+    ]
 
 
-def _text_rows(found: References) -> list[list[str]]:
-    """A row for each text, and one for their mean where there are several."""
-    measured = [name for name in MERGES if name in found.models]
-    ends = [f"{name} - better" for name in measured]
-    rows = [["text", "A", "B", "mean of A, B", *measured, *ends]]
-    for name, on in [*found.texts.items(), *([("mean", found.mean)] if found.several else [])]:
-        losses = (on.loss("a"), on.loss("b"), on.parents, *map(on.loss, measured))
-        to_better = map(on.to_better, measured)
+def _of_shares(found: References) -> str:
+    what = {"accuracy": "next tokens that are the first choice in %", "cloze": "cloze questions answered right in %"}
+    return "".join(f"; {what[measure]}" for measure in MEASURES if measure in found.beside.shares)
+
+
+def _of_ensemble(found: References) -> str:
+    """What is averaged in the ensemble, and with which weights."""
+    kinds = found.ensemble_of
+    if not kinds:
+        return ""
+    weights = "equal weights" if found.t == MIDPOINT else f"weights {1 - found.t:.3g} of A and {found.t:.3g} of B"
+    taken = set(kinds.values())
+    of = next(iter(taken)) if len(taken) == 1 else ", ".join(f"{kind} on {name}" for name, kind in kinds.items())
+    return f"; ensemble: mean of {of}, {weights}"
+
+
+def _compared(found: References) -> Iterator[tuple[str, Comparison]]:
+    """A title and a comparison for each row: losses by text, then the shares that were measured."""
+    for name, scope in found.scopes:
+        yield name, found.mean if scope is None else found.texts[scope]
+    for measure in MEASURES:
+        for name, scope in found.scopes:
+            shares = found.shares(measure, scope)
+            if shares is not None:
+                yield f"{measure}, {name}", shares
+
+
+def _merges(found: References) -> list[str]:
+    """The merges that were measured, the ensemble included."""
+    return [name for name in MERGES if found.mean.values[name] is not None]
+
+
+def figure_rows(found: References) -> list[list[str]]:
+    """Parents, their mean, the better one and merges, with a head; a row for each text, and one for their mean."""
+    merges = _merges(found)
+    rows = [["text", "A", "B", "mean of A, B", "better", *merges]]
+    for title, on in _compared(found):
+        form = _percent if on.higher else _nats
+        values = [on.loss("a"), on.loss("b"), on.parents]
+        rows.append([title, *map(form, values), on.better.upper(), *(form(on.loss(merge)) for merge in merges)])
+    return rows
+
+
+def difference_rows(found: References) -> list[list[str]]:
+    """How far merges are from the better parent, with paired intervals and a head; rows as in `figure_rows`."""
+    merges = _merges(found)
+    rows = [["text", *merges]]
+    for title, on in _compared(found):
+        scale, form = (100, "+.1f") if on.higher else (1, "+.4f")
+        differences = [on.differences.get(merge) for merge in merges]
         rows.append(
-            [name, *(f"{loss:.4f}" for loss in losses), *(f"{d.value:+.4f}{_brackets(d.interval, '+.4f')}" for d in to_better)]
+            [
+                title,
+                *("" if not d else _difference(on.to_better(m), scale, form) for m, d in zip(merges, differences, strict=True)),
+            ]
         )
     return rows
+
+
+def _difference(found: Difference, scale: float, form: str) -> str:
+    interval = found.interval and (scale * found.interval[0], scale * found.interval[1])
+    return f"{scale * found.value:{form}}{_brackets(interval, form)}"
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.4f}"
+
+
+def _percent(share: float) -> str:
+    """A share in percent; empty where it was not measured."""
+    return "" if math.isnan(share) else f"{100 * share:.1f}"
 
 
 def table(paths: Paths, summary: Summary, *, several: bool = False) -> list[str]:
@@ -182,9 +249,22 @@ def _references(verdict: Verdict) -> str:
         f"its own vocabulary.{mean}\nDifferences are from the better parent on that text, with paired intervals.\n"
     ]
     for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
-        header, *rows = _text_rows(found)
-        parts.append(f"At t = {found.t:.3g}:\n\n{markdown_table(header, rows)}")
+        for title, (header, *rows) in (("", figure_rows(found)), (", less the better parent", difference_rows(found))):
+            parts.append(f"At t = {found.t:.3g}{title}:\n\n{markdown_table(header, rows)}")
+        if found.ensemble_of:
+            parts.append(f"{capital(_of_ensemble(found).removeprefix('; '))}.\n")
+        parts += _of_measures(found)
     return "\n".join(parts)
+
+
+def _of_measures(found: References) -> list[str]:
+    """What the rows of shares are."""
+    said = {
+        "accuracy": "`accuracy` is the share of the scored tokens that are the model's first choice, in percent.\n",
+        "cloze": "`cloze` is the share of questions answered right, in percent: which of four continuations follows? The "
+        "questions are made from\nthe evaluated text itself.\n",
+    }
+    return [said[measure] for measure in MEASURES if measure in found.beside.shares]
 
 
 def _table_of_barriers(paths: Paths) -> str:

@@ -17,9 +17,13 @@ from torch import Tensor
 
 from hf_moe_lmc.perplexity import drawing, rendering, wording
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval, half_width
+from hf_moe_lmc.perplexity.by_text import TextMeans
+from hf_moe_lmc.perplexity.cloze import Cloze
 from hf_moe_lmc.perplexity.curve import BarrierCurve
-from hf_moe_lmc.perplexity.references import References, references
+from hf_moe_lmc.perplexity.least import LeastLoss
+from hf_moe_lmc.perplexity.references import Beside, References, Shares, references
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
+from hf_moe_lmc.perplexity.scores import Scores
 from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
@@ -47,8 +51,27 @@ class LayerLosses:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What was measured at one t besides the losses and right tokens along the paths.
+
+    Attributes:
+        ensembles: of both parents, with the weight t of B, by KINDS: losses and right tokens as of one point. Empty: not
+            measured.
+        cloze: questions that each model answers right, by the names of MODELS, float64 [question]. Empty: not asked.
+        cloze_ensembles: the same of the ensembles, by KINDS.
+    """
+
+    ensembles: Mapping[str, Scores] = field(default_factory=dict)
+    cloze: Mapping[str, Tensor] = field(default_factory=dict)
+    cloze_ensembles: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BarrierReport:
     """The perplexity barrier between two models on the naive and on the aligned path (paper, Eq. 1).
+
+    A repaired merge is one more entry `repaired` of `losses`, `right` and `halfway`, at the same t: references, tables,
+    plots and the verdict then have it. Its points lie on no straight line, so that its barrier is not that of Eq. 1.
 
     Attributes:
         a, b: origin of the two checkpoints.
@@ -63,6 +86,12 @@ class BarrierReport:
             in report.json; None: it is not.
         halfway: by path name, float64 [window], the losses at t = 0.5, on the grid or not; by default those of the grid.
         merge: the merge that the references and the verdict are about, at a point of the grid; None: no merge was made.
+        right: by path name, float64 [point, window], scored tokens that are the first choice; empty: not counted.
+        halfway_right: as `halfway`.
+        added: what was measured besides, by t.
+        questions: of the cloze task; None: not asked.
+        decides: the path that the verdict of a report without `merge` is about, that a merge would be written from; by
+            default `repaired` where that was measured. Where a repair was refused, name `aligned`.
 
     Example:
         >>> import torch
@@ -92,6 +121,11 @@ class BarrierReport:
     own: Mapping[str, Mapping[str, Any]] | None = None
     halfway: Mapping[str, Tensor] = field(default_factory=dict)
     merge: MergedAt | None = None
+    right: Mapping[str, Tensor] = field(default_factory=dict)
+    halfway_right: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[float, Added] = field(default_factory=dict)
+    questions: Cloze | None = None
+    decides: str | None = None
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -101,7 +135,10 @@ class BarrierReport:
     @cached_property
     def paths(self) -> dict[str, PathResult]:
         """Curve and intervals of each path, by its name."""
-        return {name: PathResult(self.t, losses, self.windows, self.bootstrap) for name, losses in self.losses.items()}
+        return {
+            name: PathResult(self.t, losses, self.windows, self.bootstrap, self.right.get(name))
+            for name, losses in self.losses.items()
+        }
 
     @cached_property
     def layers(self) -> dict[Span, PathResult]:
@@ -124,32 +161,63 @@ class BarrierReport:
             "floor": max(ROUNDING, self.relabelling_floor or 0.0),
             "remarks": [*self.not_finite, *self.warnings],
         }
-        parents = {side: torch.tensor(own["window_nll"]) * self.windows.scored for side, own in (self.own or {}).items()}
         merge = self.merge
         if merge is None:
-            return self._of_paths("aligned", parents, about)
+            return self._of_paths(self.decides or ("repaired" if "repaired" in self.losses else "aligned"), about)
         if merge.chosen:
-            found = self._of_paths(merge.path, parents, about)
+            found = self._of_paths(merge.path, about)
             if found.t == merge.t:
                 return replace(found, references=found.compared)
-            here = replace(references(self._at(merge, parents), self.windows, t=merge.t), means=found.compared.means)
+            here = references(self._at(merge.t, merge.path), self.windows, t=merge.t, beside=self._beside(merge.t, merge.path))
+            here = replace(here, means=found.compared.means)
             return replace(found, references=here, compared=here)
-        return merge_verdict(self._at(merge, parents), self.windows, t=merge.t, merge=merge.path, **about)
+        models, beside = self._at(merge.t, merge.path), self._beside(merge.t, merge.path)
+        return merge_verdict(models, self.windows, t=merge.t, merge=merge.path, beside=beside, **about)
 
-    def _at(self, merge: MergedAt, parents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of the parents, and of each path at the t of a merge: float64 [window]."""
-        ends = {"a": self.losses[merge.path][0], "b": self.losses.get("naive", self.losses[merge.path])[-1]}
-        return {**ends, **parents, **{name: losses[self.t.index(merge.t)] for name, losses in self.losses.items()}}
+    @property
+    def _parents(self) -> dict[str, Tensor]:
+        """Losses of the models by themselves where they are not the ends of the paths: float64 [window]."""
+        return {
+            side: torch.tensor(own["window_nll"], dtype=torch.float64) * self.windows.scored
+            for side, own in (self.own or {}).items()
+        }
 
-    def _of_paths(self, merge: str, parents: Mapping[str, Tensor], about: Mapping[str, Any]) -> Verdict:
-        halfway = self.halfway or {name: losses[self.t.index(MIDPOINT)] for name, losses in self.losses.items()}
+    def _at(self, t: float, path: str) -> dict[str, Tensor]:
+        """Losses of the parents, and of each path at one of its points: float64 [window]."""
+        return {**_ends(self.losses, path), **self._parents, **_points(self.losses, self.t.index(t))}
+
+    def _halfway(self) -> dict[str, Tensor]:
+        return dict(self.halfway) or _points(self.losses, self.t.index(MIDPOINT))
+
+    def _beside(self, t: float, path: str) -> Beside:
+        """Ensembles and right answers at a t: of the grid, or halfway."""
+        added, shares = self.added.get(t, Added()), {}
+        if self.right:
+            own = {side: torch.tensor(of["window_right"]).double() for side, of in (self.own or {}).items()}
+            here = self.halfway_right if t == MIDPOINT and self.halfway_right else _points(self.right, self.t.index(t))
+            models = {**_ends(self.right, path), **own, **here}
+            shares["accuracy"] = Shares(models, {kind: of.right[0] for kind, of in added.ensembles.items()}, self.means)
+        if added.cloze:
+            assert self.questions is not None
+            shares["cloze"] = Shares(added.cloze, added.cloze_ensembles, TextMeans(self.questions.windows))
+        return Beside({kind: of.losses[0] for kind, of in added.ensembles.items()}, shares)
+
+    @cached_property
+    def means(self) -> TextMeans:
+        """Of the texts."""
+        return TextMeans(self.windows)
+
+    def _of_paths(self, merge: str, about: Mapping[str, Any]) -> Verdict:
+        least = LeastLoss(self.t, self.losses[merge], self.means).chosen
+        named = {MIDPOINT} | ({least} if least is not None else set())
         return path_verdict(
             self.losses,
             self.t,
             self.windows,
-            halfway=halfway,
-            parents=parents,
+            halfway=self._halfway(),
+            parents=self._parents,
             merge=merge,
+            beside={t: self._beside(t, merge) for t in named},
             **about,
         )
 
@@ -273,12 +341,30 @@ class BarrierReport:
             **({} if self.layerwise is None else {"layerwise": layerwise}),
             **({} if self.routing is None else {"routing": [dict(record) for record in self.routing]}),
             **({} if self.own is None else {"own": {side: dict(values) for side, values in self.own.items()}}),
+            **({} if self.questions is None else {"cloze": self.questions.describe()}),
+            **({"ensembles": self._ensembles()} if any(added.ensembles for added in self.added.values()) else {}),
             "summary": self.summary.to_dict(),
             "statistics": self.bootstrap.describe(),
             "warnings": self.warnings,
             "versions": {name: version(name) for name in PACKAGES},
             "seconds": self.seconds,
         }
+
+    def _ensembles(self) -> list[dict[str, Any]]:
+        """The `ensembles` of report.json: one entry for each t and kind."""
+        scored = self.windows.scored
+        return [
+            {
+                "t": t,
+                "of": kind,
+                "nll": float(of.losses[0].sum() / scored.sum()),
+                "accuracy": float(of.right[0].sum() / scored.sum()),
+                "window_nll": (of.losses[0] / scored).tolist(),
+            }
+            for t, added in sorted(self.added.items())
+            if self.merge is None or self.merge.t == t
+            for kind, of in added.ensembles.items()
+        ]
 
     def to_json(self) -> str:
         """report.json: null stands for a number that is not finite."""
@@ -357,3 +443,13 @@ class BarrierReport:
             measured=self.subtitle,
             finding=wording.capital(VOID if self.disagreement else self.verdict.title),
         ).write(path, kind)
+
+
+def _ends(values: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """A, and B as it is where that was measured: [window], from [point, window] by path."""
+    return {"a": values[path][0], "b": values.get("naive", values[path])[-1]}
+
+
+def _points(values: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One point of each path: [window]."""
+    return {name: of_path[index] for name, of_path in values.items()}

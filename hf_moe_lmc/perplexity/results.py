@@ -26,6 +26,7 @@ class PathResult:
         losses: float64 [point, window], nats, summed over the scored tokens of each window.
         windows: what was evaluated on.
         bootstrap: resamples of the windows' documents; shared by all paths of a measurement, which makes them paired.
+        right: scored tokens of each window that are the model's first choice, float64 [point, window]; None: not counted.
 
     Example:
         >>> import torch
@@ -40,6 +41,7 @@ class PathResult:
     losses: Tensor
     windows: Windows
     bootstrap: Bootstrap
+    right: Tensor | None = None
 
     @cached_property
     def curve(self) -> BarrierCurve:
@@ -83,6 +85,11 @@ class PathResult:
             return None
         return (self.losses.sum(dim=1) / (math.log(2) * sum(self.windows.bytes_scored))).tolist()
 
+    @property
+    def accuracy(self) -> list[float] | None:
+        """Share of the scored tokens that are the model's first choice, at each point; None: not counted."""
+        return None if self.right is None else (self.right.sum(dim=1) / self.windows.scored.sum()).tolist()
+
     def to_dict(self) -> dict[str, Any]:
         """One of the `paths` of report.json."""
         curve = self.curve
@@ -102,6 +109,7 @@ class PathResult:
             "barrier_worse_end": curve.barrier_worse_end,
             "barrier_perplexity_ratio": curve.perplexity_ratio,
             "bits_per_byte": self.bits_per_byte,
+            "accuracy": self.accuracy,
         }
 
     def to_layers_dict(self, span: Span) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hf_moe_lmc.perplexity import wording
 from hf_moe_lmc.perplexity.bootstrap import Interval
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.least import LeastLoss
-from hf_moe_lmc.perplexity.references import PARENTS, Comparison, Difference, References, differences_on, references
+from hf_moe_lmc.perplexity.references import PARENTS, Beside, Comparison, Difference, References, differences_on, references
 from hf_moe_lmc.perplexity.windows import Windows
 
 MIDPOINT = 0.5  # t of the references of a path
@@ -166,9 +166,11 @@ class Verdict:
             assert self.itself is not None
             found.append(self._of_parent(self.itself))
         else:
-            subject = wording.on_mean(f"the merge at {wording.place(self.t)}", self.references.several)
+            subject = f"The {'repaired ' if self.merge == 'repaired' else ''}merge at {wording.place(self.t)}"
             held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
-            found.append(wording.of_merge(subject, self.merge, self.standing, self.mean, held_out))
+            found.append(
+                wording.of_merge(subject, self.merge, self.standing, self.mean, held_out, several=self.references.several)
+            )
         return [*found, wording.barriers(self.barriers)] if self.barriers else found
 
     def _of_parent(self, parent: str) -> str:
@@ -230,6 +232,7 @@ def merge_verdict(
     merge: str = "aligned",
     floor: float = ROUNDING,
     remarks: Sequence[str] = (),
+    beside: Beside | None = None,
 ) -> Verdict:
     """References and verdict of a merge at its own t.
 
@@ -240,8 +243,9 @@ def merge_verdict(
         t: of the merge; 0 is A, 1 is B.
         merge: the one that was made, `aligned` or `naive`, say.
         floor, remarks: as in `Verdict`.
+        beside: right answers and ensembles at this t.
     """
-    found = references(models, windows, t=t)
+    found = references(models, windows, t=t, beside=beside)
     return Verdict(found, found, merge, floor, remarks=remarks)
 
 
@@ -255,27 +259,31 @@ def path_verdict(
     merge: str = "aligned",
     floor: float = ROUNDING,
     remarks: Sequence[str] = (),
+    beside: Mapping[float, Beside] | None = None,
 ) -> Verdict:
     """References and verdict of the paths from A to B.
 
     Where its loss is least at an end, the sentences compare the merge halfway.
 
     Args:
-        paths: `aligned`, `naive` or both: float64 [point, window], nats, summed over each window.
+        paths: `aligned`, `naive` or both, and `repaired` where a repair was measured: float64 [point, window], nats, summed
+            over each window.
         t: the grid, ascending from 0 to 1.
         windows: what was evaluated on; they know their texts.
         halfway: by the names of MERGES, float64 [window]: losses at t = 0.5.
         parents: `a`, `b` or both by themselves, float64 [window], where they are not the ends of the paths.
         merge: the path that decides.
         floor, remarks: as in `Verdict`.
+        beside: right answers and ensembles, by t: halfway and at the t of the least loss.
     """
     ends = {"a": paths[merge][0], "b": paths.get("naive", paths[merge])[-1], **(parents or {})}
-    found = references({**ends, **halfway}, windows, t=MIDPOINT)
+    beside = beside or {}
+    found = references({**ends, **halfway}, windows, t=MIDPOINT, beside=beside.get(MIDPOINT))
     least = LeastLoss(t, paths[merge], found.means)
     compared = found
     if least.chosen is not None and 0 < least.chosen < 1:
         assert least.index is not None
-        fixed = {name: losses for name, losses in halfway.items() if name == "ensemble"}  # it is at no t
         at_least = {name: losses[least.index] for name, losses in paths.items()}
-        compared = replace(references({**ends, **at_least, **fixed}, windows, t=least.chosen), means=found.means)
+        here = references({**ends, **at_least}, windows, t=least.chosen, beside=beside.get(least.chosen))
+        compared = replace(here, means=found.means)
     return Verdict(found, compared, merge, floor, least, paths, remarks)

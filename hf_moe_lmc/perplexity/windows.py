@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.documents import Document
+from hf_moe_lmc.perplexity.scores import token_losses
 from hf_moe_lmc.perplexity.tokens import Tokens, first_tokens, own_bos, tokenizer_hash
 
-POSITIONS_AT_ONCE = 512  # rows of logits that are widened to float32 at a time
 TOKENS_PER_BATCH = 4096  # default budget of one forward pass
 TEXT = "text"  # name of a text that has none
 
@@ -111,20 +111,36 @@ class Windows:
         predicted = torch.tensor([len(row) - 1 for row in self.rows], dtype=torch.float64)
         return predicted - torch.tensor(self.context_only, dtype=torch.float64) if self.context_only else predicted
 
-    def sums(self, numbers: Sequence[int], losses: Tensor) -> Tensor:
+    def sums(self, numbers: Sequence[int], values: Tensor) -> Tensor:
         """Sums over the scored tokens of some windows of one length.
 
         Args:
             numbers: of the windows.
-            losses: of their predicted tokens, float64 [window, length - 1], nats.
+            values: of their predicted tokens, float64 [window, length - 1]: losses in nats, say.
 
         Returns:
-            float64 [window], nats.
+            float64 [window].
         """
         if self.context_only:
-            first = torch.tensor([self.context_only[i] for i in numbers], device=losses.device)
-            losses = losses.masked_fill(torch.arange(losses.shape[1], device=losses.device) < first[:, None], 0.0)
-        return losses.sum(dim=1)
+            first = torch.tensor([self.context_only[i] for i in numbers], device=values.device)
+            values = values.masked_fill(torch.arange(values.shape[1], device=values.device) < first[:, None], 0.0)
+        return values.sum(dim=1)
+
+    def new_ids(self) -> list[list[int]]:
+        """Token ids of the text of each window: without a BOS, and without what it repeats of the window before.
+
+        Example:
+            >>> rows = (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 3, 4]))
+            >>> Windows(rows, (0, 0), context=4, bos=True, tokens_read=4, stride=1, context_only=(0, 2)).new_ids()
+            [[1, 2, 3], [4]]
+        """
+        width = self.context - self.bos
+        repeated = width - (self.stride or width)
+        before = [None, *self.documents[:-1]]
+        return [
+            row[int(self.bos) + (repeated if owner == last else 0) :].tolist()
+            for row, owner, last in zip(self.rows, self.documents, before, strict=True)
+        ]
 
     @property
     def convention_hash(self) -> str:
@@ -380,26 +396,3 @@ def batches_of(rows: Sequence[Tensor], batch_size: int) -> list[list[int]]:
     for i, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(i)
     return [same[first : first + batch_size] for same in by_length.values() for first in range(0, len(same), batch_size)]
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token, in float32: float64 [batch, token], nats.
-
-    Args:
-        logits: [batch, token, vocabulary].
-        targets: int64 [batch, token].
-
-    Example:
-        >>> token_losses(torch.zeros(1, 2, 4), torch.tensor([[0, 3]]))  # four tokens, all alike
-        tensor([[1.3863, 1.3863]], dtype=torch.float64)
-    """
-    targets = targets.to(logits.device)
-    parts = [
-        torch.nn.functional.cross_entropy(
-            logits[:, first : first + POSITIONS_AT_ONCE].float().transpose(1, 2),
-            targets[:, first : first + POSITIONS_AT_ONCE],
-            reduction="none",
-        ).double()
-        for first in range(0, logits.shape[1], POSITIONS_AT_ONCE)
-    ]
-    return torch.cat(parts, dim=1)

@@ -106,46 +106,53 @@ def open_size(found: Difference, *, unit: bool = False) -> str:
     return number(found.value, sign=True) + (" nats per token" if unit else "") + interval
 
 
-def of_merge(subject: str, merge: str, standing: str, found: Comparison, held_out: Mapping[str, Difference] | None) -> str:
+def of_merge(
+    subject: str,
+    merge: str,
+    standing: str,
+    found: Comparison,
+    held_out: Mapping[str, Difference] | None,
+    *,
+    several: bool = False,
+) -> str:
     """A merge against both its parents.
 
     Args:
         subject: what the sentence is about, such as "The merge at t = 0.5".
         standing: one of the STANDINGS.
         held_out: the differences at t chosen by other documents, where they alone make it undecided.
+        several: there are several texts.
     """
-    better, worse = found.better.upper(), found.worse.upper()
+    better, worse, mean = found.better.upper(), found.worse.upper(), " on the mean of the texts" if several else ""
     if standing == "not_finite":
         bad = [name for name in (merge, "a", "b") if not math.isfinite(found.loss(name))]
         owners = ", ".join("its own" if name == merge else f"that of {name.upper()}" for name in bad)
-        return f"{subject} cannot be compared with its parents: a loss is not finite ({owners})."
+        return f"{subject} cannot be compared with its parents{mean}: a loss is not finite ({owners})."
     one, other = found.to_better(merge), found.differences[merge][found.worse]
     if standing == "below_both":
         return (
-            f"{subject} is below both parents: {size(one, unit=True)} below the better one, which is {better}, and "
-            f"{size(other)} below {worse}."
+            f"{subject} is below both parents{mean} by {size(one, unit=True)}, measured from the better one, "
+            f"which is {better}; below {worse} it is by {size(other)}."
         )
+    above = f"{subject} is above the better parent{mean} by {size(one, unit=True)}"
     if standing == "worse_than_either":
         return (
-            f"{subject} is {size(one, unit=True)} worse than the better parent, which is {better}, and {size(other)} worse "
-            f"than {worse}: worse than either, do not merge."
+            f"{above}: worse than either, do not merge. The better parent is {better}; above {worse} the merge is by "
+            f"{size(other)}."
         )
     if standing == "between":
-        return (
-            f"{subject} is between its parents: {size(one, unit=True)} above the better one, which is {better}, and "
-            f"{size(other)} below {worse}: not worth merging."
-        )
+        return f"{above}: not worth merging. The better parent is {better}; below {worse} the merge is by {size(other)}."
     if standing == "above_better":
         return (
-            f"{subject} is {size(one, unit=True)} above the better parent, which is {better}, and cannot be told apart from "
-            f"{worse} ({open_size(other)}): not worth merging."
+            f"{above}: not worth merging. The better parent is {better}; from {worse} the merge cannot be told apart "
+            f"({open_size(other)})."
         )
     if held_out is not None:
         return (
-            f"{subject} is {size(one, unit=True)} below the better parent, which is {better}, on the text that chose t, but "
-            f"not where other documents choose it ({open_size(held_out[found.better])}): the two cannot be told apart."
+            f"{subject} is below the better parent{mean}, which is {better}, by {size(one, unit=True)} on the text that chose "
+            f"t, but not where other documents choose it ({open_size(held_out[found.better])}): the two cannot be told apart."
         )
-    start = f"{subject} cannot be told apart from the better parent, which is {better} ({open_size(one, unit=True)})"
+    start = f"{subject} cannot be told apart from the better parent{mean}, which is {better} ({open_size(one, unit=True)})"
     if other.sign():
         return f"{start}; it is {size(other)} {'below' if other.value < 0 else 'above'} {worse}."
     return f"{start}, nor from {worse} ({open_size(other)})."

@@ -15,6 +15,8 @@ from hf_moe_lmc.checkpoints.source import looks_local
 from hf_moe_lmc.errors import shown
 from hf_moe_lmc.runtime.tables import markdown_table
 
+OTHERS = ("naive", "aligned", "repaired", "ensemble")  # what a checkpoint is compared with besides its parents
+MEASURES = {"loss": (1, ".4f", "+.4f"), "accuracy": (100, ".1f", "+.1f"), "cloze": (100, ".1f", "+.1f")}  # scale, forms
 SAME_POINT = 1e-9  # values of t no further apart are one point
 
 
@@ -84,14 +86,19 @@ class Measured:
         loss = None if index is None else self.report["paths"][self.path]["nll"][index]
         return {} if loss is None else {_text_name(self.report["evaluation"]["text"]): loss}
 
+    def _compared(self) -> Mapping[str, Any] | None:
+        """Parents and merges by text at the point of the checkpoint, as in report.json; None: the report has them elsewhere."""
+        for key in ("verdict", "references"):
+            found: Mapping[str, Any] | None = self.report.get(key)
+            if found and self.t is not None and abs(found["t"] - self.t) <= SAME_POINT:
+                return found
+        return None
+
     def _by_text(self) -> Mapping[str, Mapping[str, Any]]:
         """Losses by text and model at the point of the checkpoint; empty where there is one text, or the point is another."""
-        for key in ("verdict", "references"):
-            found = self.report.get(key)
-            if found and self.t is not None and abs(found["t"] - self.t) <= SAME_POINT and len(found["texts"]) > 1:
-                texts: Mapping[str, Mapping[str, Any]] = found["texts"]
-                return texts
-        return {}
+        found = self._compared()
+        texts: Mapping[str, Mapping[str, Any]] = found["texts"] if found else {}
+        return texts if len(texts) > 1 else {}
 
     def _index(self) -> int | None:
         """Where the checkpoint stands on its path."""
@@ -102,18 +109,38 @@ class Measured:
         return near[0] if near else None
 
     def _losses(self) -> str:
-        """A, B and the checkpoint, in nats per token."""
-        if texts := self._by_text():
-            columns = ("a", "b", self.path)
-            rows = [[name, *(_number(losses.get(column), ".4f") for column in columns)] for name, losses in texts.items()]
-            return markdown_table(["loss, nats per token", "A", "B", "this checkpoint"], rows)
+        """The checkpoint beside its parents and the other merges, in nats per token."""
+        found = self._compared()
+        beside = [] if found is None else [self._beside(found)]
+        if self._by_text():
+            return "".join(beside)
         reference = "naive" if "naive" in self.report["paths"] else "aligned"
         rows = [["A", *self._row(reference, 0)], ["B", *self._row(reference, -1)]]
         index = self._index()
         if index is not None:
             rows.append(["this checkpoint", *self._row(self.path, index)])
         level = 100 * self.report["statistics"]["level"]
-        return markdown_table(["", "loss, nats per token", f"{level:g} % interval", "perplexity"], rows)
+        return "\n".join([markdown_table(["", "loss, nats per token", f"{level:g} % interval", "perplexity"], rows), *beside])
+
+    def _beside(self, found: Mapping[str, Any]) -> str:
+        """A row for each text, and one for their mean where there are several; with shares of right answers if counted."""
+        others = [name for name in OTHERS if name != self.path and found["mean"].get(name) is not None]
+        head = ["", "A", "B", "mean of A, B", "better", "this checkpoint", "less the better", *others]
+        scopes = {**found["texts"], **({"mean": found["mean"]} if len(found["texts"]) > 1 else {})}
+        rows = []
+        for measure, (scale, form, signed) in MEASURES.items():
+            for name, on in scopes.items():
+                figures = on if measure == "loss" else on.get(measure)
+                if not figures or "parents" not in figures:  # an earlier release has not measured it
+                    continue
+                values = [figures.get(key) for key in ("a", "b", "parents", self.path, *others)]
+                a, b, parents, own, *rest = ("" if value is None else format(scale * value, form) for value in values)
+                less = _difference(figures["differences"].get(self.path, {}).get("better"), scale, signed)
+                rows.append([f"{measure}, {name}", a, b, parents, figures["better"].upper(), own, less, *rest])
+        if not rows:
+            return ""
+        said = "Losses are in nats per token, accuracy (next tokens) and cloze (questions from the same text) in percent.\n"
+        return f"{markdown_table(head, rows)}\n{said}"
 
     def _row(self, path: str, index: int) -> list[str]:
         curve = self.report["paths"][path]
@@ -149,6 +176,15 @@ def _text_name(text: Mapping[str, Any]) -> str:
 
 def _is_local(name: str) -> bool:
     return os.sep in name and looks_local(name)
+
+
+def _difference(found: Mapping[str, Any] | None, scale: float, form: str) -> str:
+    """A difference with its interval; empty where it is not known."""
+    if found is None or found["value"] is None:
+        return ""
+    interval = found["interval"] if found["interval"] and None not in found["interval"] else None
+    brackets = f" [{', '.join(format(scale * end, form) for end in interval)}]" if interval else ""
+    return f"{scale * found['value']:{form}}{brackets}"
 
 
 def _number(value: float | None, form: str) -> str:

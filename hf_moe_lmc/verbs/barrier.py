@@ -47,6 +47,8 @@ def barrier(
     layers: str | None = None,
     refine: int | None = None,
     routing: bool | None = None,
+    ensemble: bool | None = None,
+    cloze: int | None = None,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
@@ -90,6 +92,9 @@ def barrier(
             the new points. Each time reads both models again.
         routing: record at each point which experts the tokens take (the default); those that `refine` adds cost both ends
             again.
+        ensemble: measure the ensemble of A and B as well, the mean of their logits and that of their probabilities, with equal
+            weights, and with the weights 1 - t and t where the path has its least loss. By default it is not.
+        cloze: questions of each text, at most, of a cloze task made from it; by default none. See `perplexity.cloze`.
         symmetry: a saved or given symmetry instead of matching.
         order, units, exact: as for `align`.
         dtype: in which the models run: float32 (the default), bfloat16 or float16.

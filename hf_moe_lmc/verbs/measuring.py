@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.pair import function_settings
+from hf_moe_lmc.path.added import Additions
+from hf_moe_lmc.path.ensemble import Ensemble
 from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.measurement import Measurement, evaluation_options, layer_spans, own_losses
-from hf_moe_lmc.path.options import ComputeOptions, GridOptions
+from hf_moe_lmc.path.options import AdditionOptions, ComputeOptions, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
+from hf_moe_lmc.perplexity.cloze import cloze_of
+from hf_moe_lmc.perplexity.least import LeastLoss
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.verdict import MIDPOINT
@@ -37,6 +42,7 @@ class Asked:
     windows: WindowOptions
     grid: GridOptions
     compute: ComputeOptions
+    additions: AdditionOptions
 
     @classmethod
     def of(cls, given: Mapping[str, Any], **grid: Any) -> Asked:
@@ -50,6 +56,7 @@ class Asked:
             windows=filled(WindowOptions, given),
             grid=filled(GridOptions, {**given, **grid}),
             compute=filled(ComputeOptions, given),
+            additions=filled(AdditionOptions, given),
         )
 
 
@@ -59,12 +66,14 @@ class Subject:
 
     Attributes:
         spans: first and last of the decoder layers that are also interpolated without the others.
+        additions: what is measured besides.
     """
 
     pair: Pair
     asked: Asked
     evaluator: Evaluator
     spans: tuple[Span, ...]
+    additions: Additions
 
     @classmethod
     def of(cls, pair: Pair, asked: Asked) -> Subject:
@@ -88,11 +97,16 @@ class Subject:
         check_ids(windows, pair)
         masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
         options = evaluation_options(model_class, asked.compute, context, masked)
-        return cls(pair, asked, Evaluator(pair.a, pair.b, windows, options), spans)
+        cloze = cloze_of(windows, asked.additions.cloze) if asked.additions.cloze else None
+        evaluator, because = Evaluator(pair.a, pair.b, windows, options), _because(pair)
+        common = None if masked is None else ~masked
+        ensemble = Ensemble(*pair.alone, windows, options, common) if asked.additions.ensemble else None
+        alone = {side: model for side, model in zip("ab", pair.alone, strict=True) if because[side]}
+        return cls(pair, asked, evaluator, spans, Additions(evaluator, alone, ensemble, cloze))
 
     def plan(self, paths: Sequence[str]) -> Evaluation:
         """What a measurement on some paths takes."""
-        grid, pair = self.asked.grid, self.pair
+        grid = self.asked.grid
         halfway = grid.halfway and MIDPOINT not in grid.t
         points = 1 + len(paths) * (len(grid.t) - 1 + halfway) + len(self.spans) * len(grid.steps)
         return Evaluation(
@@ -100,9 +114,7 @@ class Subject:
             points=points,
             tokens=int(self.evaluator.windows.scored.sum()),
             refinements=grid.refine,
-            own_bytes=sum(
-                2 * model.checkpoint.nbytes for side, model in zip("ab", pair.alone, strict=True) if self._because()[side]
-            ),
+            own_bytes=sum(2 * model.checkpoint.nbytes for model in self.additions.alone.values()) + self.additions.nbytes,
         )
 
     def check_processes(self) -> None:
@@ -117,6 +129,7 @@ class Subject:
             "t": self.asked.grid.t,
             "dtype": str(options.dtype),
             "batch_size": options.batch_size,
+            **vars(self.asked.additions),
         }
 
     def measure(
@@ -131,22 +144,36 @@ class Subject:
         measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
         report = measurement.report(self.asked.source.describe(), matching, started, self._own())
         _warn(report)
-        return report
+        return self._with_additions(report, symmetries, workspace, started)
 
-    def _because(self) -> dict[str, list[str]]:
-        """By side, what of a model by itself is another on the path."""
-        other = [] if self.pair.ids.alike else ["vocabulary"]
-        return {"a": other, "b": [*function_settings(self.pair.a, self.pair.b), *other]}
+    def _with_additions(
+        self, report: BarrierReport, symmetries: Mapping[str, ModelSymmetry], workspace: Workspace | None, started: float
+    ) -> BarrierReport:
+        """At the t that were given for a merge, or else halfway and where the loss on the path that decides is least."""
+        if self.additions.ensemble is None and self.additions.cloze is None:
+            return report
+        named = set(self.asked.grid.at)
+        if self.asked.grid.halfway:
+            least = LeastLoss(report.t, report.losses[next(iter(symmetries))], report.means).chosen
+            named |= {MIDPOINT} if least is None else {MIDPOINT, least}
+        added = self.additions.measure(symmetries, sorted(named), workspace)
+        seconds = process_group().from_main(time.perf_counter() - started)
+        return replace(report, added=added, questions=self.additions.cloze, seconds=seconds)
 
     def _own(self) -> dict[str, dict[str, Any]] | None:
         """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""
-        because = self._because()
+        because = _because(self.pair)
         found = {
             side: {**own_losses(model, self.evaluator.windows, self.evaluator.options), "because": because[side]}
-            for side, model in zip("ab", self.pair.alone, strict=True)
-            if because[side]
+            for side, model in self.additions.alone.items()
         }
         return found or None
+
+
+def _because(pair: Pair) -> dict[str, list[str]]:
+    """By side, what of a model by itself is another on the path."""
+    other = [] if pair.ids.alike else ["vocabulary"]
+    return {"a": other, "b": [*function_settings(pair.a, pair.b), *other]}
 
 
 def check_ids(windows: Windows, pair: Pair) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MEASURING = (  # options without effect unless a text is given
     "dataset_config", "dataset_revision", "split", "column", "join", "context", "stride", "max_tokens", "points", "dtype",
-    "device", "batch_size", "activation_memory",
+    "device", "batch_size", "activation_memory", "ensemble", "cloze",
 )  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def merge(
     device: str | None = None,
     batch_size: int | None = None,
     activation_memory: int | None = None,
+    ensemble: bool | None = None,
+    cloze: int | None = None,
     report: str | os.PathLike[str] | None = None,
     format: OutputFormat = "a",
     order: OrderMethod | None = None,
@@ -90,6 +92,8 @@ def merge(
         text, dataset, dataset_config, dataset_revision, split, column, join: what to measure on, as for `barrier`; by default
             nothing is measured.
         context, stride, max_tokens, dtype, device, batch_size, activation_memory: how to measure, as for `barrier`.
+        ensemble: measure the ensemble of A and B as well, with the weights 1 - t and t of the merge; by default it is not.
+        cloze: questions of each text, at most, of a cloze task made from it, as for `barrier`; by default none.
         points: grid points of the path on which the best t is looked for, both ends included, by default 25.
         report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
         format: how the output stores its weights: as A does, as B does, or with what A has quantized in bfloat16.

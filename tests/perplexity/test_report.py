@@ -109,3 +109,24 @@ def test_layers_and_routing_are_reported_where_they_were_measured(tmp_path: Path
     assert all(f"({path.name})" in text for path in tmp_path.glob("*.png"))
     on_documents(layerwise=of_layer, routing=routing).plot(tmp_path / "again.png")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "barrier.svg").read_bytes()
+
+
+def test_a_repaired_path_is_what_the_verdict_is_about_unless_it_was_refused() -> None:
+    plain = on_documents()
+    right = {name: torch.full_like(losses, 2) for name, losses in plain.losses.items()}
+    repaired = plain.losses["naive"][:1] - 0.2 * torch.tensor([[0, 1, 2, 3, 4, 3, 2, 1, 0]]).T / 4
+    report = replace(plain, losses={**plain.losses, "repaired": repaired}, right={**right, "repaired": right["aligned"] + 1})
+    content = json.loads(report.to_json())
+    check_report(content)
+    assert content["verdict"]["merge"] == "repaired" and content["verdict"]["standing"] == "below_both"
+    assert report.verdict.sentences[1].startswith("The repaired merge at t = 0.5 is below both parents by 0.05")
+    assert content["paths"]["repaired"]["accuracy"][4] == 0.75
+    mean = content["references"]["mean"]
+    assert mean["repaired"] == pytest.approx(mean["a"] - 0.05) and mean["accuracy"]["repaired"] == 0.75
+    assert {"a", "b", "naive", "better"} == mean["differences"]["repaired"].keys()
+    assert "repaired" in report.table().splitlines()[6] and "| repaired |" in report.to_markdown()
+    assert content["summary"] == json.loads(plain.to_json())["summary"]  # of Eq. 1, without the repair
+    refused = replace(report, decides="aligned")
+    assert refused.verdict.merge == "aligned" and refused.verdict.sentences[1].startswith("The merge at")
+    merged = replace(report, merge=MergedAt(0.25, "repaired"))
+    assert merged.verdict.t == 0.25 and merged.verdict.merge == "repaired" and merged.references.mean.values["aligned"]

@@ -21,6 +21,8 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.source import Repository
 from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.perplexity.by_text import TextMeans
+from hf_moe_lmc.perplexity.references import Beside, Shares, references
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.publishing.card import UNPUBLISHED, Destination, check_license, model_card
@@ -254,10 +256,30 @@ def test_results_have_the_name_of_the_merge_until_a_push_gives_that_of_the_repos
 
 
 def test_each_of_several_texts_has_its_losses(pair: tuple[Path, Path]) -> None:
-    losses = {"prose": {"a": 1.0, "b": 2.0, "aligned": 0.5, "naive": None}, "code": {"a": 2.0, "b": 1.0, "aligned": 3.0}}
-    several = {**report(TEXTS), "verdict": {"t": 0.5, "texts": losses}}
+    losses = {
+        "prose": {"a": 1.0, "b": 2.0, "aligned": 0.5, "naive": 3.0},
+        "code": {"a": 2.0, "b": 1.0, "aligned": 3.0, "naive": 3.5},
+    }
+    windows = Windows(
+        tuple(torch.arange(2) for _ in range(12)), tuple(range(12)), 2, False, 24, texts=("prose",) * 6 + ("code",) * 6
+    )
+    models = {
+        name: torch.tensor([losses[text][name] for text in windows.text_of], dtype=torch.float64)
+        for name in ("a", "b", "aligned", "naive")
+    }
+    means = TextMeans(windows)
+    right = {name: (values < 2).double() for name, values in models.items()}
+    ensembles = {"logits": models["aligned"] - 0.25, "probabilities": models["aligned"]}
+    beside = Beside(ensembles, {"accuracy": Shares(right, dict.fromkeys(ensembles, right["a"]), means)})
+    several = {**report(TEXTS), "verdict": references(models, windows, t=0.5, beside=beside).to_dict()}
     found = card(*map(Checkpoint.open, pair), measured=Measured(report=several, t=0.5))
-    assert "| prose | 1.0000 | 2.0000 | 0.5000 |\n| code | 2.0000 | 1.0000 | 3.0000 |" in found.text
+    for line in (
+        "|  | A | B | mean of A, B | better | this checkpoint | less the better | naive | ensemble |",
+        "| loss, prose | 1.0000 | 2.0000 | 1.5000 | A | 0.5000 | -0.5000 [-0.5000, -0.5000] | 3.0000 | 0.2500 |",
+        "| loss, mean | 1.5000 | 1.5000 | 1.5000 | A | 1.7500 | +0.2500 [+0.2500, +0.2500] | 3.2500 | 1.5000 |",
+        "| accuracy, code | 0.0 | 100.0 | 50.0 | B | 0.0 | -100.0 [-100.0, -100.0] | 0.0 | 0.0 |",
+    ):
+        assert f"{line}\n" in found.text
     told = {(one.dataset_name, one.metric_type): one.metric_value for one in found.data.eval_results}
     assert told.keys() == {(text, metric) for text in losses for metric in ("nll", "perplexity")}
     assert told["prose", "nll"] == 0.5 and told["code", "perplexity"] == pytest.approx(20.0855, abs=1e-4)

@@ -79,7 +79,7 @@ code = job()
 close()
 sys.exit(code)
 """
-OPTIONS = ["--points", "3", "--context", "48", "--batch-size", "2"]
+OPTIONS = ["--points", "3", "--context", "48", "--batch-size", "2", "--ensemble", "--cloze", "5"]
 
 
 def test_two_processes_find_what_one_finds(

@@ -149,7 +149,7 @@ def test_a_stopped_call_goes_on_from_where_it_was(
     done: list[str] = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if stage == "matched":
-            patch.setattr(Evaluator, "evaluate", stopped)
+            patch.setattr(Evaluator, "score", stopped)
         else:
             patch.setattr(output.FolderWriter, "write_tensors" if stage == "measured" else "publish", stopped)
         merge(a, b, tmp_path / "out", "best", **arguments)
@@ -157,8 +157,6 @@ def test_a_stopped_call_goes_on_from_where_it_was(
     match, write = alignment.match_layer, output.ShardFile.begin
     monkeypatch.setattr(alignment, "match_layer", lambda *g, **n: (done.append("matching"), match(*g, **n))[1])
     monkeypatch.setattr(output.ShardFile, "begin", lambda self: (done.append("writing"), write(self))[1])
-    forward = Evaluator.evaluate
-    monkeypatch.setattr(Evaluator, "evaluate", lambda *g, **n: forward(*g, **n))
     merge(a, b, tmp_path / "out", "best", **arguments)
     assert done == ([] if stage == "written" else ["writing"])
     one, two = contents(tmp_path / "whole" / "out"), contents(tmp_path / "out")

@@ -231,13 +231,15 @@ def test_a_barrier_is_that_of_the_dequantized_checkpoints(
         for one in (copy, other):
             tiny.tokenizer().save_pretrained(one)
         sides.append((copy, other))
-    options = {"text": tmp_path / "text.txt", "points": 3, "context": 64, "dtype": dtype, "order": "expert"}
+    options = {"text": tmp_path / "text.txt", "points": 3, "context": 64, "dtype": dtype, "order": "expert", "ensemble": True}
     reports = [
         barrier(one, other, tmp_path / f"report-{number}", **options)  # type: ignore[arg-type]
         for number, (one, other) in enumerate(zip(*sides, strict=True))
     ]
     for path in reports[0].losses:
         assert torch.equal(reports[0].losses[path], reports[1].losses[path]), path
+    of_both = [report.added[0.5].ensembles["logits"].losses for report in reports]
+    assert torch.equal(*of_both) and not torch.equal(of_both[0][0], reports[0].losses["naive"][1])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -19,6 +19,7 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod
 from hf_moe_lmc.matching.result import DECIDED
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import PACKAGES, BarrierReport
+from hf_moe_lmc.perplexity.scores import Scores
 from hf_moe_lmc.perplexity.verdict import MergedAt, merge_verdict
 from hf_moe_lmc.verbs.align import align
 from hf_moe_lmc.verbs.barrier import barrier
@@ -108,9 +109,11 @@ def reports(
             "refine": 1,
             "dtype": "bfloat16",
             "stride": 9,
+            "ensemble": True,
+            "cloze": 5,
         },
         {"dataset": str(folder), "max_tokens": 1000, "symmetry": folder / "aligned", "naive": False, "routing": False},
-        {"text": long, "symmetry": alignments[1].symmetry, "points": 2},
+        {"text": long, "symmetry": alignments[1].symmetry, "points": 2, "cloze": 3},  # too few questions for intervals
         {"dataset": str(long.with_name("one")), "max_tokens": 20, "layerwise": 1, "points": 2},  # one window: no intervals
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -127,9 +130,17 @@ def reports(
     return [*found, *without_files_to_make_them(found, alignments)]
 
 
+def with_repaired(report: BarrierReport) -> BarrierReport:
+    """As a repair leaves it: one more path, and one more model that is asked."""
+    named = ("losses", "right", "halfway", "halfway_right")
+    values = {name: {**found, "repaired": found["aligned"]} if (found := getattr(report, name)) else {} for name in named}
+    cloze = {t: {**of.cloze, "repaired": of.cloze["aligned"]} if of.cloze else {} for t, of in report.added.items()}
+    return replace(report, **values, added={t: replace(of, cloze=cloze[t]) for t, of in report.added.items()})
+
+
 def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alignment]) -> Iterator[BarrierReport]:
     """Checkpoints and datasets from the Hub, losses that are not finite, a tokenizer that does not tell positions."""
-    first, dataset = found[:2]
+    first, dataset = with_repaired(found[0]), found[1]
     origins = {side: {**getattr(first, side), "commit": COMMIT} for side in ("a", "b")}
     metadata = {f"{side}_commit": COMMIT for side in "ab"}
     text = {**dataset.evaluation["text"], "config": "default", "revision": "main", "join": "\n\n"}
@@ -153,8 +164,26 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     three = tuple(number % 3 for number in range(len(first.windows.rows)))
     yield replace(first, losses=low, windows=replace(first.windows, documents=three))
     for size in (1, math.inf):
-        others = dict.fromkeys(("repaired", "ensemble"), first.losses["aligned"][1] * size)
+        others = {"repaired": first.losses["aligned"][1] * size}
         yield replace(first, halfway={**first.halfway, **others})
+        ensembles = {
+            t: {kind: Scores(of.losses * size, of.right) for kind, of in added.ensembles.items()}
+            for t, added in first.added.items()
+        }
+        yield replace(first, added={t: replace(first.added[t], ensembles=of) for t, of in ensembles.items()})
+    yield replace(first, right={})
+    for path in ("naive", "aligned"):  # one path alone, and a report with a repaired merge
+        cloze = {t: {name: added.cloze[name] for name in ("a", "b", path)} for t, added in first.added.items()}
+        yield replace(
+            first,
+            losses={path: first.losses[path]},
+            right={path: first.right[path]},
+            added={t: replace(first.added[t], cloze=of, cloze_ensembles={}, ensembles={}) for t, of in cloze.items()},
+            halfway={},
+            halfway_right={},
+            merge=MergedAt(0.5, path),
+        )
+    yield from map(with_repaired, found)
     for report in found:
         if report.own is not None:
             nan = {"nll": math.nan, "window_nll": [math.nan] * len(report.windows.rows)}
