@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_moe_lmc.perplexity.report import LayerLosses
+from hf_moe_lmc.perplexity.verdict import MergedAt
 from tests.perplexity.reports import on_documents, report
+from tests.schemas import check_report
 
 
 def test_the_share_of_the_naive_barrier_is_said_only_where_there_is_one() -> None:
@@ -124,7 +128,7 @@ def test_a_repaired_path_is_what_the_verdict_is_about_unless_it_was_refused() ->
     mean = content["references"]["mean"]
     assert mean["repaired"] == pytest.approx(mean["a"] - 0.05) and mean["accuracy"]["repaired"] == 0.75
     assert {"a", "b", "naive", "better"} == mean["differences"]["repaired"].keys()
-    assert "repaired" in report.table().splitlines()[6] and "| repaired |" in report.to_markdown()
+    assert "aligned  repaired" in report.table() and "| aligned | repaired |" in report.to_markdown()
     assert content["summary"] == json.loads(plain.to_json())["summary"]  # of Eq. 1, without the repair
     refused = replace(report, decides="aligned")
     assert refused.verdict.merge == "aligned" and refused.verdict.sentences[1].startswith("The merge at")
