@@ -101,7 +101,8 @@ class Verdict:
         models, end = self.compared.models, {0.0: "a", 1.0: "b"}.get(self.t)
         if end is None or not torch.equal(models[end], models.get("naive", models[self.merge])):
             return None
-        return end if abs(self.mean.differences[self.merge][end].value) <= self.floor else None
+        rounding = self.floor if self.merge == "aligned" else 0.0  # B in the coordinates of A; a repaired end is another model
+        return end if abs(self.mean.differences[self.merge][end].value) <= rounding else None
 
     @cached_property
     def held_out(self) -> dict[str, Difference] | None:

@@ -227,7 +227,10 @@ def test_a_merge_at_an_end_that_was_given_is_compared_with_the_other_parent() ->
     ends = sums({"a": level, "b": level - 0.02, "naive": level + 0.1, "aligned": level + 0.1})
     other = merge_verdict(ends, on(24), t=1.0)
     assert other.itself is None and other.standing == "worse_than_either"
-    assert merge_verdict({**ends, "b": ends["naive"]}, on(24), t=1.0).itself == "b"
+    rounded = {**ends, "b": ends["naive"], "aligned": ends["naive"] + 1e-5}
+    assert merge_verdict(rounded, on(24), t=1.0).itself == "b"
+    repaired = merge_verdict({**rounded, "repaired": rounded["aligned"]}, on(24), t=1.0, merge="repaired")
+    assert repaired.itself is None and repaired.standing != "parent"
     assert written(0.2, 0.5, chosen=False).itself is None
 
 
