@@ -85,7 +85,11 @@ class Checkpoint:
             CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
                 key, unless it only follows from another.
         """
-        source = resolve(model)
+        return cls.of(resolve(model))
+
+    @classmethod
+    def of(cls, source: Folder | Repository) -> Checkpoint:
+        """The checkpoint of a source; see `open`."""
         files = set(source.files())
         for file in files & {"config.json", INDEX}:
             source.path(file)  # whoever may not have these need not ask for the rest
@@ -362,5 +366,5 @@ def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[Tensor
 def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
     where = f"{source.name}/{name}"
     if isinstance(source, Repository) and not source.cached:
-        return remote_shard(source.header(name), name, where)
+        return remote_shard(partial(source.fetch, name), name, where)
     return read_shard(source.path(name), name, where)
