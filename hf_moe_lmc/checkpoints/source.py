@@ -123,13 +123,14 @@ class Repository:
         return "the Hub is not reached, so only its cache is read; repeat the call with a connection"
 
     def path(self, file: str) -> Path:
-        new = not self.cached and not self._is_cached(file)
+        new = not self.cached and not self.is_cached(file)
         with hub_errors(self.repo_id):
             found = Path(hf_hub_download(self.repo_id, file, revision=self.commit, local_files_only=self.cached))
         self.traffic.add(found.stat().st_size if new else 0)
         return found
 
-    def _is_cached(self, file: str) -> bool:
+    def is_cached(self, file: str) -> bool:
+        """Whether a file is in the cache."""
         return isinstance(try_to_load_from_cache(self.repo_id, file, revision=self.commit), str)
 
     def absent(self, files: Sequence[str]) -> dict[str, int]:
@@ -138,7 +139,7 @@ class Repository:
         Raises:
             HubError: the Hub cannot be reached.
         """
-        wanted = {file for file in files if not self._is_cached(file)}
+        wanted = {file for file in files if not self.is_cached(file)}
         if self.cached or not wanted:
             return {}
         with hub_errors(self.repo_id):
@@ -148,7 +149,7 @@ class Repository:
     def download(self, files: Sequence[str]) -> None:
         if self.cached:
             return
-        new = [file for file in files if not self._is_cached(file)]
+        new = [file for file in files if not self.is_cached(file)]
         with hub_errors(self.repo_id):
             folder = snapshot_download(self.repo_id, revision=self.commit, allow_patterns=[_literally(file) for file in files])
         self.traffic.add(sum((Path(folder) / file).stat().st_size for file in new))
