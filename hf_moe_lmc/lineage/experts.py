@@ -8,11 +8,10 @@ all of them were read, in another order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from hf_moe_lmc.lineage.routers import EQUAL, LEAST_COSINE
@@ -28,7 +27,7 @@ CANDIDATES = 8  # of B, among which each of them is looked for
 UNITS = 64  # of A that are looked for among all of B
 CLEARLY = 0.02  # by which another place must be better than an expert's own
 
-Related = Literal["in place", "moved", "unrelated", "undecided"]
+Related = Literal["related", "unrelated", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,16 @@ class ExpertFinding:
     """What the sampled experts of one layer say.
 
     Attributes:
-        says: `in place` or `moved`: A's sampled experts resemble those of B, of one number or of others.
+        partners: for each sampled expert of A that is related to one of B, the number of that: its own where it is as good.
+        in_order: the hidden units of all these have the places that they have in A.
         cosine: mean cosine of the units of these experts and of the best they were compared with.
         log10_chance: bound of the probability that unrelated ones do as well.
     """
 
     says: Related
     why: str = ""
+    partners: Mapping[int, int] = field(default_factory=dict)
+    in_order: bool = True
     cosine: float | None = None
     log10_chance: float = 0.0
 
@@ -52,17 +54,22 @@ def is_sampled(layer: MoELayer) -> bool:
     return FIRST in layer.banks and layer.banks[FIRST].unit_count > 0
 
 
-def pairs_to_compare(count: int, order: Sequence[int] | None) -> list[tuple[int, int]]:
+def pairs_to_compare(order: Sequence[int], *, sure: bool) -> list[tuple[int, int]]:
     """Which expert of A is held against which of B.
 
     Args:
-        order: the places in B that the routers suggest; None: A's experts are looked for in their own places only.
+        order: the place in B of each expert of A that the routers suggest.
+        sure: they leave no doubt of it.
+
+    Example:
+        >>> pairs_to_compare([2, 0, 1], sure=True)
+        [(0, 2), (2, 1)]
     """
-    chosen = sorted({0, count - 1})[:EXPERTS]
-    if order is None:
-        return [(i, i) for i in chosen]
-    likely = dict.fromkeys([*chosen, *(int(order[i]) for i in chosen), *range(1, count)])
-    return [(i, j) for i in chosen for j in list(likely)[:CANDIDATES]]
+    chosen = sorted({0, len(order) - 1})[:EXPERTS]
+    if sure:
+        return [(i, order[i]) for i in chosen]
+    likely = list(dict.fromkeys([*chosen, *(order[i] for i in chosen), *range(len(order))]))[:CANDIDATES]
+    return [(i, j) for i in chosen for j in likely]
 
 
 def read_units(layer: MoELayer, experts: Sequence[int]) -> dict[int, Tensor]:
@@ -109,22 +116,33 @@ def judge_experts(
     cosine = sum(found[pair].cosine for pair in best.values()) / len(best)
     chance = max(found[pair].log10_chance for pair in best.values())
     if all(related.values()):
-        own = all(found[i, i].cosine >= found[pair].cosine - CLEARLY for i, pair in best.items())
-        return ExpertFinding("in place" if own else "moved", "", cosine, chance)
+        for i, pair in best.items():
+            if (i, i) in found and found[i, i].cosine >= found[pair].cosine - CLEARLY:
+                best[i] = i, i
+        in_order = all(found[pair].in_order for pair in best.values())
+        return ExpertFinding("related", "", dict(best.values()), in_order, cosine, chance)
     if any(related.values()):
-        return ExpertFinding("undecided", "some sampled experts are related, others are not", cosine, chance)
+        return ExpertFinding("undecided", "some sampled experts are related, others are not", cosine=cosine, log10_chance=chance)
     if all(one.log10_equal <= limit for one in found.values()):
-        return ExpertFinding("unrelated", "", cosine, chance)
-    return ExpertFinding("undecided", "the experts are too small to be told from chance", cosine, chance)
+        return ExpertFinding("unrelated", cosine=cosine, log10_chance=chance)
+    why = "the experts are too small to be told from chance"
+    return ExpertFinding("undecided", why, cosine=cosine, log10_chance=chance)
 
 
 @dataclass(frozen=True)
 class _Units:
-    """The units of two experts: their mean cosine, the chance of it, and that of units that are nearly equal."""
+    """The units of two experts.
+
+    Attributes:
+        cosine: the mean of matched ones; log10_chance: that of it among unrelated ones.
+        log10_equal: what that would be of units that are nearly equal.
+        in_order: they are matched in place.
+    """
 
     cosine: float
     log10_chance: float
     log10_equal: float
+    in_order: bool
 
 
 def _units(a: Tensor, b: Tensor, any_order: bool) -> _Units:
@@ -135,7 +153,7 @@ def _units(a: Tensor, b: Tensor, any_order: bool) -> _Units:
     spread = float(square.sum() - square.diagonal().sum()) / max(len(some) * (count - 1), 1)
     freedom = degrees_of_freedom(count, width, spread)
     in_place = float((a * b).sum(dim=1).mean())
-    here = _Units(in_place, log10_chance(in_place, freedom), log10_chance(EQUAL, freedom))
+    here = _Units(in_place, log10_chance(in_place, freedom), log10_chance(EQUAL, freedom), True)
     if not any_order:
         return here
     best = cosines.abs().amax(dim=1)
@@ -143,7 +161,7 @@ def _units(a: Tensor, b: Tensor, any_order: bool) -> _Units:
     without = float((square.sum() - best.double().square().sum()) / max(len(some) * (count - 1), 1))
     freedom = degrees_of_freedom(len(some), width, without)
     anywhere = float(best.mean())
-    other = _Units(anywhere, log10_chance(anywhere, freedom, orders), log10_chance(EQUAL, freedom, orders))
-    if here.log10_chance <= other.log10_chance:
-        return _Units(in_place, here.log10_chance, other.log10_equal)
+    other = _Units(anywhere, log10_chance(anywhere, freedom, orders), log10_chance(EQUAL, freedom, orders), False)
+    if in_place >= LEAST_COSINE or here.log10_chance <= other.log10_chance:
+        return replace(here, log10_equal=other.log10_equal)
     return other

@@ -61,14 +61,14 @@ def judge_all_routers(models: Sequence[MoEModel], pairs: Sequence[tuple[int, int
 
 def judge_layers(a: MoEModel, b: MoEModel, routers: Findings) -> list[LayerVerdict]:
     """The verdict on each layer; samples of experts are read where the routers do not tell."""
-    kinds: tuple[Says, ...] = ("alike", "unlike", "undecided")
+    kinds: tuple[Says, ...] = ("in place", "alike", "unlike", "undecided")  # routers do not tell of the order of hidden units
     verdicts: dict[int, LayerVerdict] = {}
     for kind in kinds:
         of_kind = [index for index, finding in routers.items() if finding.says == kind]
         sampled = [index for index in spread(of_kind) if is_sampled(a.layers[index]) and is_sampled(b.layers[index])]
         samples = _sample(a, b, routers, sampled)
-        said = {finding.says for finding in samples.values()}
-        alike = next(iter(samples.values())) if len(said) == 1 and said != {"undecided"} else None
+        said = {(finding.says, finding.in_order) for finding in samples.values()}
+        alike = next(iter(samples.values())) if len(said) == 1 and not any(one == "undecided" for one, _ in said) else None
         for index in of_kind:
             verdicts[index] = layer_verdict(
                 index,
@@ -86,9 +86,9 @@ def judge_layers(a: MoEModel, b: MoEModel, routers: Findings) -> list[LayerVerdi
 def judged_by_routers(a: MoEModel, b: MoEModel) -> list[LayerVerdict]:
     """The verdicts that need no sample: routers that are the same byte for byte count as in place."""
     routers = judge_all_routers([a, b])[0, 1]
-    in_place = ExpertFinding("in place")
+    related = ExpertFinding("related")
     return [
-        layer_verdict(index, a.layers[index].experts, finding, in_place if finding.says == "alike" else None)
+        layer_verdict(index, a.layers[index].experts, finding, related if finding.says == "alike" else None)
         for index, finding in sorted(routers.items())
     ]
 
@@ -110,10 +110,9 @@ def _sample(a: MoEModel, b: MoEModel, routers: Findings, indices: Sequence[int])
     pairs = {}
     for index in indices:
         resemblance = routers[index].resemblance
-        count = a.layers[index].experts
-        frozen = routers[index].says == "alike"
-        order = range(count) if resemblance is None else resemblance.order.tolist()
-        pairs[index] = pairs_to_compare(count, None if frozen else order)
+        sure = routers[index].says in ("in place", "alike")
+        order = list(range(a.layers[index].experts)) if resemblance is None else resemblance.order.tolist()
+        pairs[index] = pairs_to_compare(order, sure=sure)
     wanted = [
         (index, place, expert)
         for index in indices

@@ -27,8 +27,8 @@ class RouterFinding:
     """What the router rows of one layer say.
 
     Attributes:
-        says: `in place` or `shuffled`: of the same lineage; `alike`: byte for byte the same, so that they were frozen;
-            `unlike`: as those of unrelated models.
+        says: `in place` or `shuffled`: of the same lineage; `alike`: byte for byte the same in some order, so that they were
+            frozen, and tell nothing of the experts; `unlike`: as those of unrelated models.
         why: for whom it is undecided.
         resemblance: of the first bank; None where its rows could not be compared.
         moved: experts of all banks that have another place, where the lineage is the same.
@@ -66,7 +66,7 @@ def judge_routers(a: Rows, b: Rows, layers: int, groups: int = 1) -> RouterFindi
     first = found[FIRST] if FIRST in found else next(iter(found.values()))
     if first.says in ("in place", "shuffled", "alike"):
         moved = sum(one.moved or 0 for one in found.values())
-        says: Says = "shuffled" if moved else first.says
+        says: Says = "shuffled" if moved and first.says == "in place" else first.says
         return RouterFinding(says, "", first.resemblance, moved, first.distance)
     return first
 
@@ -78,9 +78,10 @@ def _judge_bank(a: Tensor, b: Tensor, layers: int, groups: int) -> RouterFinding
     found = resemblance(white_a, white_b, a.shape[1], groups)
     distance = _distance(a, b, found.order)
     says, why = _says(found, layers)
-    if says == "in place" and a.dtype == b.dtype and torch.equal(a, b):
-        return RouterFinding("alike", "the router rows are the same, byte for byte", found, 0, distance)
-    return RouterFinding(says, why, found, found.moved if says in ("in place", "shuffled") else None, distance)
+    related = says in ("in place", "shuffled")
+    if related and a.dtype == b.dtype and torch.equal(a, b[found.order]):
+        says = "alike"
+    return RouterFinding(says, why, found, found.moved if related else None, distance)
 
 
 def _says(found: Resemblance, layers: int) -> tuple[Says, str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hf_moe_lmc.lineage.experts import ExpertFinding
 from hf_moe_lmc.lineage.outside import OutsideSample
-from hf_moe_lmc.lineage.routers import RouterFinding
+from hf_moe_lmc.lineage.routers import RouterFinding, Says
 
 Lineage = Literal["in place", "shuffled", "unrelated", "undecided"]
 By = Literal["routers", "experts", "experts of other layers"]
@@ -22,6 +22,7 @@ class LayerVerdict:
     Attributes:
         verdict: `in place` or `shuffled`: of one lineage; `unrelated`; or `undecided`.
         by: what decided: the router rows, a sample of experts, or that and the sample of other layers with such routers.
+        routers: what the router rows alone say: `in place`, `shuffled`, `alike` (byte for byte), `unlike` or `undecided`.
         why: for whom it is undecided, or what is out of the ordinary.
         moved: experts that have another place; None where the order is not known.
         cosine: mean cosine of the matched router rows, whitened; margin: by how much the cosines are above the best others, in
@@ -34,6 +35,7 @@ class LayerVerdict:
     verdict: Lineage
     by: By
     experts: int
+    routers: Says = "in place"
     why: str = ""
     moved: int | None = None
     cosine: float | None = None
@@ -56,41 +58,58 @@ def layer_verdict(
     """
     said, by = _said(router, sample, elsewhere)
     found = router.resemblance
-    order_known = by == "routers" or said == "in place"
     return LayerVerdict(
         layer=layer,
         verdict=said,
         by=by,
         experts=experts,
+        routers=router.says,
         why=_why(router, sample, said),
-        moved=(router.moved if by == "routers" else 0) if order_known and said in ("in place", "shuffled") else None,
+        moved=_moved(router, sample) if said in ("in place", "shuffled") else None,
         cosine=found and found.cosine,
         margin=found and found.gap,
         least_margin=found and float(found.gaps.min()),
-        log10_chance=found and min(found.log10_chance, found.log10_chance_in_place if not found.moved else 0.0),
+        log10_chance=found and min(found.log10_chance, 0.0 if found.moved else found.log10_chance_in_place),
         expert_cosine=sample.cosine if sample and not elsewhere else None,
     )
 
 
 def _said(router: RouterFinding, sample: ExpertFinding | None, elsewhere: bool) -> tuple[Lineage, By]:
-    if router.says in ("in place", "shuffled"):
-        return router.says, "routers"
     by: By = "experts of other layers" if elsewhere else "experts"
-    if sample is None:
+    if router.says in ("in place", "shuffled"):
+        if router.says == "in place" and sample and sample.says == "related" and not sample.in_order:
+            return "shuffled", by
+        return router.says, "routers"
+    if sample is None or sample.says == "undecided":
         return "undecided", "routers"
-    said: dict[str, Lineage] = {"in place": "in place", "moved": "shuffled", "unrelated": "unrelated"}
-    return said.get(sample.says, "undecided"), by
+    if sample.says == "unrelated":
+        return "unrelated", by
+    own = all(i == j for i, j in sample.partners.items()) and not (router.says == "alike" and router.moved)
+    return "in place" if own and sample.in_order else "shuffled", by
+
+
+def _moved(router: RouterFinding, sample: ExpertFinding | None) -> int | None:
+    """Experts that have another place, as far as that is known."""
+    if router.moved is not None:
+        return router.moved
+    if sample is None or router.resemblance is None or router.says == "unlike":
+        return None
+    order = router.resemblance.order.tolist()
+    return router.resemblance.moved if all(order[i] == j for i, j in sample.partners.items()) else None
 
 
 def _why(router: RouterFinding, sample: ExpertFinding | None, said: Lineage) -> str:
-    if router.says == "unlike" and said in ("in place", "shuffled"):
-        return "the experts are of one lineage, the routers are not"
-    if router.says == "alike" and said == "unrelated":
-        return "the routers are the same byte for byte, the experts are unrelated"
     if said == "undecided":
         unlike = "the routers are those of unrelated models" if router.says == "unlike" else router.why
         return "; ".join(filter(None, [unlike, sample.why if sample else "no experts were sampled"]))
-    return ""
+    facts = []
+    if router.says == "unlike" and said != "unrelated":
+        facts.append("the experts are of one lineage, the routers are not")
+    if router.says == "alike" and said == "unrelated":
+        facts.append("the routers are the same byte for byte, the experts are unrelated")
+    if sample and sample.says == "related" and not sample.in_order and said == "shuffled":
+        facts.append("the hidden units of the experts have other places")
+    return "; ".join(facts)
 
 
 def counted(layers: Sequence[LayerVerdict]) -> dict[Lineage, int]:
@@ -119,6 +138,10 @@ def sentence(layers: Sequence[LayerVerdict], outside: OutsideSample | None, othe
         return f"outside the MoE blocks {first} and {other} are unrelated{inside}: a merge makes no sense"
     if not total:
         return f"{first} and {other} resemble each other; they have no MoE blocks to align: merge without alignment"
+    own = sum(layer.routers == "unlike" for layer in layers if layer.verdict in ("in place", "shuffled"))
+    if own and related == total:
+        where = "" if own == total else f" in {own} of {total} layers"
+        return f"{other} grew from the same experts as {first}, with routers of its own{where}: align first, measure the barrier"
     if counts["in place"] == total:
         return f"{other} is a fine-tune of the same model as {first}, experts in place: merge without alignment"
     if related == total:
@@ -126,8 +149,8 @@ def sentence(layers: Sequence[LayerVerdict], outside: OutsideSample | None, othe
     if counts["unrelated"] == total:
         shared = "" if outside is None else f"{first} and {other} share what stands outside their MoE blocks, "
         blocks = "the MoE blocks" if outside is None else "the blocks"
-        return f"{shared}{blocks} are unrelated: align first, and measure the barrier"
+        return f"{shared}{blocks} are unrelated: align first, measure the barrier"
     if counts["undecided"] == total:
-        return f"the lineage of the MoE blocks of {first} and {other} cannot be told: align first, and measure the barrier"
+        return f"the lineage of the MoE blocks of {first} and {other} cannot be told: align first, measure the barrier"
     parts = [f"{counts[kind]} {kind}" for kind in ("in place", "shuffled", "unrelated", "undecided") if counts[kind]]  # type: ignore[index]
-    return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}: align first, and measure the barrier"
+    return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}: align first, measure the barrier"
