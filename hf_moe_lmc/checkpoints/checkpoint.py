@@ -87,11 +87,7 @@ class Checkpoint:
             CheckpointError: nothing there, not a safetensors checkpoint, or damaged; every fault is listed, with file and
                 key, unless it only follows from another.
         """
-        return cls.of(resolve(model))
-
-    @classmethod
-    def of(cls, source: Folder | Repository) -> Checkpoint:
-        """The checkpoint of a source; see `open`."""
+        source = resolve(model)
         files = set(source.files())
         for file in files & {"config.json", INDEX}:
             source.path(file)  # whoever may not have these need not ask for the rest

@@ -329,8 +329,8 @@ VERBS: dict[str, Verb] = {
             "hf-moe-lmc compare ./model-a ./model-b",
             "hf-moe-lmc compare Qwen/Qwen3-30B-A3B Qwen/Qwen3-Coder-30B-A3B-Instruct --json",
         ),
-        "For each MoE layer: same lineage in place, same lineage but shuffled, or unrelated. Then what differs, and which verbs "
-        "are possible. Of a Hub id, headers, router rows and a small sample are fetched, by ranges.",
+        "For each MoE layer: same lineage in place, same lineage but shuffled, or unrelated. Then what differs, and which "
+        "verbs are possible. Of a Hub id, headers, router rows and a small sample are fetched, by ranges.",
         failure="a merge makes no sense",
         fault="wrong usage or input, or a failure",
     ),

@@ -1,1 +1,1 @@
-"""Whether the MoE blocks of two models have one origin: judged from router rows, and from small samples where these do not tell."""
+"""Whether the MoE blocks of two models have one origin: from router rows, and from small samples where these do not tell."""

@@ -122,7 +122,9 @@ def judge_experts(
         in_order = all(found[pair].in_order for pair in best.values())
         return ExpertFinding("related", "", dict(best.values()), in_order, cosine, chance)
     if any(related.values()):
-        return ExpertFinding("undecided", "some sampled experts are related, others are not", cosine=cosine, log10_chance=chance)
+        return ExpertFinding(
+            "undecided", "some sampled experts are related, others are not", cosine=cosine, log10_chance=chance
+        )
     if all(one.log10_equal <= limit for one in found.values()):
         return ExpertFinding("unrelated", cosine=cosine, log10_chance=chance)
     why = "the experts are too small to be told from chance"

@@ -37,7 +37,9 @@ def layers_in_common(a: MoEModel, b: MoEModel) -> list[int]:
     return [index for index in a.layers if index in b.layers and sizes(a, index) == sizes(b, index)]
 
 
-def judge_all_routers(models: Sequence[MoEModel], pairs: Sequence[tuple[int, int]] | None = None) -> dict[tuple[int, int], Findings]:
+def judge_all_routers(
+    models: Sequence[MoEModel], pairs: Sequence[tuple[int, int]] | None = None
+) -> dict[tuple[int, int], Findings]:
     """What the router rows say of pairs of models, by default of all; each row is read once.
 
     Memory: the rows of a few layers of all models.
@@ -131,4 +133,3 @@ def _sample(a: MoEModel, b: MoEModel, routers: Findings, indices: Sequence[int])
             found[index] = judge_experts(*read, pairs[index], limit, any_order=any_order)
             read = {}, {}
     return found
-

@@ -38,6 +38,7 @@ class Resemblance:
         cosine, in_place: the mean of them, and that of rows with one number.
         log10_chance, log10_chance_in_place: bounds of the probability that unrelated rows do as well, in the best order and in
             place; 0 where nothing can be said.
+        freedom: F.
     """
 
     order: Tensor
@@ -53,6 +54,11 @@ class Resemblance:
     def gap(self) -> float:
         """The mean gap."""
         return float(self.gaps.mean())
+
+    @property
+    def least_chance(self) -> float:
+        """Decimal logarithm of the bound for the order that was found; where that is the rows' own, of the smaller one."""
+        return self.log10_chance if self.moved else min(self.log10_chance, self.log10_chance_in_place)
 
     @property
     def moved(self) -> int:

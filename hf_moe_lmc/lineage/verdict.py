@@ -66,10 +66,10 @@ def layer_verdict(
         routers=router.says,
         why=_why(router, sample, said),
         moved=_moved(router, sample) if said in ("in place", "shuffled") else None,
-        cosine=found and found.cosine,
-        margin=found and found.gap,
-        least_margin=found and float(found.gaps.min()),
-        log10_chance=found and min(found.log10_chance, 0.0 if found.moved else found.log10_chance_in_place),
+        cosine=found.cosine if found else None,
+        margin=found.gap if found else None,
+        least_margin=float(found.gaps.min()) if found else None,
+        log10_chance=found.least_chance if found else None,
         expert_cosine=sample.cosine if sample and not elsewhere else None,
     )
 
@@ -141,7 +141,9 @@ def sentence(layers: Sequence[LayerVerdict], outside: OutsideSample | None, othe
     own = sum(layer.routers == "unlike" for layer in layers if layer.verdict in ("in place", "shuffled"))
     if own and related == total:
         where = "" if own == total else f" in {own} of {total} layers"
-        return f"{other} grew from the same experts as {first}, with routers of its own{where}: align first, measure the barrier"
+        return (
+            f"{other} grew from the same experts as {first}, with routers of its own{where}: align first, measure the barrier"
+        )
     if counts["in place"] == total:
         return f"{other} is a fine-tune of the same model as {first}, experts in place: merge without alignment"
     if related == total:
@@ -152,5 +154,5 @@ def sentence(layers: Sequence[LayerVerdict], outside: OutsideSample | None, othe
         return f"{shared}{blocks} are unrelated: align first, measure the barrier"
     if counts["undecided"] == total:
         return f"the lineage of the MoE blocks of {first} and {other} cannot be told: align first, measure the barrier"
-    parts = [f"{counts[kind]} {kind}" for kind in ("in place", "shuffled", "unrelated", "undecided") if counts[kind]]  # type: ignore[index]
+    parts = [f"{counts[kind]} {kind}" for kind in ("in place", "shuffled", "unrelated", "undecided") if counts[kind]]
     return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}: align first, measure the barrier"

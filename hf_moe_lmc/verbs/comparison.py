@@ -229,22 +229,20 @@ def _pair_lines(pair: PairVerdict, named: bool) -> list[str]:
     for outlook in pair.verbs:
         rows.append((outlook.verb, _outlook_in_words(outlook)))
         rows += [("", reason.replace("\n", "\n  ")) for reason in outlook.reasons]
-    said: dict[str, list[str]] = {}
-    for outlook in pair.verbs:
-        for warning in outlook.warnings:
-            said.setdefault(warning, []).append(outlook.verb)
-    rows += [(f"{', '.join(verbs)}:" if len(verbs) < len(pair.verbs) else "all verbs:", text) for text, verbs in said.items()]
-    table = aligned([row for row in rows if row[0] and not row[0].endswith(":")])
-    width = max((len(row[0]) for row in rows if row[0] and not row[0].endswith(":")), default=0)
-    assert len(table) <= len(rows)
+    width = max(len(name) for name, _ in rows)
     for name, text in rows:
         head, *more = text.split("\n")
-        if name.endswith(":"):
-            lines.append(f"{name} {head}")
-        else:
-            lines.append(f"{name:<{width}}  {head}".rstrip())
-        lines += [f"{'':<{width}}  {line}" for line in more]
-    return lines
+        lines += [f"{name:<{width}}  {head}".rstrip(), *(f"{'':<{width}}  {line}" for line in more)]
+    return lines + _warnings(pair.verbs)
+
+
+def _warnings(verbs: Sequence[Outlook]) -> list[str]:
+    """What verbs say of the two models, each once, with the verbs that say it."""
+    said: dict[str, list[str]] = {}
+    for outlook in verbs:
+        for warning in outlook.warnings:
+            said.setdefault(warning, []).append(outlook.verb)
+    return [f"{', '.join(names)}: {warning}" for warning, names in said.items()]
 
 
 def _is_notable(layer: LayerVerdict) -> bool:

@@ -98,7 +98,7 @@ class Verb(Protocol[P, R_co]):
     """A public function that runs a request, or plans it; `request` makes the request, and does nothing else."""
 
     plan: Callable[P, Plan]
-    request: Callable[P, Request[R_co]]
+    request: Callable[P, Request[Any]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 

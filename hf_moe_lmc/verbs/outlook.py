@@ -73,7 +73,8 @@ def outlooks(a: Model, b: Model, opener: SharedOpener) -> tuple[Outlook, ...]:
 def _outlook(verb: str, request: Callable[[], Request[Any]], opener: SharedOpener) -> Outlook:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan, reasons = None, ()
+        plan = None
+        reasons: tuple[str, ...] = ()
         try:
             plan = request().plan_beside(opener)
         except InputError as error:
