@@ -77,14 +77,15 @@ def _judge_bank(a: Tensor, b: Tensor, layers: int, groups: int) -> RouterFinding
         return RouterFinding("undecided", "all router rows are equal")
     found = resemblance(white_a, white_b, a.shape[1], groups)
     distance = _distance(a, b, found.order)
-    says, why = _says(found, layers)
+    says, why = said_by(found, layers)
     related = says in ("in place", "shuffled")
     if related and a.dtype == b.dtype and torch.equal(a, b[found.order]):
         says = "alike"
     return RouterFinding(says, why, found, found.moved if related else None, distance)
 
 
-def _says(found: Resemblance, layers: int) -> tuple[Says, str]:
+def said_by(found: Resemblance, layers: int) -> tuple[Says, str]:
+    """What a resemblance of the router rows of one of so many layers says, and why nothing where it does not."""
     limit = threshold(layers)
     count = len(found.order)
     sure_in_place = found.moved == 0 and found.log10_chance_in_place <= limit
