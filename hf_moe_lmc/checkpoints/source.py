@@ -233,9 +233,12 @@ def _on_hub(text: str, repo_id: str, revision: str) -> Repository:
     if info.sha is None:
         raise HubError(f"{text}: the Hub did not say which commit this is")
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
+    found = Repository(repo_id, info.sha, files)
     if "config.json" in files and not COMMIT.fullmatch(revision):
-        hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch, too: for calls offline
-    return Repository(repo_id, info.sha, files)
+        new = not found.is_cached("config.json")
+        path = hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch: for calls offline
+        found.traffic.add(Path(path).stat().st_size if new else 0)
+    return found
 
 
 def _in_cache(repo_id: str, config: str) -> Repository:

@@ -112,13 +112,13 @@ def _pair(
     letter = letters(number + 1)[number]
     merges = [outlook for outlook in verbs if outlook.verb.startswith("merge")]
     possible = any(outlook.possible for outlook in merges)
+    fitting = any(outlook.possible for outlook in verbs)
     said = sentence(layers, outside, letter)
-    alike = not layers and any(model is not None for model in (models[0], models[number]))
     if same_weights(checkpoints[0], checkpoints[number]):
         said = f"A and {letter} are the same checkpoint: a merge changes nothing"
-    elif not possible and (alike or not outside.unrelated):
-        refused = _first_line(merges[0].reasons[0], letter)
-        said = f"A and {letter} cannot be merged: {refused}" if alike else f"{said}; but no merge is possible: {refused}"
+    elif not possible and not (fitting and outside.unrelated):
+        refused = _in_one_line(merges[0].reasons[0])
+        said = f"{said}; but no merge is possible: {refused}" if fitting else f"A and {letter} cannot be merged: {refused}"
     return PairVerdict(
         a="A",
         b=letter,
@@ -131,7 +131,7 @@ def _pair(
     )
 
 
-def _first_line(reason: str, letter: str) -> str:
+def _in_one_line(reason: str) -> str:
     """A reason of several lines in one: its heading, and the first of what it lists."""
     head, *more = [line.strip() for line in reason.splitlines()]
     return f"{head} {more[0]}" if more else head

@@ -14,7 +14,7 @@ from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.verbs.planning import Plan, time_of
 
 SHOWN = 8  # layers out of the ordinary, differences of one kind
-FORMAT = 1  # of the document; it grows by one where a key changes its meaning
+VERSION = 1  # of the document: later versions add keys and keep these
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "version": VERSION,
             "sentence": self.sentence,
             "makes_sense": self.makes_sense,
             "bytes_fetched": self.bytes_fetched,
