@@ -107,7 +107,7 @@ class PairVerdict:
     sentence: str
     makes_sense: bool
     layers: tuple[LayerVerdict, ...]
-    outside: OutsideSample | None
+    outside: OutsideSample
     differences: tuple[Difference, ...]
     verbs: tuple[Outlook, ...]
 
@@ -120,8 +120,11 @@ class PairVerdict:
             "makes_sense": self.makes_sense,
             "counts": {name.replace(" ", "_"): count for name, count in counted(self.layers).items()},
             "layers": [layer.to_dict() for layer in self.layers],
-            "outside": outside
-            and {"median_cosine": outside.median_cosine, "unrelated": outside.unrelated, "cosines": outside.cosines},
+            "outside": {
+                "median_cosine": outside.median_cosine,
+                "unrelated": outside.unrelated,
+                "cosines": outside.cosines,
+            },
             "differences": [asdict(one) for one in self.differences],
             "verbs": [one.to_dict() for one in self.verbs],
         }
@@ -222,7 +225,7 @@ def _pair_lines(pair: PairVerdict, named: bool) -> list[str]:
             of_kind = [layer for layer in pair.layers if layer.verdict == verdict]
             rows.append((verdict, f"{count} of {len(pair.layers)} layers: {ranges([layer.layer for layer in of_kind])}"))
             rows += [("", text) for text in _shown([_layer_in_words(layer) for layer in of_kind if _is_notable(layer)])]
-    if pair.outside and pair.outside.median_cosine is not None:
+    if pair.outside.median_cosine is not None:
         matrices = f"median over {len(pair.outside.cosines)} matrices"
         rows.append(("outside the blocks", f"cosine {pair.outside.median_cosine:.3f}, {matrices}"))
     rows += [(one.what, f"{pair.a} has {one.a}, {pair.b} has {one.b}") for one in pair.differences]
