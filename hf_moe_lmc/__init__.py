@@ -1,10 +1,10 @@
 """Align, interpolate and merge large Mixture-of-Experts language models.
 
-The verbs of the command line are functions: `inspect`, `known_families` (the verb `families`), `selftest`, `align`, `apply`,
-`barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of their verb
-and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
-`BarrierCurve`, `Inspection`, `Catalogue`, `SelfTest`, `Published`. A new family of models is a `MoEFamily`, made known with
-`register`.
+The verbs of the command line are functions: `inspect`, `compare`, `known_families` (the verb `families`), `selftest`, `align`,
+`apply`, `barrier`, `merge`, `push`, `demo`. `plan_align`, `plan_apply`, `plan_barrier` and `plan_merge` take the arguments of
+their verb and return its `Plan`: a dry run. What they hand around are values: `ModelSymmetry`, `Alignment`, `BarrierReport`,
+`BarrierCurve`, `Inspection`, `Comparison`, `Catalogue`, `SelfTest`, `Published`. A new family of models is a `MoEFamily`, made
+known with `register`.
 """
 
 from importlib import import_module
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hf_moe_lmc.verbs.align import align, plan_align
     from hf_moe_lmc.verbs.apply import apply, plan_apply
     from hf_moe_lmc.verbs.barrier import barrier, plan_barrier
+    from hf_moe_lmc.verbs.compare import compare
+    from hf_moe_lmc.verbs.comparison import Comparison
     from hf_moe_lmc.verbs.inspect import Inspection, inspect
     from hf_moe_lmc.verbs.loading import load_interpolated
     from hf_moe_lmc.verbs.merge import merge, plan_merge
@@ -39,6 +41,7 @@ _HOMES = {
     "BarrierCurve": "perplexity.curve",
     "BarrierReport": "perplexity.report",
     "Catalogue": "moe.catalogue",
+    "Comparison": "verbs.comparison",
     "ForeignError": "errors",
     "InputError": "errors",
     "Inspection": "verbs.inspect",
@@ -53,6 +56,7 @@ _HOMES = {
     "align": "verbs.align",
     "apply": "verbs.apply",
     "barrier": "verbs.barrier",
+    "compare": "verbs.compare",
     "demo": "example.demo",
     "inspect": "verbs.inspect",
     "load_interpolated": "verbs.loading",
@@ -72,6 +76,7 @@ __all__ = [
     "BarrierCurve",
     "BarrierReport",
     "Catalogue",
+    "Comparison",
     "ForeignError",
     "InputError",
     "Inspection",
@@ -86,6 +91,7 @@ __all__ = [
     "align",
     "apply",
     "barrier",
+    "compare",
     "demo",
     "inspect",
     "known_families",

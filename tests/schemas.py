@@ -22,9 +22,9 @@ def _schema(room: str, file: str) -> Schema:
 
 
 ALIGNMENT, REPORT = _schema("matching", "alignment"), _schema("perplexity", "report")
-INSPECTION, PLAN = _schema("verbs", "inspection"), _schema("verbs", "plan")
+INSPECTION, PLAN, COMPARISON = (_schema("verbs", name) for name in ("inspection", "plan", "comparison"))
 SELFTEST, FAMILIES = _schema("proof", "selftest"), _schema("moe", "families")
-BY_ID = {schema["$id"]: schema for schema in (REPORT, ALIGNMENT, INSPECTION, PLAN, SELFTEST, FAMILIES)}
+BY_ID = {schema["$id"]: schema for schema in (REPORT, ALIGNMENT, INSPECTION, PLAN, SELFTEST, FAMILIES, COMPARISON)}
 REGISTRY = Registry().with_resources((uri, Resource.from_contents(schema)) for uri, schema in BY_ID.items())
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
 

@@ -46,6 +46,7 @@ from hf_moe_lmc.runtime.progress import size_of
 
 CHUNK = 8 << 20  # bytes of one copy, and the elements' budget of one piece outside the MoE blocks
 HEADERS_AT_ONCE = 8
+RANGES_AT_ONCE, READS_AT_ONCE = 16, 2  # ranges that are asked for at a time on the Hub, and on disk
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 # Bits that are all set in the codes that are NaN or infinite.
 _NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}
@@ -73,6 +74,7 @@ class Checkpoint:
     changes: Mapping[str, Any] = field(default_factory=dict)
     _descriptors: dict[str, int] = field(default_factory=dict, repr=False)
     _fingerprint: str | None = field(default=None, repr=False)  # reports, cards and warnings all ask for it
+    _here: set[str] = field(default_factory=set, repr=False)  # shards of a repository that were found in the cache
     _opening: Lock = field(default_factory=Lock, repr=False)  # a loader may read from several threads
 
     @classmethod
@@ -268,6 +270,15 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _is_away(self, shard: str) -> bool:
+        """Whether a shard is on the Hub and not here."""
+        if isinstance(self.source, Folder) or self.source.cached or shard in self._here:
+            return False
+        if not self.source.is_cached(shard):
+            return True
+        self._here.add(shard)
+        return False
+
     @contextmanager
     def _descriptor(self, shard: str) -> Iterator[int]:
         """An open file of a shard, for as long as the block runs."""
@@ -285,8 +296,15 @@ class Checkpoint:
                 os.close(descriptor)
 
     def fill(self, values: Tensor, shard: str, position: int) -> None:
-        """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`."""
+        """Fills `values`, a contiguous row of any dtype, with the bytes of a shard's file from `position`.
+
+        Of a shard on the Hub that is not in the cache, these bytes alone are fetched.
+        """
         view = values.view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
+        if self._is_away(shard):
+            assert isinstance(self.source, Repository)
+            view[:] = self.source.fetch(shard, position, len(view))[0] if len(view) else b""
+            return
         with self._descriptor(shard) as descriptor:
             self._fill_from(descriptor, view, shard, position)
 
@@ -297,6 +315,11 @@ class Checkpoint:
                 raise CheckpointError(f"{self.name}/{shard}: ends at byte {position}, before its last tensor; fetch it again")
             view = view[got:]
             position += got
+
+
+def reads_at_once(*checkpoints: Checkpoint) -> int:
+    """How many parts of checkpoints are best read at a time: many where each takes a request to the Hub."""
+    return READS_AT_ONCE if all(checkpoint.is_downloaded for checkpoint in checkpoints) else RANGES_AT_ONCE
 
 
 def is_finite(values: Tensor) -> bool:
@@ -362,5 +385,5 @@ def _attempt(source: Folder | Repository, name: str) -> tuple[Shard, list[Tensor
 def _read_shard(source: Folder | Repository, name: str) -> tuple[Shard, list[TensorInfo]]:
     where = f"{source.name}/{name}"
     if isinstance(source, Repository) and not source.cached:
-        return remote_shard(source.header(name), name, where)
+        return remote_shard(partial(source.fetch, name), name, where)
     return read_shard(source.path(name), name, where)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from hf_moe_lmc.errors import CheckpointError, Faults, listing, shown, worded
 DIMENSION_LIMIT = 64
 SIZE_LIMIT = 2**62  # elements, bytes
 NAME_LIMIT = 4096  # characters of a tensor's name
+PROBE = 100_001  # bytes of a remote file that are asked for first: most headers are shorter
 
 DTYPES = {
     "F64": torch.float64,
@@ -87,7 +88,30 @@ def read_shard(path: Path, name: str, where: str) -> tuple[Shard, list[TensorInf
     """
     with open_regular(path, where) as file:
         size = os.fstat(file.fileno()).st_size
-        raw = _read_header(file, size, where)
+        return _shard(_read_header(file.read, size, where), size, name, where)
+
+
+def remote_shard(fetch: Callable[[int, int], tuple[bytes, int]], name: str, where: str) -> tuple[Shard, list[TensorInfo]]:
+    """The same for a file that is read by ranges.
+
+    Args:
+        fetch: (first byte, number of bytes) -> these bytes, fewer where the file ends, and its size.
+    """
+    start, size = fetch(0, PROBE)
+    at = 0
+
+    def read(count: int) -> bytes:
+        nonlocal at
+        first, at = at, at + count
+        if at <= len(start):
+            return start[first:at]
+        return start[first:] + (fetch(len(start), at - len(start))[0] if len(start) < size else b"")
+
+    return _shard(_read_header(read, size, where), size, name, where)
+
+
+def _shard(raw: bytes, size: int, name: str, where: str) -> tuple[Shard, list[TensorInfo]]:
+    """The shard of a raw header."""
     with _parsing:
         infos = _parse_header(_header_object(raw[8:], where), name, len(raw), where)
     end = max((info.start + info.nbytes for info in infos), default=len(raw))
@@ -100,22 +124,20 @@ def read_shard(path: Path, name: str, where: str) -> tuple[Shard, list[TensorInf
     return Shard(name, raw, end, tuple(info.name for info in infos)), infos
 
 
-def remote_shard(header: Mapping[str, Any], name: str, where: str) -> tuple[Shard, list[TensorInfo]]:
-    """The same for a file on the Hub, from its header alone. Positions of tensors count from the end of the header."""
-    infos = _parse_header(header, name, 0, where)
-    return Shard(name, b"", max((info.start + info.nbytes for info in infos), default=0), tuple(i.name for i in infos)), infos
+def _read_header(read: Callable[[int], bytes], size: int, where: str) -> bytes:
+    """The header and the eight bytes of its length before it.
 
-
-def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
-    """The header and the eight bytes of its length before it."""
-    prefix = file.read(8)
+    Args:
+        read: gives the next bytes of the file, so many.
+    """
+    prefix = read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(JSON_LIMIT, size - 8):
         raise CheckpointError(
             f"{where}: not a whole safetensors file ({size} bytes, header of {length}, at most {JSON_LIMIT}); fetch it again",
             kind="files that are not whole",
         )
-    return prefix + file.read(length)
+    return prefix + read(length)
 
 
 def _header_object(body: bytes, where: str) -> dict[str, Any]:

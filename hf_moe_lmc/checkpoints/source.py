@@ -7,12 +7,19 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download, try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import (
+    HfApi,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.constants import ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -24,9 +31,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from hf_moe_lmc.errors import CheckpointError, HubError, InputError
 from hf_moe_lmc.runtime.notices import note
@@ -34,7 +41,22 @@ from hf_moe_lmc.runtime.notices import note
 HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])  # the client's: httpx in its releases 1, httpx2 in 2
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+RETRIES = 3  # of a range whose connection broke in the midst; the client itself repeats requests that got no answer
 _REPOSITORY_IN_URL = re.compile(r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(?:resolve|revision|tree)/.*)?")
+
+
+class Traffic:
+    """What was fetched from the Hub for one repository: bytes, and requests for ranges."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.ranges = 0
+        self._lock = Lock()
+
+    def add(self, nbytes: int, ranges: int = 0) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+            self.ranges += ranges
 
 
 @dataclass(frozen=True)
@@ -76,13 +98,15 @@ class Repository:
 
     Attributes:
         listed: the files there; of a repository that is read from the cache, those that are in it.
-        cached: the Hub is not asked: offline mode, or it cannot be reached.
+        cached: the Hub is not asked: offline mode, it cannot be reached, or all that is read is in the cache.
+        traffic: what has been fetched so far.
     """
 
     repo_id: str
     commit: str
     listed: tuple[str, ...]
     cached: bool = False
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -99,8 +123,15 @@ class Repository:
         return "the Hub is not reached, so only its cache is read; repeat the call with a connection"
 
     def path(self, file: str) -> Path:
+        new = not self.cached and not self.is_cached(file)
         with hub_errors(self.repo_id):
-            return Path(hf_hub_download(self.repo_id, file, revision=self.commit, local_files_only=self.cached))
+            found = Path(hf_hub_download(self.repo_id, file, revision=self.commit, local_files_only=self.cached))
+        self.traffic.add(found.stat().st_size if new else 0)
+        return found
+
+    def is_cached(self, file: str) -> bool:
+        """Whether a file is in the cache."""
+        return isinstance(try_to_load_from_cache(self.repo_id, file, revision=self.commit), str)
 
     def absent(self, files: Sequence[str]) -> dict[str, int]:
         """Bytes of the files that a download would bring: those that are not in the cache.
@@ -108,8 +139,7 @@ class Repository:
         Raises:
             HubError: the Hub cannot be reached.
         """
-        cached = (try_to_load_from_cache(self.repo_id, file, revision=self.commit) for file in files)
-        wanted = {file for file, path in zip(files, cached, strict=True) if not isinstance(path, str)}
+        wanted = {file for file in files if not self.is_cached(file)}
         if self.cached or not wanted:
             return {}
         with hub_errors(self.repo_id):
@@ -119,25 +149,44 @@ class Repository:
     def download(self, files: Sequence[str]) -> None:
         if self.cached:
             return
+        new = [file for file in files if not self.is_cached(file)]
         with hub_errors(self.repo_id):
-            snapshot_download(self.repo_id, revision=self.commit, allow_patterns=[_literally(file) for file in files])
+            folder = snapshot_download(self.repo_id, revision=self.commit, allow_patterns=[_literally(file) for file in files])
+        self.traffic.add(sum((Path(folder) / file).stat().st_size for file in new))
 
-    def header(self, file: str) -> dict[str, Any]:
-        """The safetensors header of a remote shard, read with range requests."""
+    def fetch(self, file: str, first: int, count: int) -> tuple[bytes, int]:
+        """`count` bytes of a file from byte `first` on, fewer where it ends, by an HTTP range; and the size of the file.
+
+        Raises:
+            HubError: the Hub cannot be reached, or does not serve ranges.
+        """
+        url = hf_hub_url(self.repo_id, file, revision=self.commit)
+        headers = {**build_hf_headers(), "Range": f"bytes={first}-{first + count - 1}"}
         with hub_errors(self.repo_id):
-            try:
-                parsed = HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
-            except (SafetensorsParsingError, AttributeError, TypeError, RecursionError) as error:  # or JSON of another shape
-                raise CheckpointError(
-                    f"{self.repo_id}/{file}: not a whole safetensors file, its header cannot be read ({one_line(error)})"
-                ) from error
-        header: dict[str, Any] = {
-            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-            for name, info in parsed.tensors.items()
-        }
-        if parsed.metadata:
-            header["__metadata__"] = parsed.metadata
-        return header
+            for attempt in range(RETRIES + 1):
+                try:
+                    with http_stream_backoff("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT) as response:
+                        if response.status_code == 416 and first == 0:  # an empty file has no range
+                            return b"", 0
+                        hf_raise_for_status(response)
+                        size = _whole_size(response.headers.get("Content-Range"))
+                        if response.status_code != 206 or size is None:
+                            raise HubError(f"{self.repo_id}/{file}: the server does not serve ranges; download the model")
+                        data = response.read()
+                except HTTP.TransportError:
+                    if attempt == RETRIES:
+                        raise
+                    continue
+                self.traffic.add(len(data), 1)
+                if len(data) == min(count, size - first):
+                    return data, size
+        raise HubError(f"{self.repo_id}/{file}: {len(data)} bytes came instead of {count} from byte {first}; repeat the call")
+
+
+def _whole_size(content_range: str | None) -> int | None:
+    """The size of a file, as the answer to a request for a range has it: bytes 0-9/120."""
+    size = (content_range or "").rpartition("/")[2]
+    return int(size) if size.isdecimal() else None
 
 
 def resolve(model: str | os.PathLike[str]) -> Folder | Repository:
@@ -184,9 +233,12 @@ def _on_hub(text: str, repo_id: str, revision: str) -> Repository:
     if info.sha is None:
         raise HubError(f"{text}: the Hub did not say which commit this is")
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
+    found = Repository(repo_id, info.sha, files)
     if "config.json" in files and not COMMIT.fullmatch(revision):
-        hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch, too: for calls offline
-    return Repository(repo_id, info.sha, files)
+        new = not found.is_cached("config.json")
+        path = hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch: for calls offline
+        found.traffic.add(Path(path).stat().st_size if new else 0)
+    return found
 
 
 def _in_cache(repo_id: str, config: str) -> Repository:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_moe_lmc.cli.commands import COMMANDS, RESUMING, SHARED
+from hf_moe_lmc.cli.commands import ASKING, COMMANDS, RESUMING, SHARED
 from hf_moe_lmc.cli.parser import parser
 from hf_moe_lmc.errors import InputError, MoELMCError, OutputError, escaped
 from hf_moe_lmc.runtime import processes
@@ -85,12 +85,12 @@ def _run(verb: str, given: dict[str, Any], words: Sequence[str]) -> int:
         return outcome.code
     except MoELMCError as error:
         complain(f"error: {error}")
-        return error.exit_code
+        return 2 if verb in ASKING else error.exit_code
     except BrokenPipeError:
         raise
     except OSError as error:
         complain(f"error: {error}")
-        return 1
+        return 2 if verb in ASKING else 1
     except KeyboardInterrupt:
         kept = ", what is done is kept: the same call continues" if verb in RESUMING else ""
         complain(f"interrupted; nothing unfinished was left behind{kept}")

@@ -36,6 +36,11 @@ def inspect(given: Given, tell: Tell) -> Outcome:
     return Outcome(found.table(), found.to_dict())
 
 
+def compare(given: Given, tell: Tell) -> Outcome:
+    found = lmc.compare(given["a"], given["b"], *given.get("others", ()))
+    return Outcome(found.table(), found.to_dict(), code=0 if found.makes_sense else 1)
+
+
 def families(given: Given, tell: Tell) -> Outcome:
     known = lmc.known_families()
     return Outcome(known.table(), known.to_dict())
@@ -97,9 +102,11 @@ def completion(given: Given, tell: Tell) -> Outcome:
 
 
 COMMANDS: dict[str, Callable[[Given, Tell], Outcome]] = {
-    command.__name__: command for command in (inspect, families, selftest, align, apply, barrier, merge, push, demo, completion)
+    command.__name__: command
+    for command in (inspect, compare, families, selftest, align, apply, barrier, merge, push, demo, completion)
 }
 RESUMING = ("align", "apply", "barrier", "merge", "demo")  # the verbs that continue what a stopped call has done
+ASKING = ("compare",)  # the verbs whose exit code 1 is an answer: whatever fails is 2
 SHARED = ("align", "apply", "barrier", "merge")  # the verbs that several processes may call together
 
 

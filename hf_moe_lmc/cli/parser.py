@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -46,7 +47,7 @@ class Verb:
         summary: one line, for the list of verbs.
         examples: calls as one would type them.
         more: what a newcomer should know besides.
-        failure: what exit code 1 means.
+        failure: what exit code 1 means; fault: what 2 does.
     """
 
     add: Callable[[Parser], None]
@@ -54,6 +55,7 @@ class Verb:
     examples: tuple[str, ...]
     more: str = ""
     failure: str = "failed"
+    fault: str = "refused: wrong usage or input"
 
     @property
     def description(self) -> str:
@@ -61,7 +63,7 @@ class Verb:
 
     @property
     def epilog(self) -> str:
-        return "\n".join([*_listed("examples", self.examples), "", *_exit_codes(self.failure)])
+        return "\n".join([*_listed("examples", self.examples), "", *_exit_codes(self.failure, self.fault)])
 
 
 def parser() -> Parser:
@@ -75,7 +77,7 @@ def parser() -> Parser:
                 "",
                 "hf-moe-lmc VERB --help describes a verb, with examples.",
                 "",
-                *_exit_codes("failed, or a check did not pass"),
+                *_exit_codes("failed, or a check did not pass", "refused: wrong usage or input"),
             ]
         ),
     )
@@ -92,6 +94,12 @@ def parser() -> Parser:
 
 def _inspect(verb: Parser) -> None:
     add_model(verb)
+
+
+def _compare(verb: Parser) -> None:
+    verb.add_argument("a", metavar="A", help=f"the model that the others are held against: a {WHERE}")
+    verb.add_argument("b", metavar="B", help="another model; likewise")
+    verb.add_argument("others", metavar="C", nargs="*", default=SUPPRESS, help="further models; likewise")
 
 
 def _families(verb: Parser) -> None:
@@ -314,6 +322,18 @@ VERBS: dict[str, Verb] = {
         "Its sizes, its experts, and what may change places in it without changing what it computes. "
         "Of a Hub id only headers are fetched.",
     ),
+    "compare": Verb(
+        _compare,
+        "whether models belong together: the verdict before anything is downloaded",
+        (
+            "hf-moe-lmc compare ./model-a ./model-b",
+            "hf-moe-lmc compare Qwen/Qwen3-30B-A3B Qwen/Qwen3-Coder-30B-A3B-Instruct --json",
+        ),
+        "For each MoE layer: same lineage in place, same lineage but shuffled, or unrelated. Then what differs, and which "
+        "verbs are possible. Of a Hub id, headers, router rows and a small sample are fetched, by ranges.",
+        failure="a merge makes no sense",
+        fault="wrong usage or input, or a failure",
+    ),
     "families": Verb(
         _families,
         "the model types that are supported or refused, with their symmetries",
@@ -390,8 +410,8 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def _exit_codes(failure: str) -> list[str]:
-    codes = {"0": "done", "1": failure, "2": "refused: wrong usage or input", "130": "interrupted"}
+def _exit_codes(failure: str, fault: str) -> list[str]:
+    codes = {"0": "done", "1": failure, "2": fault, "130": "interrupted"}
     return ["exit codes:", *definitions(codes, width=78)]
 
 

@@ -133,6 +133,8 @@ def _value(action: argparse.Action) -> str:
     if isinstance(action, argparse._SubParsersAction):
         return "VERB"
     word = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+    if action.nargs == "*":
+        return f"[{word} ...]"
     return f"[{word}]" if action.nargs == "?" else cast("str", word)
 
 

@@ -114,12 +114,31 @@ class BlockView:
         claim, segment = self.holders.get((role, expert)) or self.holders[role, None]
         if split_role(role)[1] == "expert_table":
             return self._read_table(claim)
+        return self._read_at(claim, segment, self._fixed(claim, segment, role, expert))
+
+    def leading(self, role: str, expert: int, count: int) -> Tensor:
+        """The first `count` entries of one matrix of an expert along the axis that is slowest on disk: one short range.
+
+        Returns:
+            [unit, count] where that is the model's, [count, model] where it is the hidden units'.
+        """
+        claim, segment = self.holders.get((role, expert)) or self.holders[role, None]
+        return self._read_at(claim, segment, self._fixed(claim, segment, role, expert), count)
+
+    def slowest_axis(self, role: str) -> str:
+        """The axis of one expert's matrix that is slowest on disk: `unit`, `model` or `latent`."""
+        claim, segment = self.holders.get((role, 0)) or self.holders[role, None]
+        fixed = self._fixed(claim, segment, role, 0)
+        return next(axis for axis in claim.spec.axes if axis not in fixed)
+
+    def _fixed(self, claim: Claim, segment: int, role: str, expert: int | None) -> dict[str, int]:
+        """The indices of the axes that a role of an expert has one place on."""
         roles = claim.spec.segments[segment]
         fixed = {} if len(roles) == 1 else {"half": roles.index(role)}
         if is_expert_role(role) and claim.expert is None:
             assert expert is not None
             fixed["expert"] = expert
-        return self._read_at(claim, segment, fixed)
+        return fixed
 
     def _read_table(self, claim: Claim) -> Tensor:
         """A table of token experts; raises CheckpointError where it names an expert that there is not."""
@@ -131,14 +150,19 @@ class BlockView:
             )
         return values
 
-    def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int]) -> Tensor:
-        """The tensor at the given indices of some axes, the other axes in canonical order; reads the least range."""
+    def _read_at(self, claim: Claim, segment: int, fixed: Mapping[str, int], count: int | None = None) -> Tensor:
+        """The tensor at the given indices of some axes, the other axes in canonical order; reads the least range.
+
+        With a count, of the slowest axis that is left only so many entries.
+        """
         axes = list(claim.spec.axes)
         shape = list(claim.axis_sizes(self.sizes, segment))
         first = self._segment_start(claim, segment)
         while axes and axes[0] in fixed:  # leading indices narrow the range
             first += fixed[axes.pop(0)] * math.prod(shape[1:])
             shape.pop(0)
+        if count is not None:
+            shape[0] = min(shape[0], count)
         values = self.checkpoint.read(claim.name, first, math.prod(shape)).view(shape)
         for axis in [axis for axis in axes if axis in fixed]:
             values = values.select(axes.index(axis), fixed[axis])

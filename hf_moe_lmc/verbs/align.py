@@ -13,6 +13,7 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.publishing.card import OUT, Destination, model_card
 from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.verbs.foretelling import foretell
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.options import OutputOptions, filled
@@ -134,6 +135,7 @@ class _Alignment(Job[Alignment]):
         return options | matching_facts(self.a, self.b, self.method)
 
     def run(self, workspace: Workspace | None) -> Alignment:
+        foretell(self.a, self.b)
         download(self.a, self.b)
         inputs = [self.b.checkpoint]
         with open_writer(workspace, self.facts(), inputs=inputs, allow_nonfinite=self.allow_nonfinite) as writer:

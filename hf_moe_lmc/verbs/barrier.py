@@ -16,6 +16,7 @@ from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.symmetry.group import ModelSymmetry
+from hf_moe_lmc.verbs.foretelling import foretell
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.measuring import Asked, Subject, given_symmetry
@@ -177,6 +178,7 @@ class _Barrier(Job[BarrierReport]):
         pair = self.subject.pair
         with open_writer(workspace) as writer:
             started = time.perf_counter()
+            foretell(pair.a, pair.b)
             download(pair.a, pair.b, given=pair.symmetry)
             self.subject.check_processes()
             aligned, matching = self._aligned(workspace)

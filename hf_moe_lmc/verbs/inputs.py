@@ -46,6 +46,19 @@ class Pair:
     alone: tuple[MoEModel, MoEModel]
 
 
+class Opener:
+    """How models are opened and recognised: anew by each call."""
+
+    def open(self, model: Model, dtype: torch.dtype) -> Checkpoint:
+        """A model as numbers, quantized weights in a dtype."""
+        return decoded(Checkpoint.open(model), dtype)
+
+    def recognise(self, checkpoint: Checkpoint) -> MoEModel:
+        from hf_moe_lmc.proof.recognition import recognise
+
+        return recognise(checkpoint)
+
+
 class Inputs:
     """What one call reads, opened from headers and small files alone.
 
@@ -55,11 +68,19 @@ class Inputs:
         stack: closes what has been opened.
         output: checked as well; None: nothing is written.
         dtype: that quantized weights are read in.
+        opener: opens and recognises the models.
     """
 
     def __init__(
-        self, stack: ExitStack, output: Model | None = None, *, overwrite: bool = False, dtype: str = "float32"
+        self,
+        stack: ExitStack,
+        output: Model | None = None,
+        *,
+        overwrite: bool = False,
+        dtype: str = "float32",
+        opener: Opener | None = None,
     ) -> None:
+        self._opener = opener or Opener()
         self._stack = stack
         self._output = output
         self._overwrite = overwrite
@@ -177,15 +198,12 @@ class Inputs:
 
     def _open(self, model: Model) -> Checkpoint | None:
         with self._faults.gather():
-            checkpoint = self._stack.enter_context(Checkpoint.open(model))
-            return decoded(checkpoint, self._dtype)
+            return self._stack.enter_context(self._opener.open(model, self._dtype))
         return None
 
     def _recognise(self, checkpoint: Checkpoint) -> MoEModel | None:
-        from hf_moe_lmc.proof.recognition import recognise
-
         with self._faults.gather():
-            return recognise(checkpoint)
+            return self._opener.recognise(checkpoint)
         return None
 
     def _load(self, symmetry: Model | ModelSymmetry) -> ModelSymmetry | None:

@@ -174,16 +174,6 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
 
 def _describe(model: MoEModel) -> Inspection:
     checkpoint = model.checkpoint
-    dtypes: dict[str, int] = {}
-    for info in checkpoint.stored.tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + info.nbytes
-    layouts = {
-        "per-expert" if claim.template.is_per_expert else "fused"
-        for layer in model.layers.values()
-        for claim in layer.claims.values()
-        if is_expert_role(claim.template.spec.roles[0])
-    }
     composite = model.text_config is not model.config
     every, first = model.layers.values(), next(iter(model.layers.values()))
     heads = tied_heads(model)
@@ -220,8 +210,8 @@ def _describe(model: MoEModel) -> Inspection:
         ),
         quantisation=model.storage.quantization.method if model.storage else None,
         formats={form.kind: count for form, count in model.storage.formats.items()} if model.storage else {},
-        layouts=tuple(sorted(layouts, reverse=True)),
-        dtypes=dtypes,
+        layouts=layouts_of(model),
+        dtypes=bytes_by_dtype(checkpoint),
         bytes=checkpoint.stored.nbytes,
         tensors=len(checkpoint.stored.tensors),
         shards=len(checkpoint.shards),
@@ -233,6 +223,26 @@ def _describe(model: MoEModel) -> Inspection:
         ignored_buffers=ignored_buffers(model),
         read_as=str(model.config.model_type) if str(model.config.model_type) != own_type else None,
     )
+
+
+def bytes_by_dtype(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the tensors in the files of a checkpoint, by dtype."""
+    found: dict[str, int] = {}
+    for info in checkpoint.stored.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        found[name] = found.get(name, 0) + info.nbytes
+    return found
+
+
+def layouts_of(model: MoEModel) -> tuple[str, ...]:
+    """How the experts lie on disk, `per-expert` or `fused` tensors, or both."""
+    found = {
+        "per-expert" if claim.template.is_per_expert else "fused"
+        for layer in model.layers.values()
+        for claim in layer.claims.values()
+        if is_expert_role(claim.template.spec.roles[0])
+    }
+    return tuple(sorted(found, reverse=True))
 
 
 def _ties(model: MoEModel) -> dict[str, list[list[str | int]]]:

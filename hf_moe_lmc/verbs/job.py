@@ -18,7 +18,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from hf_moe_lmc.publishing.push import check_target, push_result
 from hf_moe_lmc.runtime.processes import collective, process_group
-from hf_moe_lmc.verbs.inputs import Inputs
+from hf_moe_lmc.verbs.inputs import Inputs, Opener
 from hf_moe_lmc.verbs.options import OutputOptions
 from hf_moe_lmc.verbs.planning import Plan, Work, planned
 from hf_moe_lmc.writing.output import enter_workspace
@@ -79,6 +79,12 @@ class Request(Generic[R]):
         with ExitStack() as stack:
             return planned(self.verb, Path(self.output), self._checked(stack).work)
 
+    def plan_beside(self, opener: Opener) -> Plan:
+        """The same with models that have been opened already, whatever stands where the output would be."""
+        with ExitStack() as stack:
+            inputs = Inputs(stack, dtype=self.dtype, opener=opener)
+            return planned(self.verb, Path(self.output), self.prepare(inputs).work)
+
     def _checked(self, stack: ExitStack) -> Job[R]:
         inputs = Inputs(stack, self.output, overwrite=self.options.overwrite, dtype=self.dtype)
         repo_id = self.options.push_to_hub
@@ -89,9 +95,10 @@ class Request(Generic[R]):
 
 
 class Verb(Protocol[P, R_co]):
-    """A public function that runs a request, or plans it."""
+    """A public function that runs a request, or plans it; `request` makes the request, and does nothing else."""
 
     plan: Callable[P, Plan]
+    request: Callable[P, Request[Any]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
@@ -110,6 +117,7 @@ def verb(request: Callable[P, Request[R]]) -> Verb[P, R]:
     result = str(found.return_annotation).removeprefix("Request[").removesuffix("]")
     public = cast("Any", collective(run))
     public.plan = collective(plan)
+    public.request = request
     for function, annotation in ((public, result), (public.plan, "Plan")):
         function.__signature__ = found.replace(return_annotation=annotation)
     public.plan.__name__ = f"plan_{request.__name__}"

@@ -59,6 +59,10 @@ class PlainMerge(Job["Alignment | None"]):
         return self.points.facts(self.a, self.b) | keys | (self.earlier.facts() if self.earlier else {})
 
     def run(self, workspace: Workspace | None) -> None:
+        if not (self.a.is_downloaded and self.b.is_downloaded):
+            from hf_moe_lmc.verbs.foretelling import foretell_known
+
+            foretell_known(self.a, self.b)
         download_checkpoints(self.a, self.b)
         if self.earlier:
             self.earlier.check(self.a, self.b)
@@ -146,6 +150,10 @@ class Merge(Job["Alignment | None"]):
         return found | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
 
     def run(self, workspace: Workspace | None) -> Alignment | None:
+        if self.pair.symmetry is None:
+            from hf_moe_lmc.verbs.foretelling import foretell
+
+            foretell(self.pair.a, self.pair.b)
         download(self.pair.a, self.pair.b, given=self.pair.symmetry)
         if self.earlier:
             self.earlier.check(*self.inputs)

@@ -141,11 +141,11 @@ class Plan:
             "to read": size_of(self.bytes_to_read) + (f", at {size_of(self.read_rate)}/s here" if self.read_rate else ""),
             "to write": f"{self._written()}; {size_of(self.bytes_free)} free",
             "peak memory": f"{size_of(self.peak_memory)} besides Python and its libraries",
-            "reading and writing": f"about {_time(self.seconds)}" if self.seconds is not None else "unknown before download",
+            "reading and writing": f"about {time_of(self.seconds)}" if self.seconds is not None else "unknown before download",
         }
         if self.layers_to_match:
             meanwhile = ", meanwhile written" if self.tensors and not self.passes else ""
-            rows["matching"] = f"{self.layers_to_match} layers, at most {_time(self.matching_seconds)}{meanwhile}"
+            rows["matching"] = f"{self.layers_to_match} layers, at most {time_of(self.matching_seconds)}{meanwhile}"
         if self.passes:
             rows["evaluation"] = (
                 f"{self.points} points with {self.tokens:,} scored tokens each; reads both models {self._times()}; "
@@ -269,7 +269,8 @@ def _multiplying() -> float:
     return 2 * PRODUCT**3 / (time.perf_counter() - started)
 
 
-def _time(seconds: float) -> str:
+def time_of(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 1 else "a second"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
