@@ -127,7 +127,8 @@ def _site(module: PreTrainedModel, model: MoEModel, layer: int, memory: Block) -
     if not hasattr(experts, "gate_up_proj") or not hasattr(experts, "_apply_gate"):
         raise _unsuited(model, f"layer {layer}: its experts are no gated MLPs with one matrix for gate and up projection")
     holders = {role: name for name, spec in memory.tensors.items() for role in spec.roles}
-    gate = holders.get("shared_router")
+    within = {role: name for role, name in holders.items() if name.startswith(f"{prefix}.")}  # a shared expert may stand beside
+    gate = within.get("shared_router")
     return Site(
         layer=layer,
         prefix=prefix,
@@ -135,7 +136,7 @@ def _site(module: PreTrainedModel, model: MoEModel, layer: int, memory: Block) -
         experts=experts,
         memory=memory,
         down=holders["down"],
-        shared_down=holders.get("shared_down"),
+        shared_down=within.get("shared_down"),
         shared_gate=None if gate is None else module.get_submodule(gate.rpartition(".")[0]),
     )
 
@@ -228,21 +229,29 @@ def block_map(site: Site, call: Call, model: MoEModel) -> BlockMap:
     if len(seen.inputs) != 3 or len(seen.routed) != 1:
         raise _unsuited(model, f"layer {site.layer}: the experts are not called with the numbers of the chosen ones")
     inputs, chosen, weights = seen.inputs
-    shared = shared_output = None
-    if seen.shared:
-        gate = seen.gates[-1].float().sigmoid().reshape(-1, 1) if seen.gates else 1.0
-        shared = seen.shared[-1].reshape(-1, seen.shared[-1].shape[-1]) * gate
-        shared_output = seen.shared_output[-1].reshape(output.shape).float() * gate
-    rest = output if shared_output is None else output - shared_output
     routed = seen.routed[0].reshape(-1, seen.routed[0].shape[-1]).float()
     if routed.shape != output.shape:
         raise _unsuited(model, f"layer {site.layer}: what the experts give is projected before it leaves the block")
-    size = float(routed.double().square().sum())
-    factor = float((rest.double() * routed.double()).sum()) / size if size else 1.0
-    factor = 1.0 if abs(factor - 1) < TOLERANCES[inputs.dtype] else factor
-    found = BlockMap(site, inputs, chosen, weights, shared, output, factor)
+    shared, terms = None, [routed]
+    if seen.shared:
+        gate = seen.gates[-1].float().sigmoid().reshape(-1, 1) if seen.gates else 1.0
+        shared = seen.shared[-1].reshape(-1, seen.shared[-1].shape[-1]) * gate
+        terms.append(seen.shared_output[-1].reshape(output.shape).float() * gate)
+    factors = _factors(terms, output)
+    rest = output
+    if shared is not None:
+        shared, rest = factors[1] * shared, output - factors[1] * terms[1]
+    found = BlockMap(site, inputs, chosen, weights, shared, output, factors[0])
     _check(found, rest, model)
     return found
+
+
+def _factors(terms: Sequence[Tensor], output: Tensor) -> list[float]:
+    """By which a block multiplies what its routed and its shared experts give; 1 where that is as near as rounding allows."""
+    columns = torch.stack([term.double().flatten() for term in terms], dim=1)
+    gram, wanted = columns.T @ columns, columns.T @ output.double().flatten()
+    found = torch.linalg.lstsq(gram.cpu(), wanted.cpu()[:, None], driver="gelsd").solution.flatten().tolist()
+    return [1.0 if abs(factor - 1) < 0.01 else factor for factor in found]
 
 
 def _check(found: BlockMap, rest: Tensor, model: MoEModel) -> None:

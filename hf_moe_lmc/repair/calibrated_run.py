@@ -132,6 +132,10 @@ class Calibrated:
         """The MoE blocks by decoder layer; raises UnsuitedError."""
         return sites_of(self.skeleton.module, self.a)
 
+    def check_sites(self) -> None:
+        """Raises UnsuitedError where the experts of this family cannot be fitted, as far as their modules tell."""
+        assert self.sites
+
     def run(
         self, methods: Sequence[Method], fit: Sequence[int], compare: Sequence[int], kept: Mapping[Method, Fitted] | None = None
     ) -> Outcome:
@@ -238,7 +242,7 @@ class _Pass:
         if self.of.options.masked is not None:
             logits = logits.masked_fill(self.of.options.masked.to(logits.device), -math.inf)
         sums = self.windows.sums(rows, token_losses(logits, ids[:, 1:])).tolist()
-        return [(self.place[i], value) for i, value in zip(rows, sums, strict=True)]
+        return [(self.place[i], value) for i, value in zip(rows, sums, strict=True) if i in self.place]
 
     def run(self) -> list[_Runner]:
         watched = [site.block for site in self.sites.values()] + ([self.head[1]] if self.head else [])
@@ -412,9 +416,9 @@ class _Pass:
                 if part is self.of_layers[-1]:
                     self.ends.place(self.beside.names, PATH, parent.t)
                 assert part.layer is not None
-                for stop in (self.stop_of.get((part.layer, "block")), self._behind(part.layer)):
-                    if stop is not None:
-                        self._advance(parent.lanes, stop)
+                if (part.layer, "block") in self.stop_of:
+                    self._advance(parent.lanes, self.stop_of[part.layer, "block"])
+                self._advance(parent.lanes, self._behind(part.layer))
         finally:
             for handle in handles:
                 handle.remove()
@@ -480,7 +484,7 @@ class _Pass:
                 fitted.write(layer, block, outside, averaged_experts=str(untouched))
 
     def _on_disk(self, site: Site | None, found: Mapping[str, Tensor]) -> tuple[dict[Role, Tensor], dict[str, Tensor]]:
-        """Parameters in the checkpoint's terms; those outside of MoE blocks that are no tensor of their own there are left out."""
+        """Parameters in the checkpoint's terms; outside of MoE blocks, those that are tensors of their own there."""
         block: dict[Role, Tensor] = {}
         outside = {}
         for name, value in found.items():

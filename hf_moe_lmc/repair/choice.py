@@ -1,0 +1,175 @@
+"""Which repair a merge gets, chosen on one half of the calibration text and accepted on the other.
+
+The first half is cut once more, by document: candidates are fitted on FITTED of it and compared by their loss on the rest. The
+best one is fitted again, on all of the first half. It is accepted where its loss on the second half lies below that of the
+aligned merge with a paired interval that excludes 0; else the aligned merge stays. With a text of each parent's own domain,
+both losses are unweighted means over the two texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_moe_lmc.moe.view import LayerSource
+from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
+from hf_moe_lmc.perplexity.references import Difference
+from hf_moe_lmc.repair.block_map import UnsuitedError
+from hf_moe_lmc.repair.calibrated_run import Calibrated
+from hf_moe_lmc.repair.fitted import Fitted
+from hf_moe_lmc.repair.halves import cut, part_of
+from hf_moe_lmc.repair.methods import ALIGNED, Method, methods_of
+from hf_moe_lmc.runtime.notices import note
+from hf_moe_lmc.writing.results import ResultFolder
+from hf_moe_lmc.writing.spans import Interpolated
+from hf_moe_lmc.writing.streams import ModelStream
+
+FITTED = 2 / 3  # of the first half, by tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which repair was taken, and all that was tried.
+
+    Attributes:
+        method: the best candidate; ALIGNED where none was better on the first half.
+        accepted: whether the merge gets it.
+        difference: its loss less that of the aligned merge on the second half, nats per token; None: not measured.
+        fitted: its weights; None: nothing was fitted.
+        record: the `repair` of report.json.
+    """
+
+    method: Method
+    accepted: bool
+    difference: Difference | None
+    fitted: Fitted | None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """What came of it, in words."""
+        tried = len(self.record["tried"])
+        if self.difference is None:
+            return f"repair: none of {tried} candidates was below the aligned merge on the first half; the aligned merge stays"
+        found = f"{self.difference.value:+.4f} nats per token"
+        if self.difference.interval is not None:
+            found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)
+        if self.accepted:
+            return f"repair: {self.method}, {found} against the aligned merge on calibration text that it was not fitted on"
+        why = "its interval does not exclude 0" if self.difference.interval is not None else "too few documents to decide"
+        return f"repair: {self.method} refused, {found} against the aligned merge, {why}; the aligned merge stays"
+
+    def stream(self, run: Calibrated, aligned: Mapping[int, LayerSource]) -> ModelStream:
+        """The merge as a checkpoint: repaired where that was accepted, else `aligned`."""
+        outside = Interpolated(run.a.checkpoint, run.b.checkpoint, (run.t,))
+        if not self.accepted:
+            return ModelStream(run.a, dict(aligned), outside)
+        start = run.streams[self.method.start].layers if self.method.start in run.streams else aligned
+        layers: Any = dict(start)
+        if self.fitted is None:
+            return ModelStream(run.a, layers, outside)
+        return ModelStream(run.a, dict(self.fitted.layers(layers)), self.fitted.outside_of(run.a, outside))
+
+
+def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence[Method] | None = None) -> Choice:
+    """Chooses a repair for a merge, and fits it.
+
+    Args:
+        repair: as `--repair` has it.
+        folder: takes the fitted weights; what an earlier call has left there is continued from.
+        methods: the candidates; None: those of `repair`.
+
+    Raises:
+        InputError: a text that cannot be cut in two; more tokens than memory allows.
+        UnsuitedError: no candidate can be fitted to this family, and none needs no text.
+    """
+    windows = run.calibration.windows
+    first, second = cut(windows, range(len(windows.rows)))
+    fit, compare = cut(windows, first, FITTED)
+    candidates, skipped = _possible(run, methods or methods_of(repair), repair)
+    means = TextMeans(part_of(windows, compare))
+    outcome = run.run([ALIGNED, *candidates], fit, compare)
+    losses = means.of(None, outcome.losses.numpy())
+    best = min(range(len(losses)), key=lambda i: (not math.isfinite(losses[i]), losses[i], i))
+    method = (ALIGNED, *candidates)[best]
+    record: dict[str, Any] = {
+        "asked": repair,
+        "t": run.t,
+        "tokens": {"fitted": _tokens(run, fit), "compared": _tokens(run, compare), "accepted": _tokens(run, second)},
+        "compared": {"aligned": float(losses[0])},
+        "tried": [_entry(one, float(loss), float(losses[0])) for one, loss in zip(candidates, losses[1:], strict=True)],
+        "skipped": skipped,
+        "chosen": str(method),
+    }
+    if method == ALIGNED:
+        found = Choice(method, False, None, None, {**record, "accepted": False})
+    else:
+        found = _accepted(run, method, first, second, folder, record)
+    note(found.sentence)
+    return found
+
+
+def _possible(run: Calibrated, methods: Sequence[Method], repair: str) -> tuple[list[Method], dict[str, str]]:
+    """The candidates that this family allows, and why others are not tried; raises UnsuitedError where none is left."""
+    try:
+        if any(method.fit is not None for method in methods):
+            run.check_sites()
+    except UnsuitedError as error:
+        left = [method for method in methods if method.fit is None]
+        if not left or repair != "auto":
+            raise
+        return left, {method.name: str(error) for method in methods if method.fit is not None}
+    return list(methods), {}
+
+
+def _accepted(
+    run: Calibrated, method: Method, first: Sequence[int], second: Sequence[int], folder: ResultFolder, record: dict[str, Any]
+) -> Choice:
+    """Fits the chosen method on the first half, and compares it with the aligned merge on the second."""
+    fitted = None if method.fit is None else Fitted(ResultFolder(folder.folder / method.name))
+    outcome = run.run([ALIGNED, method], first, second, {} if fitted is None else {method: fitted})
+    means = TextMeans(part_of(run.calibration.windows, second))
+    difference = compared(means, outcome.losses)
+    accepted = difference.sign() < 0
+    of_texts = {name: means.of(name, outcome.losses.numpy()).tolist() for name in means.names}
+    record = {
+        **record,
+        "accepted": accepted,
+        "loss": dict(zip(("aligned", "repaired"), means.of(None, outcome.losses.numpy()).tolist(), strict=True)),
+        "texts": {name: {"aligned": aligned, "repaired": repaired} for name, (aligned, repaired) in of_texts.items()},
+        "difference": difference.to_dict(),
+        "layers": outcome.fits[1],
+    }
+    if means.clusters(None) < DECIDING:
+        record["note"] = f"the second half has {means.clusters(None)} documents of a text; {DECIDING} are needed to decide"
+    return Choice(method, accepted, difference, fitted, record)
+
+
+def compared(means: TextMeans, losses: Tensor) -> Difference:
+    """The second model's loss less the first's, on the unweighted mean of the texts, with a paired interval.
+
+    Args:
+        losses: float64 [2, window], nats, summed over each window.
+    """
+    values, resampled = means.of(None, losses.numpy()), means.resampled(None, losses.numpy())
+    differences = resampled[:, 1] - resampled[:, 0]
+    interval = means.expanded_interval(None, differences) if bool(np.isfinite(differences).all()) else None
+    return Difference(float(values[1] - values[0]), interval)
+
+
+def _tokens(run: Calibrated, numbers: Sequence[int]) -> int:
+    return sum(len(run.calibration.windows.rows[i]) for i in numbers)
+
+
+def _entry(method: Method, loss: float, aligned: float) -> dict[str, Any]:
+    return {
+        "method": method.name,
+        **({} if method.strength is None else {"lambda": method.strength}),
+        "loss": loss,
+        "difference": loss - aligned,
+    }

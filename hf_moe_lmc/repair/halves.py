@@ -1,0 +1,75 @@
+"""Calibration text cut in two by document, each text for itself: what is chosen on one half is accepted on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.perplexity.windows import Windows
+
+
+def cut(windows: Windows, numbers: Sequence[int], share: float = 0.5) -> tuple[list[int], list[int]]:
+    """Cuts some windows in two, so that no document has windows in both parts; a single document is cut at a window.
+
+    Documents are dealt out in their order, each to the part that lacks more of its share. So the parts depend on the text
+    alone.
+
+    Args:
+        numbers: of the windows.
+        share: of the tokens of each text that the first part gets, about.
+
+    Raises:
+        InputError: a text of a single window.
+
+    Example:
+        >>> import torch
+        >>> rows = tuple(torch.arange(5) for _ in range(6))
+        >>> cut(Windows(rows, (0, 0, 1, 1, 2, 3), 5, False, 30), range(6))
+        ([0, 1, 4], [2, 3, 5])
+        >>> cut(Windows(rows, (0,) * 6, 5, False, 30), range(6))
+        ([0, 1, 2], [3, 4, 5])
+    """
+    parts: tuple[list[int], list[int]] = ([], [])
+    names = windows.text_of
+    for text in dict.fromkeys(names[i] for i in numbers):
+        own = [i for i in numbers if names[i] == text]
+        documents = list(dict.fromkeys(windows.documents[i] for i in own))
+        if len(own) == 1:
+            raise InputError(
+                f"calibration text {text}: one window of at most {windows.context} tokens, which cannot be cut in two; "
+                "give more text or a smaller --context"
+            )
+        if len(documents) == 1:
+            middle = min(max(round(share * len(own)), 1), len(own) - 1)
+            pieces = [own[:middle], own[middle:]]
+        else:
+            pieces = _dealt([[i for i in own if windows.documents[i] == document] for document in documents], windows, share)
+        for part, piece in zip(parts, pieces, strict=True):
+            part.extend(piece)
+    return parts
+
+
+def _dealt(documents: Sequence[list[int]], windows: Windows, share: float) -> list[list[int]]:
+    pieces: list[list[int]] = [[], []]
+    tokens = [0, 0]
+    for document in documents:
+        which = 0 if tokens[0] * (1 - share) <= tokens[1] * share else 1
+        pieces[which] += document
+        tokens[which] += sum(len(windows.rows[i]) for i in document)
+    return pieces
+
+
+def part_of(windows: Windows, numbers: Sequence[int]) -> Windows:
+    """Some windows by themselves, for means over them."""
+    if windows.context_only:
+        raise ValueError("windows of calibration text do not overlap")
+    names = windows.text_of
+    return replace(
+        windows,
+        rows=tuple(windows.rows[i] for i in numbers),
+        documents=tuple(windows.documents[i] for i in numbers),
+        texts=tuple(names[i] for i in numbers),
+        bytes_scored=None,
+        tokens_read=sum(len(windows.rows[i]) for i in numbers),
+    )
