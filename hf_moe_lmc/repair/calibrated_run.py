@@ -24,7 +24,17 @@ from hf_moe_lmc.path.evaluation import IN_FLIGHT, SHARE, EvaluationOptions, comp
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import Windows, batches_of, token_losses
-from hf_moe_lmc.repair.block_map import SHARED, BlockMap, Call, Site, block_map, canonical, run_block, sites_of
+from hf_moe_lmc.repair.block_map import (
+    SHARED,
+    TOLERANCES,
+    BlockMap,
+    Call,
+    Site,
+    block_map,
+    canonical,
+    run_block,
+    sites_of,
+)
 from hf_moe_lmc.repair.fitted import Fitted, Role
 from hf_moe_lmc.repair.methods import Method
 from hf_moe_lmc.repair.moments import Moments, linear_weights, watch
@@ -32,7 +42,7 @@ from hf_moe_lmc.repair.regmean import Gram, regmean
 from hf_moe_lmc.repair.ridge import ridge
 from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.progress import bar
-from hf_moe_lmc.symmetry.group import ModelSymmetry
+from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.spans import Interpolated
 from hf_moe_lmc.writing.streams import ModelStream, whole
 
@@ -131,6 +141,21 @@ class Calibrated:
     def sites(self) -> dict[int, Site]:
         """The MoE blocks by decoder layer; raises UnsuitedError."""
         return sites_of(self.skeleton.module, self.a)
+
+    def facts(self) -> dict[str, Any]:
+        """All that fitted weights depend on, but for the candidates."""
+        sides = {"a": self.a.checkpoint.resume_key(), "b": self.b.checkpoint.resume_key()}
+        return {
+            **sides,
+            "symmetry": digest(self.ends.symmetries[PATH]),
+            "t": self.t,
+            "windows": self.calibration.windows.describe(),
+            "domains": [sorted(names) for names in self.calibration.domains],
+            "dtype": str(self.options.dtype),
+            "batch_size": self.options.batch_size,
+            "device": self.skeleton.device.type,
+            **{f"layout_{side}": found for side, found in self.ends.layouts().items()},
+        }
 
     def check_sites(self) -> None:
         """Raises UnsuitedError where the experts of this family cannot be fitted, as far as their modules tell."""
@@ -361,15 +386,18 @@ class _Pass:
                 self.ends.place([name for name in part.names if name in standing], PATH, t)
                 target += weight * torch.cat([run_block(site, call) for call in calls])
         self.of.skeleton.place({name: value for name, value in standing.items() if value is not None})
-        fit = ridge(found.parts(), target - found.output, runner.method.strength)
-        block = {}
-        for key, change in fit.changes:
-            role: Role = ("shared_down", None) if key == SHARED else ("down", int(str(key)))
-            block[role] = self._changed(site, role, change, part.layer)
-        facts = {"tokens": len(target), "before": fit.before / float(target.norm()), "after": fit.after / float(target.norm())}
+        residual, size = target - found.output, float(target.norm())
+        facts: dict[str, Any] = {"tokens": len(target), "before": float(residual.norm()) / size}
+        block: dict[Role, Tensor] = {}
+        if facts["before"] > TOLERANCES[found.inputs.dtype]:  # else both parents' blocks are equal, as far as the dtype tells
+            fit = ridge(found.parts(), residual, runner.method.strength)
+            for key, change in fit.changes:
+                role: Role = ("shared_down", None) if key == SHARED else ("down", int(str(key)))
+                block[role] = self._changed(site, role, change, part.layer)
+            facts["after"] = fit.after / size
         runner.facts.append({"layer": part.layer, **facts})
         if fitted is not None:
-            fitted.write(part.layer, block, {}, **{name: f"{value:.6g}" for name, value in facts.items()})
+            fitted.write(part.layer, block, {}, **facts)
         self._place_block(site, block)
 
     def _changed(self, site: Site, role: Role, change: Tensor, layer: int) -> Tensor:
@@ -406,10 +434,11 @@ class _Pass:
 
     def _regmean_layer(self, part: Part, layer: nn.Module, site: Site | None) -> dict[str, Tensor]:
         """Runs both parents through a layer, and merges its linear maps: values by full name."""
-        weights = linear_weights(f"{self.ends.layers_path}.{part.layer}", layer, site)
+        stored = self._stored_regmean(part.layer)
+        weights = {} if stored else linear_weights(f"{self.ends.layers_path}.{part.layer}", layer, site)
         weights = {name: module for name, module in weights.items() if name in part.names}
         self.moments = {parent.number: Moments() for parent in self.parents}
-        handles = watch(weights, site, self._running_moments)
+        handles = [] if stored else watch(weights, site, self._running_moments)
         try:
             for parent in self.parents:
                 self.ends.place(part.names, PATH, parent.t)
@@ -422,11 +451,38 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
+        if stored:
+            return self._restored(stored, part, site)
         found = {name: self._merged(name) for name in weights if name in self.moments[self.parents[0].number].grams}
         untouched: list[int] = []
         if site is not None:
             found |= self._merged_experts(site, untouched)
         self._keep_regmean(part.layer, site, found, untouched)
+        return found
+
+    def _stored_regmean(self, layer: int | None) -> Fitted | None:
+        """The weights that an earlier call has left of a layer."""
+        kept = [fitted for method, fitted in self.kept.items() if method.fit == "regmean" and fitted.has(layer)]
+        return kept[0] if kept else None
+
+    def _restored(self, stored: Fitted, part: Part, site: Site | None) -> dict[str, Tensor]:
+        """Parameters of a layer from the record of an earlier call; says that they are."""
+        found = {}
+        for name in part.names:
+            group = self.ends.conversions[0].group_of[name]
+            if site is not None and name in site.memory.tensors:
+                value = torch.empty_like(self.ends.held[None, name])
+                roles = canonical(site.memory.tensors[name], value)
+                values = {role: stored.value(site.layer, *role) for role in roles}
+                if all(one is not None for one in values.values()):
+                    for role, place in roles.items():
+                        place.copy_(values[role])
+                    found[name] = value
+            elif group.patterns[0] is None and (outside := stored.outside(group.keys[0])) is not None:
+                found[name] = outside
+        for runner in self.runners:
+            if runner.method is not None and runner.method.fit == "regmean":
+                runner.facts.append({"layer": part.layer, **stored.facts(part.layer)})
         return found
 
     def _running_moments(self) -> Moments | None:
@@ -481,7 +537,7 @@ class _Pass:
             fitted = self.kept.get(runner.method)
             if fitted is not None:
                 block, outside = self._on_disk(site, found)
-                fitted.write(layer, block, outside, averaged_experts=str(untouched))
+                fitted.write(layer, block, outside, **{name: fact for name, fact in facts.items() if name != "layer"})
 
     def _on_disk(self, site: Site | None, found: Mapping[str, Tensor]) -> tuple[dict[Role, Tensor], dict[str, Tensor]]:
         """Parameters in the checkpoint's terms; outside of MoE blocks, those that are tensors of their own there."""

@@ -8,12 +8,14 @@ both losses are unweighted means over the two texts.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.moe.view import LayerSource
@@ -29,6 +31,7 @@ from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.spans import Interpolated
 from hf_moe_lmc.writing.streams import ModelStream
 
+COMPARED, SKIPPED = "compared", "skipped.json"  # files of an earlier call
 FITTED = 2 / 3  # of the first half, by tokens
 
 
@@ -91,10 +94,12 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
     windows = run.calibration.windows
     first, second = cut(windows, range(len(windows.rows)))
     fit, compare = cut(windows, first, FITTED)
-    candidates, skipped = _possible(run, methods or methods_of(repair), repair)
+    methods = methods or methods_of(repair)
+    losses_of, skipped = _tried(run, methods, repair, fit, compare, folder)
+    candidates = [method for method in losses_of if method != ALIGNED]
+    found_losses = torch.stack(list(losses_of.values()))
     means = TextMeans(part_of(windows, compare))
-    outcome = run.run([ALIGNED, *candidates], fit, compare)
-    losses = means.of(None, outcome.losses.numpy())
+    losses = means.of(None, found_losses.numpy())
     best = min(range(len(losses)), key=lambda i: (not math.isfinite(losses[i]), losses[i], i))
     method = (ALIGNED, *candidates)[best]
     record: dict[str, Any] = {
@@ -109,25 +114,55 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
     if method == ALIGNED:
         found = Choice(method, False, None, None, {**record, "accepted": False})
     else:
-        found = _accepted(run, method, first, second, folder, record)
+        found = accept(run, method, first, second, folder, record)
     note(found.sentence)
     return found
 
 
-def _possible(run: Calibrated, methods: Sequence[Method], repair: str) -> tuple[list[Method], dict[str, str]]:
-    """The candidates that this family allows, and why others are not tried; raises UnsuitedError where none is left."""
+def _tried(
+    run: Calibrated, methods: Sequence[Method], repair: str, fit: Sequence[int], compare: Sequence[int], folder: ResultFolder
+) -> tuple[dict[Method, Tensor], dict[str, str]]:
+    """Losses of the aligned merge and of the candidates on windows that they were not fitted on, and why some were not tried.
+
+    Raises:
+        UnsuitedError: this family allows none of them.
+    """
+    if COMPARED in folder.names():
+        stored = folder.read(COMPARED)
+        known = [method for method in (ALIGNED, *methods) if str(method) in stored]
+        return {method: stored[str(method)] for method in known}, _words(folder)
+    skipped: dict[str, str] = {}
     try:
         if any(method.fit is not None for method in methods):
             run.check_sites()
+        candidates = [ALIGNED, *methods]
+        outcome = run.run(candidates, fit, compare)
     except UnsuitedError as error:
         left = [method for method in methods if method.fit is None]
         if not left or repair != "auto":
             raise
-        return left, {method.name: str(error) for method in methods if method.fit is not None}
-    return list(methods), {}
+        skipped = {method.name: str(error) for method in methods if method.fit is not None}
+        candidates = [ALIGNED, *left]
+        outcome = run.run(candidates, fit, compare)
+    found = dict(zip(candidates, outcome.losses, strict=True))
+    _keep(folder, found, skipped)
+    return found, skipped
 
 
-def _accepted(
+def _keep(folder: ResultFolder, found: Mapping[Method, Tensor], skipped: Mapping[str, str]) -> None:
+    """Leaves the losses of all candidates for a call that continues after a stop."""
+    with folder.new(SKIPPED) as path:
+        path.write_text(json.dumps(dict(skipped)), encoding="utf-8")
+    folder.write(COMPARED, {str(method): losses.contiguous() for method, losses in found.items()})
+
+
+def _words(folder: ResultFolder) -> dict[str, str]:
+    """Why some methods were not tried, as an earlier call found it."""
+    words: dict[str, str] = json.loads(folder.path(SKIPPED).read_text(encoding="utf-8"))
+    return words
+
+
+def accept(
     run: Calibrated, method: Method, first: Sequence[int], second: Sequence[int], folder: ResultFolder, record: dict[str, Any]
 ) -> Choice:
     """Fits the chosen method on the first half, and compares it with the aligned merge on the second."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -33,19 +35,24 @@ class Fitted:
     def file(self, layer: int | None) -> str:
         return "head" if layer is None else f"layer-{layer:04d}"
 
-    def write(self, layer: int | None, block: Mapping[Role, Tensor], outside: Mapping[str, Tensor], **facts: str) -> None:
-        """Keeps what was fitted in a layer, with facts in words."""
+    def write(self, layer: int | None, block: Mapping[Role, Tensor], outside: Mapping[str, Tensor], **facts: Any) -> None:
+        """Keeps what was fitted in a layer, with facts for the report."""
         values = {f"{BLOCK}/{role}/{'-' if expert is None else expert}": value for (role, expert), value in block.items()}
         values |= {f"{OUTSIDE}/{name}": value for name, value in outside.items()}
         with self.folder.new(self.file(layer) + ENDING) as path:
-            safetensors.torch.save_file({name: value.cpu().contiguous() for name, value in values.items()}, path, facts)
+            safetensors.torch.save_file(
+                {name: value.cpu().contiguous() for name, value in values.items()},
+                path,
+                {"facts": json.dumps(facts)},
+            )
 
     def has(self, layer: int | None) -> bool:
         return self.folder.path(self.file(layer) + ENDING).exists()
 
-    def facts(self, layer: int | None) -> dict[str, str]:
+    def facts(self, layer: int | None) -> dict[str, Any]:
         with safetensors.safe_open(self.folder.path(self.file(layer) + ENDING), framework="pt") as found:
-            return dict(found.metadata() or {})
+            facts: dict[str, Any] = json.loads(found.metadata()["facts"])
+            return facts
 
     @cached_property
     def places(self) -> dict[str, str]:
