@@ -167,8 +167,7 @@ def test_parents_are_watched_on_their_own_text(tiny_case: Callable[[str, str], C
 
 def test_experts_that_no_token_reaches_are_averaged_and_named(tiny_case: Callable[[str, str], Case], tmp_path: Path) -> None:
     case, fitted = tiny_case("mixtral", "per-expert"), Fitted(ResultFolder(tmp_path))
-    run = case.run()
-    facts = run.run([REGMEAN], [0], [1], {REGMEAN: fitted}).fits[0]
+    facts = case.run().run([REGMEAN], FIT, COMPARE).fits[0]
     assert not any("averaged_experts" in fact for fact in facts)
     case.windows = Windows((torch.tensor([5, 6]), torch.tensor([7, 8])), (0, 1), 17, False, 4)
     facts = case.run().run([REGMEAN], [0], [1], {REGMEAN: fitted}).fits[0]

@@ -28,7 +28,8 @@ from tests.path.test_evaluation import miniatures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-RIDGE, NOISE = Method(fit="ridge", strength=0.03), Method("norms")
+ROWS = 144
+RIDGE, NOISE = Method(fit="ridge", strength=0.3), Method("norms")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def text(saved: Callable[..., Path]) -> Windows:
     model = tiny.load(saved("mixtral", "per-expert", 0))
     torch.manual_seed(0)
     with torch.no_grad():
-        rows = model.generate(torch.randint(3, 300, (48, 1)), do_sample=True, min_length=33, max_length=33, pad_token_id=0)
-    return Windows(tuple(rows), tuple(i // 2 for i in range(48)), 33, False, 48 * 33)
+        rows = model.generate(torch.randint(3, 300, (ROWS, 1)), do_sample=True, min_length=33, max_length=33, pad_token_id=0)
+    return Windows(tuple(rows), tuple(i // 2 for i in range(ROWS)), 33, False, ROWS * 33)
 
 
 def run_of(saved: Callable[..., Path], text: Windows, folder: Path, starts: bool = True) -> Calibrated:
@@ -79,7 +80,7 @@ def test_what_helps_is_accepted_and_what_harms_is_refused(saved: Callable[..., P
 
 
 def test_too_few_documents_decide_nothing(saved: Callable[..., Path], text: Windows, tmp_path: Path) -> None:
-    few = Windows(text.rows, tuple(i // 8 for i in range(48)), 33, False, 48 * 33)
+    few = Windows(text.rows, tuple(i // 24 for i in range(ROWS)), 33, False, ROWS * 33)
     found = choose(run_of(saved, few, tmp_path), "ridge", ResultFolder(tmp_path / "few"), [RIDGE])
     assert not found.accepted and found.difference is not None and found.difference.value < 0
     assert "too few documents" in found.sentence and "5 are needed" in found.record["note"]
