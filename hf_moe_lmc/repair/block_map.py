@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +97,11 @@ class Site:
 
     @property
     def _apply_gate(self) -> Callable[[Tensor], Tensor]:
-        function: Callable[[Tensor], Tensor] = self.experts._apply_gate
-        return function
+        return cast("Callable[[Tensor], Tensor]", self.experts._apply_gate)
 
     def down_of(self, expert: int) -> Tensor:
         """What stands in the module, [unit, model]."""
-        matrix: Tensor = self.experts.down_proj[expert]
+        matrix = self.experts.get_parameter("down_proj")[expert]
         return matrix if self.transposed else matrix.T
 
 
@@ -181,11 +180,15 @@ class BlockMap:
 
     def __or__(self, later: BlockMap) -> BlockMap:
         """With the tokens of another."""
-        joined = {
-            name: torch.cat([getattr(self, name), getattr(later, name)]) for name in ("inputs", "chosen", "weights", "output")
-        }
         shared = None if self.shared is None or later.shared is None else torch.cat([self.shared, later.shared])
-        return replace(self, **joined, shared=shared)
+        return replace(
+            self,
+            inputs=torch.cat([self.inputs, later.inputs]),
+            chosen=torch.cat([self.chosen, later.chosen]),
+            weights=torch.cat([self.weights, later.weights]),
+            output=torch.cat([self.output, later.output]),
+            shared=shared,
+        )
 
     def parts(self) -> list[Part]:
         """Phi by expert; the shared expert is the last one."""

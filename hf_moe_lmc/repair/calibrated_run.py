@@ -44,7 +44,7 @@ from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.spans import Interpolated
-from hf_moe_lmc.writing.streams import ModelStream, whole
+from hf_moe_lmc.writing.streams import InterpolatedLayer, ModelStream, whole
 
 PATH = "aligned"
 
@@ -131,7 +131,18 @@ class Calibrated:
         skeleton = Skeleton(options.model_class, a.config, dtype=options.dtype, device=compute_device(options.device))
         self.ends = Endpoints(a, b, {PATH: symmetry}, skeleton, conversions(skeleton, a, b))
         outside = Interpolated(a.checkpoint, b.checkpoint, (t,))
+        self.starts = starts
         self.streams = {name: ModelStream(a, dict(layers), outside) for name, layers in starts.items()}
+
+    def layers(self, start: str) -> dict[int, LayerSource]:
+        """The MoE layers that a repair starts from."""
+        if start in self.starts:
+            return dict(self.starts[start])
+        acted = self.b.acted(self.ends.symmetries[PATH].layers)
+        return {
+            index: InterpolatedLayer(index, layer, acted[index], self.t) if index in acted else layer
+            for index, layer in self.a.layers.items()
+        }
 
     @property
     def skeleton(self) -> Skeleton:
@@ -473,11 +484,11 @@ class _Pass:
             if site is not None and name in site.memory.tensors:
                 value = torch.empty_like(self.ends.held[None, name])
                 roles = canonical(site.memory.tensors[name], value)
-                values = {role: stored.value(site.layer, *role) for role in roles}
-                if all(one is not None for one in values.values()):
-                    for role, place in roles.items():
-                        place.copy_(values[role])
-                    found[name] = value
+                for role, place in roles.items():
+                    fitted = stored.value(site.layer, *role)
+                    if fitted is not None:
+                        place.copy_(fitted)
+                        found[name] = value
             elif group.patterns[0] is None and (outside := stored.outside(group.keys[0])) is not None:
                 found[name] = outside
         for runner in self.runners:

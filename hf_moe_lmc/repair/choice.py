@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
 from hf_moe_lmc.perplexity.references import Difference
 from hf_moe_lmc.repair.block_map import UnsuitedError
@@ -28,7 +27,7 @@ from hf_moe_lmc.repair.halves import cut, part_of
 from hf_moe_lmc.repair.methods import ALIGNED, Method, methods_of
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.writing.results import ResultFolder
-from hf_moe_lmc.writing.spans import Interpolated
+from hf_moe_lmc.writing.spans import Interpolated, TensorSource
 from hf_moe_lmc.writing.streams import ModelStream
 
 COMPARED, SKIPPED = "compared", "skipped.json"  # files of an earlier call
@@ -67,16 +66,13 @@ class Choice:
         why = "its interval does not exclude 0" if self.difference.interval is not None else "too few documents to decide"
         return f"repair: {self.method} refused, {found} against the aligned merge, {why}; the aligned merge stays"
 
-    def stream(self, run: Calibrated, aligned: Mapping[int, LayerSource]) -> ModelStream:
-        """The merge as a checkpoint: repaired where that was accepted, else `aligned`."""
-        outside = Interpolated(run.a.checkpoint, run.b.checkpoint, (run.t,))
-        if not self.accepted:
-            return ModelStream(run.a, dict(aligned), outside)
-        start = run.streams[self.method.start].layers if self.method.start in run.streams else aligned
-        layers: Any = dict(start)
-        if self.fitted is None:
-            return ModelStream(run.a, layers, outside)
-        return ModelStream(run.a, dict(self.fitted.layers(layers)), self.fitted.outside_of(run.a, outside))
+    def stream(self, run: Calibrated) -> ModelStream:
+        """The merge as a checkpoint: repaired where that was accepted, else the aligned one."""
+        outside: TensorSource = Interpolated(run.a.checkpoint, run.b.checkpoint, (run.t,))
+        layers = run.layers(self.method.start if self.accepted else ALIGNED.start)
+        if self.accepted and self.fitted is not None:
+            layers, outside = self.fitted.layers(layers), self.fitted.outside_of(run.a, outside)
+        return ModelStream(run.a, dict(layers), outside)
 
 
 def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence[Method] | None = None) -> Choice:

@@ -85,10 +85,8 @@ def test_fitted_weights_are_those_that_were_measured(
     torch.testing.assert_close(found.losses[2], found.losses[0], rtol=1e-5, atol=0)  # lambda without end gives the start
     assert all(fit["after"] < fit["before"] for fit in found.fits[1])
     assert len(found.fits[1]) == len(case.a.layers)
-    start = interpolated(case.a, case.b, case.symmetry.layers, T)
-    layers: Any = {index: next(iter(start.in_outputs(index, [0]))) for index in case.a.layers}
     for number in (1, 3):
-        stream = Choice(methods[number], True, None, kept[methods[number]]).stream(run, layers)
+        stream = Choice(methods[number], True, None, kept[methods[number]]).stream(run)
         model = load_point(stream, dtype=torch.float32, device="cpu", offload_folder=tmp_path)
         losses = window_losses(model, part_of(case.windows, COMPARE), batch_size=3)
         torch.testing.assert_close(losses, found.losses[number], rtol=1e-5, atol=0)

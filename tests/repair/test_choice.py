@@ -90,7 +90,8 @@ def test_it_is_deterministic_and_continues(
     saved: Callable[..., Path], text: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = [
-        choose(run_of(saved, text, tmp_path), "ridge", ResultFolder(tmp_path / name), [RIDGE]).record for name in ("one", "other")
+        choose(run_of(saved, text, tmp_path), "ridge", ResultFolder(tmp_path / name), [RIDGE]).record
+        for name in ("one", "other")
     ]
     assert records[0] == records[1]
     monkeypatch.setattr(choice, "cut", _counted := Counted(choice.cut))
