@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import or_
 from typing import Any, cast
 
 import torch
@@ -167,6 +168,7 @@ class BlockMap:
         chosen, weights: of the experts of each token, [token, choice].
         shared: hidden units of the shared expert times its gate, [token, unit]; None: there is none.
         output: of the block, float32 [token, model].
+        rest: what of it does not come from the shared expert.
         factor: by which the block multiplies what the experts give.
     """
 
@@ -176,6 +178,7 @@ class BlockMap:
     weights: Tensor
     shared: Tensor | None
     output: Tensor
+    rest: Tensor
     factor: float = 1.0
 
     def __or__(self, later: BlockMap) -> BlockMap:
@@ -187,6 +190,7 @@ class BlockMap:
             chosen=torch.cat([self.chosen, later.chosen]),
             weights=torch.cat([self.weights, later.weights]),
             output=torch.cat([self.output, later.output]),
+            rest=torch.cat([self.rest, later.rest]),
             shared=shared,
         )
 
@@ -221,12 +225,18 @@ class BlockMap:
         return found
 
 
-def block_map(site: Site, call: Call, model: MoEModel) -> BlockMap:
+def block_maps(site: Site, calls: Sequence[Call], model: MoEModel) -> BlockMap:
     """Runs a block as it was called, with the weights that stand in it, and gives it as a linear map.
 
     Raises:
-        UnsuitedError: Phi D is not what the block gave.
+        UnsuitedError: Phi D is not what the block gave in the first call.
     """
+    found = _block_map(site, calls[0], model)
+    _check(found, model)
+    return reduce(or_, (_block_map(site, call, model) for call in calls[1:]), found)
+
+
+def _block_map(site: Site, call: Call, model: MoEModel) -> BlockMap:
     with _watched(site) as seen:
         output = run_block(site, call)
     if len(seen.inputs) != 3 or len(seen.routed) != 1:
@@ -241,12 +251,10 @@ def block_map(site: Site, call: Call, model: MoEModel) -> BlockMap:
         shared = seen.shared[-1].reshape(-1, seen.shared[-1].shape[-1]) * gate
         terms.append(seen.shared_output[-1].reshape(output.shape).float() * gate)
     factors = _factors(terms, output)
-    rest = output
     if shared is not None:
-        shared, rest = factors[1] * shared, output - factors[1] * terms[1]
-    found = BlockMap(site, inputs, chosen, weights, shared, output, factors[0])
-    _check(found, rest, model)
-    return found
+        shared = factors[1] * shared
+    rest = output - factors[1] * terms[1] if shared is not None else output
+    return BlockMap(site, inputs, chosen, weights, shared, output, rest, factors[0])
 
 
 def _factors(terms: Sequence[Tensor], output: Tensor) -> list[float]:
@@ -257,9 +265,9 @@ def _factors(terms: Sequence[Tensor], output: Tensor) -> list[float]:
     return [1.0 if abs(factor - 1) < 0.01 else factor for factor in found]
 
 
-def _check(found: BlockMap, rest: Tensor, model: MoEModel) -> None:
+def _check(found: BlockMap, model: MoEModel) -> None:
     """Raises UnsuitedError where Phi D is not what the block gave."""
-    off = float((found.routed() - rest).abs().max())
+    off = float((found.routed() - found.rest).abs().max())
     largest = float(found.output.abs().max())
     if not off <= TOLERANCES[found.inputs.dtype] * largest:
         layer = found.site.layer

@@ -30,7 +30,7 @@ from hf_moe_lmc.repair.block_map import (
     BlockMap,
     Call,
     Site,
-    block_map,
+    block_maps,
     canonical,
     run_block,
     sites_of,
@@ -39,7 +39,7 @@ from hf_moe_lmc.repair.fitted import Fitted, Role
 from hf_moe_lmc.repair.methods import Method
 from hf_moe_lmc.repair.moments import Moments, linear_weights, watch
 from hf_moe_lmc.repair.regmean import Gram, regmean
-from hf_moe_lmc.repair.ridge import ridge
+from hf_moe_lmc.repair.ridge import DOUBLE, ridge
 from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
@@ -384,11 +384,7 @@ class _Pass:
             runner.facts.append({"layer": part.layer, **fitted.facts(part.layer)})
             return
         calls = [self.calls[runner.number, lane.batch] for lane in runner.fitting]
-        found: BlockMap | None = None
-        for call in calls:
-            one = block_map(site, call, self.of.a)
-            found = one if found is None else found | one
-        assert found is not None
+        found = block_maps(site, calls, self.of.a)
         _check_memory(found)
         standing = {name: self.of.skeleton.value(name) for name in site.names}
         target = torch.zeros_like(found.output)
@@ -398,6 +394,11 @@ class _Pass:
                 target += weight * torch.cat([run_block(site, call) for call in calls])
         self.of.skeleton.place({name: value for name, value in standing.items() if value is not None})
         residual, size = target - found.output, float(target.norm())
+        if not math.isfinite(float(residual.norm())):
+            raise InputError(
+                f"layer {part.layer}: what its MoE block gives on the calibration text is not finite; expected numbers. "
+                "Try --dtype float32"
+            )
         facts: dict[str, Any] = {"tokens": len(target), "before": float(residual.norm()) / size}
         block: dict[Role, Tensor] = {}
         if facts["before"] > TOLERANCES[found.inputs.dtype]:  # else both parents' blocks are equal, as far as the dtype tells
@@ -591,7 +592,7 @@ def _check_memory(found: BlockMap) -> None:
     """Raises InputError where the system to solve does not fit."""
     tokens, columns = len(found.output), sum(part.units for part in found.parts())
     unknowns = min(tokens, columns)
-    needed = 3 * unknowns * unknowns * (8 if unknowns <= 4096 else 4)
+    needed = 3 * unknowns * unknowns * (8 if unknowns <= DOUBLE else 4)
     if found.output.device.type == "cpu" and needed > available_memory():
         raise InputError(
             f"ridge on {tokens} calibration tokens and {columns} hidden units takes {needed >> 20} MiB for its equations; "

@@ -39,6 +39,7 @@ class Fitted:
         """Keeps what was fitted in a layer, with facts for the report."""
         values = {f"{BLOCK}/{role}/{'-' if expert is None else expert}": value for (role, expert), value in block.items()}
         values |= {f"{OUTSIDE}/{name}": value for name, value in outside.items()}
+        self.__dict__.pop("places", None)  # what was known of the folder
         with self.folder.new(self.file(layer) + ENDING) as path:
             safetensors.torch.save_file(
                 {name: value.cpu().contiguous() for name, value in values.items()},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 ROWS = 4096  # tokens whose features are in memory at a time in the primal form
-DOUBLE = 4096  # systems of more unknowns are solved in float32
+DOUBLE = 8192  # systems of more unknowns are solved in float32
 
 
 @dataclass(frozen=True)
