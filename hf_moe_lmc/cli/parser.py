@@ -20,6 +20,7 @@ from hf_moe_lmc.cli.arguments import (
     add_output,
     add_pair,
     add_publishing,
+    add_repair,
     add_resuming,
     add_running,
     default,
@@ -270,6 +271,7 @@ def _merge(verb: Parser) -> None:
         type=int,
         help=f"grid points of the path that -t best looks at, both ends included (default: {default(GridOptions, 'points')})",
     )
+    add_repair(verb)
     add_matching(verb)
     _computing(verb)
     add_running(verb)

@@ -99,6 +99,11 @@ class FittedLayer:
     start: LayerSource
     fitted: Fitted
 
+    @property
+    def parents(self) -> tuple[LayerSource, ...]:
+        parents: tuple[LayerSource, ...] = getattr(self.start, "parents", (self.start,))
+        return parents
+
     def stored(self, role: str, expert: int | None = None) -> Tensor:
         value = self.fitted.value(self.index, role, expert)
         return self.start.stored(role, expert) if value is None else value

@@ -7,8 +7,6 @@ from typing import Literal, get_args
 
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.perplexity.text import GivenText, Text, TextOptions
-from hf_moe_lmc.repair.data_free import REPAIRS
-from hf_moe_lmc.writing.streams import Merging
 
 RepairName = Literal["none", "norms", "crossover", "ridge", "crossover+ridge", "regmean", "auto"]
 FITTED = ("ridge", "crossover+ridge", "regmean")  # what cannot be had without text
@@ -77,14 +75,9 @@ and --calibration-b TEXT
         return any(getattr(self, name) for name in TEXTS)
 
     @property
-    def data_free(self) -> Merging | None:
-        """The repair that is made whatever it gives; None: there is none, or text decides."""
-        return None if self.is_calibrated else REPAIRS.get(self.repair)
-
-    @property
     def does_nothing(self) -> bool:
         """Whether the merge stays on the straight line: nothing was asked for, or `auto` has no text to decide on."""
-        return not self.is_calibrated and self.data_free is None
+        return not self.is_calibrated and self.repair in ("none", "auto")
 
     def texts(self) -> tuple[Text, ...]:
         """The text of both models, or that of A and that of B. Reads files.
