@@ -77,8 +77,12 @@ def add_matching(verb: Parser) -> None:
     )
 
 
-def add_repair(verb: Parser) -> None:
-    """What a merge has in place of the point of the straight line."""
+def add_repair(verb: Parser, *, widen: bool = False) -> None:
+    """What a merge has in place of the point of the straight line.
+
+    Args:
+        widen: the verb writes a model, which may grow.
+    """
     group = verb.add_argument_group("repair")
     group.add_argument(
         "--repair",
@@ -105,6 +109,12 @@ def add_repair(verb: Parser) -> None:
         type=int,
         help=f"tokens to read of each calibration text (default: {default(RepairOptions, 'calibration_tokens')})",
     )
+    if widen:
+        group.add_argument(
+            "--widen",
+            action="store_true",
+            help="no hidden units are averaged: each expert has those of both, and the model grows; needs no text",
+        )
 
 
 def add_running(verb: Parser, *, weights: bool = True) -> None:

@@ -271,7 +271,7 @@ def _merge(verb: Parser) -> None:
         type=int,
         help=f"grid points of the path that -t best looks at, both ends included (default: {default(GridOptions, 'points')})",
     )
-    add_repair(verb)
+    add_repair(verb, widen=True)
     add_matching(verb)
     _computing(verb)
     add_running(verb)

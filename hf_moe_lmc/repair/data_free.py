@@ -70,7 +70,7 @@ class NormedLayer:
         return self.straight.parents
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
-        if role not in self.gated or _base(role) not in MATRICES:
+        if role not in self.gated or base_of(role) not in MATRICES:
             return self.straight.stored(role, expert)
         t = self.straight.t
         a, b = (source.stored(role, expert).float() for source in self.parents)
@@ -132,7 +132,7 @@ class CrossedLayer:
 
     def from_a(self, role: str, expert: int | None) -> Tensor:
         """Which units of the expert that has this role come from A, bool [unit]."""
-        before = role.removesuffix(_base(role))
+        before = role.removesuffix(base_of(role))
         order = self.orders.get((before, expert))
         if order is None:
             ratios = self._strength(before, expert, 0) - self._strength(before, expert, 1)
@@ -150,7 +150,7 @@ class CrossedLayer:
         )
 
 
-def _base(role: str) -> str:
+def base_of(role: str) -> str:
     """The role within its bank and without `shared_`."""
     return split_role(role)[1].removeprefix(SHARED)
 

@@ -63,6 +63,7 @@ def merge(
     cloze: int | None = None,
     report: str | os.PathLike[str] | None = None,
     format: OutputFormat = "a",
+    widen: bool | None = None,
     repair: RepairName | None = None,
     calibration: GivenText | None = None,
     calibration_a: GivenText | None = None,
@@ -104,6 +105,7 @@ def merge(
         cloze: questions of each text, at most, of a cloze task made from it, as for `barrier`; by default none.
         points: grid points of the path on which the best t is looked for, both ends included, by default 25.
         report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
+        widen: give each expert the hidden units of both: (1 - t) f_A + t f_B' exactly, in a model that grows.
         repair: what the merge has in place of the point of the straight line: `norms` or `crossover`, which need no text;
             `ridge`, `crossover+ridge` or `regmean`, fitted on text; `auto`, the best of all on text. With a text the repair is
             written only where it is better than the aligned merge, on the half of the text that it was not fitted on.
@@ -139,13 +141,19 @@ def merge(
     if symmetry is not None or not align:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
     repairing = _repair_options(given)
+    if widen and repairing:
+        raise InputError(
+            f"--widen averages no hidden units, so that --repair {repairing.repair} has nothing to repair; choose one"
+        )
+    if report is not None and (widen or repairing):
+        raise InputError("the report is of the straight line, which --widen and --repair leave; leave --report out")
     asked = _asked(given, written, repairing)
     earlier = None if report is None else EarlierReport.read(report)
     destination = options.destination()
     file = file_name(symmetry) if isinstance(symmetry, (str, os.PathLike)) else ""
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
-        plain = None if align or asked or repairing else inputs.plain_pair(a, b)
+        plain = None if align or asked or repairing or widen else inputs.plain_pair(a, b)
         if plain:
             if earlier:
                 earlier.check_early(*plain[:2])
@@ -164,7 +172,12 @@ def merge(
             from hf_moe_lmc.verbs.repairing import Repairing
 
             repaired = Repairing.of(pair, repairing, given)
-        return Merge(pair, written, matched, not align, destination, file, subject, earlier, repaired)
+        widening = None
+        if widen:
+            from hf_moe_lmc.repair.widened import Widening
+
+            widening = Widening.of(pair.a, pair.b, format)
+        return Merge(pair, written, matched, not align, destination, file, subject, earlier, repaired, widening)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
 
@@ -186,8 +199,6 @@ def _repair_options(given: Mapping[str, Any]) -> RepairOptions | None:
     options = filled(RepairOptions, given)
     if not options.is_calibrated:
         refuse_idle({"calibration_tokens": given["calibration_tokens"]}, "there is no calibration text")
-    if options.repair != "none" and given["report"] is not None:
-        raise InputError("a report of the straight line was given, and a repair that leaves it; choose one")
     return None if options.repair == "none" else options
 
 

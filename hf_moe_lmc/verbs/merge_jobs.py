@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_moe_lmc.matching.options import WeightMatching
     from hf_moe_lmc.moe.action import Elements
     from hf_moe_lmc.perplexity.report import BarrierReport
+    from hf_moe_lmc.repair.widened import Widening
     from hf_moe_lmc.symmetry.group import ModelSymmetry
     from hf_moe_lmc.verbs.measuring import Subject
     from hf_moe_lmc.verbs.repairing import Repaired, Repairing
@@ -112,6 +113,7 @@ class Merge(Job["Alignment | None"]):
         subject: what is measured, before anything is written; None: nothing is.
         earlier: a report for the card.
         repairing: what the merges have in place of the points of the straight line; None: nothing.
+        widening: the layout of merges with the experts of both; None: they have A's.
     """
 
     pair: Pair
@@ -123,6 +125,7 @@ class Merge(Job["Alignment | None"]):
     subject: Subject | None
     earlier: EarlierReport | None
     repairing: Repairing | None = None
+    widening: Widening | None = None
 
     @property
     def inputs(self) -> list[Checkpoint]:
@@ -148,6 +151,8 @@ class Merge(Job["Alignment | None"]):
     @property
     def template(self) -> Checkpoint:
         """The layout of each output."""
+        if self.widening:
+            return self.widening.template
         return model_merge(self.pair.a, self.pair.b, self.pair.b.identity().layers, (), self.points.format).template
 
     @property
@@ -170,6 +175,8 @@ class Merge(Job["Alignment | None"]):
             found |= {"measured": self.subject.facts()}
         if self.repairing:
             found |= self.repairing.facts()
+        if self.widening:
+            found |= {"widened": True}
         if self.method:
             return found | matching_facts(self.pair.a, self.pair.b, self.method)
         return found | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
@@ -239,7 +246,10 @@ class Merge(Job["Alignment | None"]):
         from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 
         allow, points = self.points.allow_nonfinite, self.points
-        facts = {**self.facts(), **({"repaired": [one.facts() for one in made.repaired.values()]} if self.is_calibrated else {})}
+        facts = {
+            **self.facts(),
+            **({"repaired": [one.facts() for one in made.repaired.values()]} if self.is_calibrated else {}),
+        }
         with open_writer(workspace, facts, inputs=self.inputs, allow_nonfinite=allow) as writer:
             awaited = pending(self.pair.b.layers) if self.method and not made.known else None
             moved = awaited or self._symmetry(made).layers
@@ -264,11 +274,14 @@ class Merge(Job["Alignment | None"]):
     def _runs(self, moved: Elements, made: _Made) -> list[tuple[TensorStream, Sequence[str]]]:
         """Streams with their folders: all points in one, unless each has fitted weights of its own."""
         a, b, points = self.pair.a, self.pair.b, self.points
+        if self.widening:
+            return [(self.widening.stream(moved, points.t), points.folders)]
         if not self.is_calibrated:
             merging = self.repairing.data_free if self.repairing else None
             return [(model_merge(a, b, moved, points.t, points.format, merging), points.folders)]
         return [
-            (model_merge(a, b, moved, (t,), points.format, made.repaired[t].merging), (folder,)) for folder, t in points.placed()
+            (model_merge(a, b, moved, (t,), points.format, made.repaired[t].merging), (folder,))
+            for folder, t in points.placed()
         ]
 
     def _moved_by(self, alignment: Alignment | None) -> ModelSymmetry | None:
@@ -301,6 +314,7 @@ class Merge(Job["Alignment | None"]):
             symmetry_name=self.file or "SYMMETRY",
             measured=self._for_card(writer, folder, t, made),
             repair=repaired.card() if repaired else None,
+            widened=self.widening.sentence() if self.widening else None,
         )
         writer.write_text(within(folder, "README.md"), card)
 

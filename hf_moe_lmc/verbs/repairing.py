@@ -158,10 +158,14 @@ class Repairing:
         if t in ENDS:
             end = "A" if t == 0 else "B'"
             record = {"asked": self.name, "t": t, "accepted": False, "chosen": "aligned", "tried": []}
-            return Repaired(STRAIGHT, record, f"repair: t = {t:g} is {end} itself, of which there is nothing to repair", self.words)
+            return Repaired(
+                STRAIGHT, record, f"repair: t = {t:g} is {end} itself, of which there is nothing to repair", self.words
+            )
         if self.calibration is None:
             record = {"asked": self.name, "t": t, "accepted": True, "chosen": self.name, "tried": []}
-            sentence = f"repair: {self.name}, made without text, so that nothing says whether it is better than the aligned merge"
+            sentence = (
+                f"repair: {self.name}, made without text, so that nothing says whether it is better than the aligned merge"
+            )
             return Repaired(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)

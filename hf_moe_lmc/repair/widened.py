@@ -1,0 +1,142 @@
+"""Merges with the experts of both models: twice as many hidden units, so that each expert computes (1 - t) f_A + t f_B'.
+
+Nothing is averaged but the router and what lies outside the experts: only the order of the experts matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.errors import CheckpointError, InputError
+from hf_moe_lmc.formats.decoded import storage_of
+from hf_moe_lmc.formats.templates import output_template
+from hf_moe_lmc.moe.action import Elements
+from hf_moe_lmc.moe.layer import MoELayer
+from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.moe.model_class import language_model_of
+from hf_moe_lmc.moe.view import LayerSource
+from hf_moe_lmc.moe.widening import widened
+from hf_moe_lmc.path.skeleton import Conversion, Skeleton
+from hf_moe_lmc.repair.data_free import OF_UNITS, base_of
+from hf_moe_lmc.runtime.progress import size_of
+from hf_moe_lmc.symmetry.banks import qualified
+from hf_moe_lmc.writing.blocks import ModelBlocks
+from hf_moe_lmc.writing.encoded import EncodedStream, EncodedStreams
+from hf_moe_lmc.writing.formats import OutputFormat
+from hf_moe_lmc.writing.spans import Interpolated
+from hf_moe_lmc.writing.streams import InterpolatedLayer
+
+
+class CannotWidenError(InputError):
+    """Experts of twice the size cannot stand in this model or format."""
+
+
+@dataclass(frozen=True)
+class WidenedLayer:
+    """A block whose experts have A's hidden units, their down columns times 1 - t, and then those of B', times t.
+
+    Attributes:
+        straight: what is no hidden unit.
+        units: roles with a row for each hidden unit.
+    """
+
+    straight: InterpolatedLayer
+    units: frozenset[str]
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        if role not in self.units:
+            return self.straight.stored(role, expert)
+        straight = self.straight
+        a, b = straight.a.stored(role, expert), straight.b.stored(role, expert)
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        if base_of(role) == "down":
+            dtype = torch.promote_types(dtype, torch.float32)
+            a, b = a.to(dtype) * (1 - straight.t), b.to(dtype) * straight.t
+        return torch.cat([a.to(dtype), b.to(dtype)])
+
+
+@dataclass(frozen=True)
+class Widening:
+    """The layout of a widened merge of two models, checked against transformers.
+
+    Attributes:
+        narrow: the layout of a merge that does not grow.
+        wide: A with twice as many hidden units; only its headers and its configuration can be read.
+    """
+
+    a: MoEModel
+    b: MoEModel
+    narrow: Checkpoint
+    wide: MoEModel
+
+    @classmethod
+    def of(cls, a: MoEModel, b: MoEModel, form: OutputFormat) -> Widening:
+        """Raises CannotWidenError, or FamilyError: what is in the way."""
+        storage = storage_of(a.checkpoint)
+        if form == "b" or (storage is not None and form != "bf16"):
+            kind = "B's layout" if storage is None else storage.kind
+            raise CannotWidenError(f"--widen writes plain numbers in A's layout, not {kind}; take --format {_plain(storage)}")
+        narrow = output_template(a.checkpoint, a.checkpoint, plain=True)
+        found = cls(a, b, narrow, widened(a, narrow))
+        found._check_loads()
+        return found
+
+    @property
+    def template(self) -> Checkpoint:
+        return self.wide.checkpoint
+
+    def sentence(self) -> str:
+        """How much the model grows."""
+        before, after = (sum(info.numel for info in one.tensors.values()) for one in (self.a.checkpoint, self.template))
+        return (
+            f"widened: each expert has the hidden units of both, so that the merge grows by {after / before - 1:.0%}, from "
+            f"{before:,} to {after:,} parameters, to {size_of(self.template.nbytes)}"
+        )
+
+    def stream(self, elements: Elements, t: Sequence[float]) -> EncodedStreams:
+        """The widened merges at some t."""
+        acted = self.b.acted(elements)
+        return EncodedStreams(self.template, tuple(self._point(acted, at) for at in t))
+
+    def _point(self, acted: dict[int, LayerSource], t: float) -> EncodedStream:
+        layers: dict[int, LayerSource] = {
+            index: WidenedLayer(InterpolatedLayer(index, layer, acted.get(index, layer), t), frozenset(_unit_roles(layer)))
+            for index, layer in self.a.layers.items()
+        }
+        a, b = self.a.checkpoint, self.b.checkpoint
+        blocks = ModelBlocks(self.wide, layers, None, a.stored)
+        return EncodedStream(self.template, a.stored, (), Interpolated(a, b, (t,)), blocks, "")
+
+    def _check_loads(self) -> None:
+        """Raises CannotWidenError where transformers would make a model of other shapes from the configuration."""
+        model_class = language_model_of(self.wide.config)
+        if model_class is None:
+            return
+        skeleton = Skeleton(model_class, self.wide.config, dtype=torch.float32, device=torch.device("meta"))
+        shapes = {name: info.shape for name, info in self.template.tensors.items() if not self.wide.is_extra(name)}
+        try:
+            Conversion(skeleton, self.a.checkpoint.name, shapes)
+        except CheckpointError as error:
+            keys = ", ".join(sorted(self.wide.checkpoint.changes.keys() - self.narrow.changes.keys()))
+            raise CannotWidenError(
+                f"{self.a.checkpoint.name}: cannot be widened: {keys} in config.json sets the size of its experts and of other "
+                f"layers as well ({error})"
+            ) from error
+
+
+def _plain(storage: object) -> str:
+    return "a" if storage is None else "bf16"
+
+
+def _unit_roles(layer: MoELayer) -> Iterator[str]:
+    """The roles of a block with a row for each hidden unit that is doubled."""
+    for bank in layer.banks.values():
+        if bank.unit_count and bank.kind.permutation:
+            yield from (qualified(bank.name, role) for role in bank.roles if role in OF_UNITS)
+    if layer.shared.unit_count and layer.shared.kind.permutation:
+        yield from (f"shared_{role}" for role in layer.shared.roles if role in OF_UNITS)
