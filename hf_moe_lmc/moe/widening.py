@@ -93,8 +93,8 @@ def _wider(model: MoEModel, base: Checkpoint) -> Wider:
             if changes is not None and _sizes_with(model, base, changes) == sizes:
                 return Wider(changes, sizes)
     raise FamilyError(
-        f"{model.checkpoint.name}: cannot be widened: {', '.join(names)} in config.json cannot be set so that the experts alone "
-        "have twice as many hidden units"
+        f"{model.checkpoint.name}: cannot be widened: {', '.join(names)} in config.json cannot be set so that its experts "
+        "alone have twice as many hidden units"
     )
 
 

@@ -52,9 +52,8 @@ def test_each_expert_computes_the_weighted_sum(saved: Callable[..., Path], tmp_p
     assert found[0].keys() == found[2].keys()
     with torch.no_grad():
         for name, (experts, shared) in found[2].items():
-            for of_a, of_b, wide in zip(
-                *(outputs(one[name][0], inputs) for one in (found[0], found[1])), outputs(experts, inputs)
-            ):
+            every = [outputs(one[name][0], inputs) for one in found[:2]]
+            for of_a, of_b, wide in zip(*every, outputs(experts, inputs), strict=True):
                 torch.testing.assert_close(wide, (1 - t) * of_a + t * of_b)
                 assert not torch.allclose(wide, of_a)
             if shared is not None:
