@@ -137,6 +137,7 @@ def _barrier(verb: Parser) -> None:
     add_output(verb, "DIR")
     _text(verb)
     _path(verb)
+    add_repair(verb)
     add_matching(verb)
     _computing(verb)
     add_running(verb, weights=False)

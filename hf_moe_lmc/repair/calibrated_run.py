@@ -186,7 +186,7 @@ class Calibrated:
             InputError: more tokens than memory allows.
         """
         losses, fits = torch.empty(len(methods), len(compare), dtype=torch.float64), []
-        size = self._together(len(fit) + len(compare))
+        size = self.together(len(fit) + len(compare))
         for first in range(0, len(methods), size):
             group = methods[first : first + size]
             for number, runner in enumerate(_Pass(self, group, fit, compare, kept or {}).run()):
@@ -196,7 +196,7 @@ class Calibrated:
                 fits.append(runner.facts)
         return Outcome(losses, fits)
 
-    def _together(self, windows: int) -> int:
+    def together(self, windows: int) -> int:
         """How many candidates go through the model at once."""
         tokens = windows * self.calibration.windows.context
         each = tokens * IN_FLIGHT * int(self.a.text_config.hidden_size) * self.options.dtype.itemsize

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.perplexity.text import GivenText, Text, TextOptions
@@ -86,3 +87,18 @@ and --calibration-b TEXT
             InputError: a file is missing, empty or no text.
         """
         return tuple(TextOptions(text=getattr(self, name)).source() for name in TEXTS if getattr(self, name))
+
+
+def repair_options(given: Mapping[str, Any]) -> RepairOptions | None:
+    """The repair that the keywords of a verb ask for; None: none.
+
+    Raises:
+        InputError: as RepairOptions; or options without effect.
+    """
+    found = {field.name: given[field.name] for field in fields(RepairOptions) if given[field.name] is not None}
+    if not found:
+        return None
+    options = RepairOptions(**found)
+    if not options.is_calibrated:
+        refuse_idle({"calibration_tokens": given["calibration_tokens"]}, "there is no calibration text")
+    return None if options.repair == "none" else options

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import DType
+from hf_moe_lmc.repair.options import RepairName, RepairOptions, repair_options
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.job import Job, Request, verb
@@ -24,7 +25,6 @@ from hf_moe_lmc.writing.formats import OutputFormat, check_format
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.perplexity.text import GivenText
-    from hf_moe_lmc.repair.options import RepairName, RepairOptions
     from hf_moe_lmc.symmetry.group import ModelSymmetry
     from hf_moe_lmc.verbs.measuring import Asked
 
@@ -140,7 +140,7 @@ def merge(
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     if symmetry is not None or not align:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
-    repairing = _repair_options(given)
+    repairing = repair_options(given)
     if widen and repairing:
         raise InputError(
             f"--widen averages no hidden units, so that --repair {repairing.repair} has nothing to repair; choose one"
@@ -183,23 +183,6 @@ def merge(
 
 
 plan_merge = merge.plan
-
-
-def _repair_options(given: Mapping[str, Any]) -> RepairOptions | None:
-    """The repair that was asked for; None: none was, or nothing comes of it.
-
-    Raises:
-        InputError: options without effect, or of which one cannot go with another.
-    """
-    names = ("repair", "calibration", "calibration_a", "calibration_b", "calibration_tokens")
-    if all(given[name] is None for name in names):
-        return None
-    from hf_moe_lmc.repair.options import RepairOptions
-
-    options = filled(RepairOptions, given)
-    if not options.is_calibrated:
-        refuse_idle({"calibration_tokens": given["calibration_tokens"]}, "there is no calibration text")
-    return None if options.repair == "none" else options
 
 
 def _asked(given: Mapping[str, Any], points: MergePoints, repairing: RepairOptions | None) -> Asked | None:

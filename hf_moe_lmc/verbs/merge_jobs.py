@@ -145,8 +145,16 @@ class Merge(Job["Alignment | None"]):
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
+            repair=self._leaving,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
+
+    @property
+    def _leaving(self) -> str | None:
+        """What is done to leave the straight line, in words."""
+        if self.widening:
+            return self.widening.sentence()
+        return self.repairing.plan(len(self.points.t) or 1) if self.repairing else None
 
     @property
     def template(self) -> Checkpoint:
@@ -197,7 +205,7 @@ class Merge(Job["Alignment | None"]):
             return self._best(made, workspace, started)
         made = replace(made, repaired=self._repaired(made, workspace, self.points.t))
         if self.subject:
-            made = replace(made, report=self._measured(made, workspace, started))
+            made = self._with_repaired(replace(made, report=self._measured(made, workspace, started)), workspace)
         return self._written(workspace, made)
 
     def _best(self, made: _Made, workspace: Workspace | None, started: float) -> Alignment | None:
@@ -206,7 +214,7 @@ class Merge(Job["Alignment | None"]):
 
         report = self._measured(made, workspace, started)
         t = (best_point(report, self.path),)
-        made = replace(made, report=report, repaired=self._repaired(made, workspace, t))
+        made = self._with_repaired(replace(made, report=report, repaired=self._repaired(made, workspace, t)), workspace)
         return replace(self, points=replace(self.points, t=t))._written(workspace, made)
 
     def _repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> dict[float, Repaired]:
@@ -214,6 +222,16 @@ class Merge(Job["Alignment | None"]):
         if self.repairing is None:
             return {}
         return {at: self.repairing.at(self._symmetry(made), at, workspace) for at in t}
+
+    def _with_repaired(self, made: _Made, workspace: Workspace | None) -> _Made:
+        """With what repaired merges measure."""
+        from hf_moe_lmc.verbs.repaired_path import with_repaired
+
+        if not made.repaired:
+            return made
+        assert self.subject is not None and made.report is not None
+        found = with_repaired(self.subject, made.report, self.path, self._symmetry(made), made.repaired, workspace)
+        return replace(made, report=found)
 
     def _symmetry(self, made: _Made) -> ModelSymmetry:
         return made.alignment.symmetry if made.alignment else self.used
@@ -325,4 +343,7 @@ class Merge(Job["Alignment | None"]):
         from hf_moe_lmc.perplexity.verdict import MergedAt
         from hf_moe_lmc.verbs.merge_text import write_report
 
-        return write_report(writer, folder, replace(made.report, merge=MergedAt(t, self.path, self.points.best)))
+        repaired = made.repaired.get(t)
+        path = "repaired" if repaired and repaired.accepted else self.path
+        report = replace(made.report, merge=MergedAt(t, path, self.points.best), repair=repaired.record if repaired else None)
+        return write_report(writer, folder, report)

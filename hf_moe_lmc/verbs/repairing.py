@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,8 +25,10 @@ from hf_moe_lmc.repair.fitted_merging import merging_of
 from hf_moe_lmc.repair.halves import cut
 from hf_moe_lmc.repair.methods import methods_of
 from hf_moe_lmc.repair.options import TEXTS, RepairOptions
+from hf_moe_lmc.repair.ridge import DOUBLE
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
+from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Pair
 from hf_moe_lmc.verbs.measuring import check_ids
@@ -130,7 +133,34 @@ class Repairing:
         for option, text in zip(given, self.texts, strict=True):
             for file in text.describe()["files"]:
                 found += [f"--{option.replace('_', '-')}", file["name"]]
+        if self.calibration is not None:
+            found += ["--calibration-tokens", str(self.options.calibration_tokens)]
+            found += ["--context", str(self.calibration.windows.context)]
         return found
+
+    def plan(self, count: int) -> str:
+        """What so many repairs take, in words."""
+        if self.calibration is None:
+            return f"{self.name}, without text: made while the weights are read, at no further cost"
+        windows = self.calibration.windows
+        first, _ = cut(windows, range(len(windows.rows)))
+        run = self._run(self.pair.b.identity(), 0.5)
+        candidates = len(methods_of(self.name))
+        passes = math.ceil((candidates + 1) / run.together(len(first))) + 1
+        tokens = sum(len(row) for row in windows.rows)
+        words = f"{self.name}: {candidates} candidates on {tokens:,} tokens of calibration text"
+        if any(method.fit == "ridge" for method in methods_of(self.name)):
+            words += f", {size_of(self._equations(tokens))} of memory for equations"
+        return f"{words}; reads both models {passes} times{f' for each of {count} t' if count > 1 else ''}"
+
+    def _equations(self, tokens: int) -> int:
+        """Bytes for the ridge regression of a block on half of the calibration text, about."""
+        columns = max(
+            sum(bank.experts * bank.unit_count for bank in layer.banks.values()) + layer.shared.unit_count
+            for layer in self.pair.a.layers.values()
+        )
+        unknowns = min(tokens // 2, columns)
+        return 3 * unknowns**2 * (8 if unknowns <= DOUBLE else 4)
 
     def facts(self) -> dict[str, Any]:
         """What weights depend on."""
