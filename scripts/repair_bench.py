@@ -97,7 +97,7 @@ def measure(folder_a: Path, folder_b: Path, tokens: int, device: str) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--one", nargs=3, metavar=("FOLDER", "TOKENS", "DEVICE"), help="one run on checkpoints that are there")
     options = parser.parse_args()
