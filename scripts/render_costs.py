@@ -163,7 +163,7 @@ def repairs(record: dict[str, Any]) -> str:
             f"{one['seconds']:.0f}",
             f"{one['peak_bytes'] / 1e9:.1f}",
             f"{one['peak_in_layers']:.1f}",
-            f"{one['residual_after']:.2f} of {one['residual_before']:.2f}",
+            f"{one['residual_after']:.2g} of {one['residual_before']:.2g}",
         )
         for one in record["results"]
     ]
