@@ -2,8 +2,9 @@
 
 Routing weights, chosen experts and gates are what the module's own parts hand to each other; nothing of a router is computed
 here. Relied on of transformers: an experts module is called with inputs [token, width], numbers [token, choice] and weights
-of the chosen experts, holds `gate_up_proj` and `down_proj`, and `_apply_gate` makes hidden units of the products of
-`gate_up_proj`. Whether Phi D then is what the block gave is checked each time; a family where it is not is refused.
+of the chosen experts, or with inputs [expert * token, width] that are 0 where an expert is not chosen. It holds `gate_up_proj`
+and `down_proj`, and `_apply_gate` or `act_fn` makes hidden units of the products of `gate_up_proj`. Whether Phi D then is what
+the block gave is checked in each layer; a family where it is not is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SHARED = "shared"  # key of the shared expert among the parts
 # of the largest value of the block's output, by the dtype it runs in
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
+Routed = tuple[Tensor, Tensor, Tensor]  # inputs, chosen and weights of `BlockMap`
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with
 
 
@@ -44,12 +46,16 @@ class Site:
         layer: number of the decoder layer.
         prefix: full name of the block.
         memory: its tensors, and what they hold.
+        block: computes its output, float [.., token, model]; stop: what lanes stop before, the block itself or its experts.
+        router: where the experts stand in the layer itself, beside their router; None: they stand in a block.
         down, shared_down: full names of the down projections; None: no shared expert.
     """
 
     layer: int
     prefix: str
     block: nn.Module
+    stop: nn.Module
+    router: nn.Module | None
     experts: nn.Module
     memory: Block
     down: str
@@ -98,7 +104,12 @@ class Site:
 
     @property
     def _apply_gate(self) -> Callable[[Tensor], Tensor]:
-        return cast("Callable[[Tensor], Tensor]", self.experts._apply_gate)
+        return cast("Callable[[Tensor], Tensor]", getattr(self.experts, "_apply_gate", self._activated))
+
+    def _activated(self, products: Tensor) -> Tensor:
+        gate, up = products.chunk(2, dim=-1)
+        activation = cast("Callable[[Tensor], Tensor]", self.experts.act_fn)
+        return activation(gate) * up
 
     def down_of(self, expert: int) -> Tensor:
         """What stands in the module, [unit, model]."""
@@ -122,17 +133,23 @@ def sites_of(module: PreTrainedModel, model: MoEModel) -> dict[int, Site]:
 def _site(module: PreTrainedModel, model: MoEModel, layer: int, memory: Block) -> Site:
     experts = module.get_submodule(memory.experts)
     prefix = memory.experts.rpartition(".")[0]
-    if f"{prefix}." == memory.prefix:
-        raise _unsuited(model, f"layer {layer}: the experts stand in the layer itself, not in a block of their own")
-    if not hasattr(experts, "gate_up_proj") or not hasattr(experts, "_apply_gate"):
+    if not hasattr(experts, "gate_up_proj") or not (hasattr(experts, "_apply_gate") or hasattr(experts, "act_fn")):
         raise _unsuited(model, f"layer {layer}: its experts are no gated MLPs with one matrix for gate and up projection")
-    holders = {role: name for name, spec in memory.tensors.items() for role in spec.roles}
-    within = {role: name for role, name in holders.items() if name.startswith(f"{prefix}.")}  # a shared expert may stand beside
+    block, holders = module.get_submodule(prefix), {role: name for name, spec in memory.tensors.items() for role in spec.roles}
+    router, stop = None, block
+    if f"{prefix}." == memory.prefix:
+        name = holders["router"].removeprefix(memory.prefix).partition(".")[0]
+        router, stop = block.get_submodule(name), experts
+        block = RouterAndExperts(name, router, memory.experts.rpartition(".")[2], experts)
+    elsewhere = router is not None  # and a shared expert may stand beside its block
+    within = {role: name for role, name in holders.items() if name.startswith(f"{prefix}.") and not elsewhere}
     gate = within.get("shared_router")
     return Site(
         layer=layer,
         prefix=prefix,
-        block=module.get_submodule(prefix),
+        block=block,
+        stop=stop,
+        router=router,
         experts=experts,
         memory=memory,
         down=holders["down"],
@@ -141,10 +158,34 @@ def _site(module: PreTrainedModel, model: MoEModel, layer: int, memory: Block) -
     )
 
 
+class RouterAndExperts(nn.Module):
+    """The routed experts of a layer that have no block of their own, under the names that they have in the layer."""
+
+    def __init__(self, router_name: str, router: nn.Module, experts_name: str, experts: nn.Module) -> None:
+        super().__init__()
+        self.add_module(router_name, router)
+        self.add_module(experts_name, experts)
+        self._parts = (router_name, experts_name)
+
+    def forward(self, routed_by: Tensor, inputs: Tensor) -> Tensor:
+        """What the experts give, [token, model].
+
+        Args:
+            routed_by: what the router reads.
+            inputs: what the experts read.
+        """
+        router, experts = (self.get_submodule(name) for name in self._parts)
+        returned = router(routed_by)
+        chosen = next(value for value in returned if not value.is_floating_point())
+        weights = next(value for value in returned if value.is_floating_point() and value.shape == chosen.shape)
+        output: Tensor = experts(inputs, chosen, weights)
+        return output
+
+
 def _unsuited(model: MoEModel, why: str) -> UnsuitedError:
     return UnsuitedError(
         f"{model.checkpoint.name}: the experts of family {model.family.name} cannot be refitted on text: {why}. "
-        "Expected: gated experts in a block of their own. Take a repair that needs no text, or none"
+        "Expected: gated experts whose weighted sum is what their block gives. Take a repair that needs no text, or none"
     )
 
 
@@ -152,7 +193,7 @@ def _unsuited(model: MoEModel, why: str) -> UnsuitedError:
 class _Seen:
     """What the parts of a block have handed to each other in one call."""
 
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: Routed | None = None
     routed: list[Tensor] = field(default_factory=list)
     shared: list[Tensor] = field(default_factory=list)
     shared_output: list[Tensor] = field(default_factory=list)
@@ -164,7 +205,7 @@ class BlockMap:
     """Phi of a block for some tokens.
 
     Attributes:
-        inputs: of the experts, [token, width].
+        inputs: of the experts, [token, width], or [token, choice, width] where each has its own.
         chosen, weights: of the experts of each token, [token, choice].
         shared: hidden units of the shared expert times its gate, [token, unit]; None: there is none.
         output: of the block, float32 [token, model].
@@ -210,7 +251,7 @@ class BlockMap:
     def _features(self, expert: int, rows: Tensor, choice: Tensor, wanted: Tensor) -> Tensor:
         tokens = rows[wanted]
         weights = self.factor * self.weights[tokens, choice[wanted]].float()
-        return self.site.units(expert, self.inputs[tokens]).float() * weights[:, None]
+        return self.site.units(expert, taken(self.inputs, tokens, choice[wanted])).float() * weights[:, None]
 
     def routed(self) -> Tensor:
         """What the routed experts give with the weights that stand in the module, float32 [token, model]."""
@@ -239,10 +280,12 @@ def block_maps(site: Site, calls: Sequence[Call], model: MoEModel) -> BlockMap:
 def _block_map(site: Site, call: Call, model: MoEModel) -> BlockMap:
     with _watched(site) as seen:
         output = run_block(site, call)
-    if len(seen.inputs) != 3 or len(seen.routed) != 1:
+    if seen.inputs is None or len(seen.routed) != 1:
         raise _unsuited(model, f"layer {site.layer}: the experts are not called with the numbers of the chosen ones")
     inputs, chosen, weights = seen.inputs
     routed = seen.routed[0].reshape(-1, seen.routed[0].shape[-1]).float()
+    if inputs.ndim == 3:
+        routed = routed.unflatten(0, (site.count, -1)).sum(dim=0)
     if routed.shape != output.shape:
         raise _unsuited(model, f"layer {site.layer}: what the experts give is projected before it leaves the block")
     shared, terms = None, [routed]
@@ -284,16 +327,34 @@ def run_block(site: Site, call: Call) -> Tensor:
     return first.reshape(-1, first.shape[-1]).float()
 
 
+def routed_inputs(site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed | None:
+    """What an experts module was called with; None where that does not tell which experts a token goes to."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    inputs = tensors[0].reshape(-1, tensors[0].shape[-1])
+    chosen = next((value for value in tensors if not value.is_floating_point()), None)
+    if chosen is not None:
+        weights = next(value for value in tensors if value.is_floating_point() and value.shape == chosen.shape)
+        return inputs, chosen, weights
+    if len(tensors) != 1 or len(inputs) % site.count:
+        return None
+    of_experts = inputs.unflatten(0, (site.count, -1))
+    used = of_experts.abs().amax(dim=-1).T > 0  # [token, expert]
+    chosen = used.float().topk(max(int(used.sum(dim=-1).max()), 1), dim=-1).indices
+    tokens = torch.arange(len(used), device=used.device)[:, None]
+    return of_experts[chosen, tokens], chosen, used.gather(-1, chosen).to(inputs.dtype)
+
+
+def taken(inputs: Tensor, tokens: Tensor, choice: Tensor) -> Tensor:
+    """Inputs of one expert, [n, width], for the tokens that chose it at some places."""
+    return inputs[tokens] if inputs.ndim == 2 else inputs[tokens, choice]
+
+
 @contextmanager
 def _watched(site: Site) -> Iterator[_Seen]:
     seen = _Seen()
 
     def before_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        chosen = next((value for value in tensors if not value.is_floating_point()), None)
-        if chosen is not None:
-            weights = next(v for v in tensors if v.is_floating_point() and v.shape == chosen.shape)
-            seen.inputs = [tensors[0].reshape(-1, tensors[0].shape[-1]), chosen, weights]
+        seen.inputs = routed_inputs(site, args, kwargs)
 
     handles = [
         site.experts.register_forward_pre_hook(before_experts, with_kwargs=True),
@@ -302,7 +363,7 @@ def _watched(site: Site) -> Iterator[_Seen]:
     if site.shared_down is not None:
         owner = _owner(site, site.shared_down)
         handles.append(owner.register_forward_pre_hook(lambda module, args: seen.shared.append(args[0])))
-        handles.append(owner.register_forward_hook(lambda module, args, output: seen.shared_output.append(output)))
+        handles.append(owner.register_forward_hook(lambda module, args, output: seen.shared_output.append(output.clone())))
     if site.shared_gate is not None:
         handles.append(site.shared_gate.register_forward_hook(lambda module, args, output: seen.gates.append(output)))
     try:

@@ -42,6 +42,7 @@ from hf_moe_lmc.repair.regmean import Gram, regmean
 from hf_moe_lmc.repair.ridge import DOUBLE, ridge
 from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.runtime.progress import bar
+from hf_moe_lmc.runtime.threads import products_of, suited
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.spans import Interpolated
 from hf_moe_lmc.writing.streams import InterpolatedLayer, ModelStream, whole
@@ -228,6 +229,7 @@ class _Pass:
             self.of_parents = [self._batched(of.calibration.of_parent(fit, parent)) for parent in (0, 1)]
         self.totals = [sum(len(self.windows.rows[i]) for b in numbers for i in self.batches[b]) for numbers in self.of_parents]
         self.calls: dict[tuple[int, int], Call] = {}
+        self.routed_by: dict[tuple[int, int], Tensor] = {}
         self.moments: dict[int, Moments] = {}
         self.sweep: Sweep
         fits = any(method.fit is not None for method in methods)
@@ -263,7 +265,7 @@ class _Pass:
             stops.append(layer)
             if part.layer in self.sites:
                 numbers[part.layer, "block"] = len(stops)
-                stops.append(self.sites[part.layer].block)
+                stops.append(self.sites[part.layer].stop)
         if self.head is not None:
             numbers["head"] = len(stops)
             stops.append(self.head[1])
@@ -281,11 +283,13 @@ class _Pass:
         return [(self.place[i], value) for i, value in zip(rows, sums, strict=True) if i in self.place]
 
     def run(self) -> list[_Runner]:
-        watched = [site.block for site in self.sites.values()] + ([self.head[1]] if self.head else [])
-        handles = [self._watch_calls(module) for module in watched]
+        handles = [self._watch_calls(site.stop, site.router) for site in self.sites.values()]
+        handles += [self._watch_router(site.router) for site in self.sites.values() if site.router is not None]
+        handles += [self._watch_calls(self.head[1])] if self.head else []
         try:
             with (
                 torch.inference_mode(),
+                suited(products_of(self.of.skeleton.module, self._tokens(), self.of.a.top_k)),
                 Sweep(self.stops, self.forward) as self.sweep,
                 bar(total=len(self.of_layers), desc="fitting on text", unit="layer") as shown,
             ):
@@ -301,13 +305,32 @@ class _Pass:
             self.ends.drop([name for part in (*self.of_layers, self.beside) for name in part.names])
         return self.runners
 
-    def _watch_calls(self, module: nn.Module) -> Any:
-        """Remembers what a lane calls a module with; comes before the hook that stops the lane there."""
+    def _tokens(self) -> int:
+        """Of the largest batch."""
+        return max(sum(len(self.windows.rows[i]) for i in batch) for batch in self.batches)
+
+    def _watch_router(self, router: nn.Module) -> Any:
+        """Remembers what a lane calls a router with that stands in the layer itself."""
+
+        def hook(module: nn.Module, args: Any) -> None:
+            lane = self.sweep.running
+            if lane is not None:
+                self.routed_by[lane.point, lane.batch] = args[0]
+
+        return router.register_forward_pre_hook(hook)
+
+    def _watch_calls(self, module: nn.Module, router: nn.Module | None = None) -> Any:
+        """Remembers what a lane calls a module with; comes before the hook that stops the lane there.
+
+        Args:
+            router: stands beside the experts that the lane stops before: what it read comes first.
+        """
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             lane = self.sweep.running
             if lane is not None:
-                self.calls[lane.point, lane.batch] = (args, kwargs)
+                key = lane.point, lane.batch
+                self.calls[key] = (args, kwargs) if router is None else ((self.routed_by.pop(key), args[0]), {})
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_lmc.repair.block_map import Site
+from hf_moe_lmc.repair.block_map import Site, routed_inputs, taken
 from hf_moe_lmc.repair.regmean import Gram
 
 
@@ -19,7 +19,7 @@ class Moments:
 
     Attributes:
         grams: by full name of the weight, of all maps that each token goes through.
-        inputs, chosen: of the experts, [token, width] and [token, choice], in parts.
+        inputs, chosen: of the experts, in parts, as in `BlockMap`.
     """
 
     grams: dict[str, Gram] = field(default_factory=dict)
@@ -39,8 +39,8 @@ class Moments:
 
     def of_expert(self, expert: int) -> Tensor:
         """Inputs of one expert, float32 [token, width]."""
-        rows = [inputs[(chosen == expert).any(dim=-1)] for inputs, chosen in zip(self.inputs, self.chosen, strict=True)]
-        return torch.cat(rows).float()
+        pairs = zip(self.inputs, self.chosen, strict=True)
+        return torch.cat([taken(x, *(chosen == expert).nonzero(as_tuple=True)) for x, chosen in pairs]).float()
 
 
 def linear_weights(path: str, layer: nn.Module, site: Site | None) -> dict[str, nn.Module]:
@@ -69,10 +69,11 @@ def watch(weights: Mapping[str, nn.Module], site: Site | None, moments: Callable
 
     def before_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
         taking = moments()
-        if taking is not None:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            taking.inputs.append(tensors[0].reshape(-1, tensors[0].shape[-1]))
-            taking.chosen.append(next(value for value in tensors if not value.is_floating_point()))
+        assert site is not None
+        found = None if taking is None else routed_inputs(site, args, kwargs)
+        if taking is not None and found is not None:
+            taking.inputs.append(found[0])
+            taking.chosen.append(found[1])
 
     handles = [module.register_forward_pre_hook(before_map(name)) for name, module in weights.items()]
     if site is not None:

@@ -94,12 +94,11 @@ def test_fitted_weights_are_those_that_were_measured(
 
 
 # a factor behind the experts, a shared expert beside the block, biases and transposed matrices, a mean of routed and shared
-# experts, tables of experts, layers without experts, another router
-SUITED = "hunyuan_v1_moe granitemoehybrid gpt_oss cohere2_moe[sigmoid] deepseek_v4 jamba phimoe"
+# experts, tables of experts, layers without experts, another router, weighted inputs, experts in the layer itself
+SUITED = "llama4_text gemma4_text hunyuan_v1_moe granitemoehybrid gpt_oss cohere2_moe[sigmoid] deepseek_v4 jamba phimoe"
 REFUSED = {
     "axk1": "not the weighted sum",
-    "llama4_text": "no gated MLPs with one matrix",
-    "gemma4_text": "stand in the layer itself",
+    "longcat_flash": "no router",
     "nemotron_h": "no gated MLPs",
     "dbrx": "no module with a 3-D",
 }
