@@ -19,7 +19,7 @@ from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
-from hf_moe_lmc.repair import calibrated_run
+from hf_moe_lmc.repair import ridge_layer
 from hf_moe_lmc.repair.block_map import BlockMap, UnsuitedError
 from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
 from hf_moe_lmc.repair.choice import Choice
@@ -137,13 +137,13 @@ def test_a_layer_that_was_fitted_before_is_not_fitted_again(
     first = case.run().run([RIDGE], FIT, COMPARE, {RIDGE: fitted})
     fitted.folder.path("layer-0002.safetensors").unlink()
     solved: list[int] = []
-    ridge = calibrated_run.ridge
+    ridge = ridge_layer.ridge
 
     def counted(*args: Any) -> Any:
         solved.append(1)
         return ridge(*args)
 
-    monkeypatch.setattr(calibrated_run, "ridge", counted)
+    monkeypatch.setattr(ridge_layer, "ridge", counted)
     again = case.run().run([RIDGE], FIT, COMPARE, {RIDGE: Fitted(ResultFolder(tmp_path))})
     assert len(solved) == 1
     torch.testing.assert_close(again.losses, first.losses, rtol=1e-7, atol=0)
