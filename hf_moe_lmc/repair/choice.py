@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.perplexity.by_text import DECIDING, TextMeans
+from hf_moe_lmc.perplexity.by_text import TextMeans
 from hf_moe_lmc.perplexity.references import Difference
-from hf_moe_lmc.repair.block_map import UnsuitedError
 from hf_moe_lmc.repair.calibrated_run import Calibrated
 from hf_moe_lmc.repair.fitted import Fitted
-from hf_moe_lmc.repair.halves import cut, part_of
+from hf_moe_lmc.repair.halves import cut, halves_of, part_of
 from hf_moe_lmc.repair.methods import ALIGNED, Method, methods_of
+from hf_moe_lmc.repair.sites import UnsuitedError
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.spans import Interpolated, TensorSource
@@ -63,8 +63,7 @@ class Choice:
             found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)
         if self.accepted:
             return f"repair: {self.method}, {found} against the aligned merge on calibration text that it was not fitted on"
-        why = "its interval does not exclude 0" if self.difference.interval is not None else "too few documents to decide"
-        return f"repair: {self.method} refused, {found} against the aligned merge, {why}; the aligned merge stays"
+        return f"repair: {self.method} refused, {found} against the aligned merge, not clearly below; the aligned merge stays"
 
     def stream(self, run: Calibrated) -> ModelStream:
         """The merge as a checkpoint: repaired where that was accepted, else the aligned one."""
@@ -84,11 +83,11 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
         methods: the candidates; None: those of `repair`.
 
     Raises:
-        InputError: a text that cannot be cut in two; more tokens than memory allows.
+        InputError: as `halves_of`; more tokens than memory allows.
         UnsuitedError: no candidate can be fitted to this family, and none needs no text.
     """
     windows = run.calibration.windows
-    first, second = cut(windows, range(len(windows.rows)))
+    first, second = halves_of(windows)
     fit, compare = cut(windows, first, FITTED)
     methods = methods or methods_of(repair)
     losses_of, skipped = _tried(run, methods, repair, fit, compare, folder)
@@ -176,8 +175,6 @@ def accept(
         "difference": difference.to_dict(),
         "layers": outcome.fits[1],
     }
-    if means.clusters(None) < DECIDING:
-        record["note"] = f"the second half has {means.clusters(None)} documents of a text; {DECIDING} are needed to decide"
     return Choice(method, accepted, difference, fitted, record)
 
 

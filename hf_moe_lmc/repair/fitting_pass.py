@@ -18,13 +18,14 @@ from hf_moe_lmc.moe.model_class import foreign, text_reader
 from hf_moe_lmc.path.endpoints import Part
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.windows import batches_of, token_losses
-from hf_moe_lmc.repair.block_map import Call, Site
+from hf_moe_lmc.repair.block_map import Call
 from hf_moe_lmc.repair.fitted import Fitted
 from hf_moe_lmc.repair.methods import Method
 from hf_moe_lmc.repair.moments import Moments, linear_weights, watch
 from hf_moe_lmc.repair.regmean_layer import RegmeanLayer
 from hf_moe_lmc.repair.ridge_layer import RidgeLayer
 from hf_moe_lmc.repair.run_models import PATH, RunModels
+from hf_moe_lmc.repair.sites import Site
 from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.runtime.threads import products_of, suited
 

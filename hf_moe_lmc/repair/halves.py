@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hf_moe_lmc.errors import InputError
+from hf_moe_lmc.perplexity.by_text import DECIDING
 from hf_moe_lmc.perplexity.windows import Windows
 
 
@@ -58,6 +59,27 @@ def _dealt(documents: Sequence[list[int]], windows: Windows, share: float) -> li
         pieces[which] += document
         tokens[which] += sum(len(windows.rows[i]) for i in document)
     return pieces
+
+
+def halves_of(windows: Windows) -> tuple[list[int], list[int]]:
+    """The half of calibration text that repairs are chosen on, and the one that decides.
+
+    Raises:
+        InputError: a text cannot be cut in two, or its second half has too few documents to decide on a difference.
+    """
+    first, second = cut(windows, range(len(windows.rows)))
+    names = windows.text_of
+    for text in dict.fromkeys(names):
+        own = [i for i in second if names[i] == text]
+        documents = {windows.documents[i] for i in range(len(names)) if names[i] == text}
+        found = len(own) if len(documents) == 1 else len({windows.documents[i] for i in own})
+        if found < DECIDING:
+            unit = "windows" if len(documents) == 1 else "documents"
+            raise InputError(
+                f"calibration text {text}: its second half has {found} {unit}, and {DECIDING} are needed to decide; "
+                "give more text, or one long document"
+            )
+    return first, second
 
 
 def part_of(windows: Windows, numbers: Sequence[int]) -> Windows:

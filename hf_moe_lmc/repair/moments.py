@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_lmc.repair.block_map import Site, routed_inputs, taken
+from hf_moe_lmc.repair.block_map import routed_inputs, taken
 from hf_moe_lmc.repair.regmean import Gram
+from hf_moe_lmc.repair.sites import Site
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.path.endpoints import Part
-from hf_moe_lmc.repair.block_map import Site, canonical
 from hf_moe_lmc.repair.fitted import Fitted, Role
 from hf_moe_lmc.repair.moments import Moments
 from hf_moe_lmc.repair.regmean import Gram, regmean
 from hf_moe_lmc.repair.run_models import PATH, RunModels
+from hf_moe_lmc.repair.sites import Site, canonical
 
 ENDS = (None, PATH)  # of A and of B', among what `Endpoints` holds
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.errors import InputError
-from hf_moe_lmc.repair.block_map import SHARED, TOLERANCES, BlockMap, Call, Site, block_maps, run_block
+from hf_moe_lmc.repair.block_map import SHARED, TOLERANCES, BlockMap, Call, block_maps, run_block
 from hf_moe_lmc.repair.fitted import Fitted, Role
 from hf_moe_lmc.repair.ridge import DOUBLE, ridge
 from hf_moe_lmc.repair.run_models import PATH, RunModels
+from hf_moe_lmc.repair.sites import Site
 from hf_moe_lmc.runtime.memory import available_memory
 
 

@@ -11,7 +11,7 @@ from hf_moe_lmc.path.endpoints import Endpoints
 from hf_moe_lmc.path.evaluation import EvaluationOptions
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.perplexity.windows import Windows
-from hf_moe_lmc.repair.block_map import Site, sites_of
+from hf_moe_lmc.repair.sites import Site, sites_of
 from hf_moe_lmc.writing.streams import ModelStream, whole
 
 PATH = "aligned"

@@ -20,12 +20,13 @@ from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
 from hf_moe_lmc.repair import ridge_layer
-from hf_moe_lmc.repair.block_map import BlockMap, UnsuitedError
+from hf_moe_lmc.repair.block_map import BlockMap
 from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
 from hf_moe_lmc.repair.choice import Choice
 from hf_moe_lmc.repair.fitted import Fitted
 from hf_moe_lmc.repair.halves import part_of
 from hf_moe_lmc.repair.methods import ALIGNED, Method
+from hf_moe_lmc.repair.sites import UnsuitedError
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.streams import interpolated

@@ -7,7 +7,7 @@ import torch
 
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.windows import Windows
-from hf_moe_lmc.repair.halves import cut, part_of
+from hf_moe_lmc.repair.halves import cut, halves_of, part_of
 
 
 def windows(*documents: int, texts: tuple[str, ...] = ()) -> Windows:
@@ -44,3 +44,12 @@ def test_each_text_is_cut_for_itself() -> None:
 def test_one_window_cannot_be_cut() -> None:
     with pytest.raises(InputError, match="cannot be cut in two"):
         cut(windows(0, 0, 1, texts=("a", "a", "b")), range(3))
+
+
+@pytest.mark.parametrize(
+    ("documents", "found"), [(tuple(range(8)), "4 documents"), ((0,) * 8, "4 windows"), ((0,) * 9 + (1,), "1 documents")]
+)
+def test_halves_that_can_decide_nothing_are_refused(documents: tuple[int, ...], found: str) -> None:
+    with pytest.raises(InputError, match=f"second half has {found}, and 5 are needed"):
+        halves_of(windows(*documents))
+    assert all(len(half) >= 5 for half in halves_of(windows(*range(12))))
