@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.errors import InputError
-from hf_moe_lmc.repair.block_map import SHARED, TOLERANCES, BlockMap, Call, block_maps, run_block
+from hf_moe_lmc.repair.block_map import SHARED, BlockMap, Call, block_maps, run_block
 from hf_moe_lmc.repair.fitted import Fitted, Role
 from hf_moe_lmc.repair.ridge import DOUBLE, ridge
 from hf_moe_lmc.repair.run_models import PATH, RunModels
@@ -52,7 +52,7 @@ class RidgeLayer:
             )
         facts: dict[str, Any] = {"tokens": len(target), "before": float(residual.norm()) / size if size else 0.0}
         block: dict[Role, Tensor] = {}
-        if facts["before"] > TOLERANCES[found.inputs.dtype]:
+        if facts["before"] > torch.finfo(found.inputs.dtype).eps:
             fit = ridge(found.parts(), residual, strength)
             for key, change in fit.changes:
                 role: Role = ("shared_down", None) if key == SHARED else ("down", int(str(key)))

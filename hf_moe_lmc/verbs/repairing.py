@@ -22,7 +22,7 @@ from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
 from hf_moe_lmc.repair.choice import choose
 from hf_moe_lmc.repair.data_free import REPAIRS, check_gated, starts
 from hf_moe_lmc.repair.fitted_merging import merging_of
-from hf_moe_lmc.repair.halves import cut
+from hf_moe_lmc.repair.halves import halves_of
 from hf_moe_lmc.repair.methods import methods_of
 from hf_moe_lmc.repair.options import TEXTS, RepairOptions
 from hf_moe_lmc.repair.ridge import DOUBLE
@@ -108,7 +108,7 @@ class Repairing:
         texts = options.texts()
         calibration = _calibration(texts, pair, context, options.calibration_tokens)
         check_ids(calibration.windows, pair)
-        cut(calibration.windows, range(len(calibration.windows.rows)))
+        halves_of(calibration.windows)
         masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
         evaluation = evaluation_options(model_class, compute, context, masked)
         found = cls(pair, options, calibration, evaluation, texts)
@@ -143,7 +143,7 @@ class Repairing:
         if self.calibration is None:
             return f"{self.name}, without text: made while the weights are read, at no further cost"
         windows = self.calibration.windows
-        first, _ = cut(windows, range(len(windows.rows)))
+        first, _ = halves_of(windows)
         run = self._run(self.pair.b.identity(), 0.5)
         candidates = len(methods_of(self.name))
         passes = math.ceil((candidates + 1) / run.together(len(first))) + 1
