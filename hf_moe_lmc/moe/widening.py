@@ -1,4 +1,4 @@
-"""A model's layout with twice as many hidden units in each expert: tensors, sizes, and the configuration that goes with them."""
+"""A model's layout with twice as many hidden units in each expert: tensors, sizes, and the configuration to go with it."""
 
 from __future__ import annotations
 

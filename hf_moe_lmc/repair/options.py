@@ -49,7 +49,7 @@ and --calibration-b TEXT
             raise InputError(f"repair {self.repair!r}: expected one of {', '.join(get_args(RepairName))}")
         if self.calibration_tokens < 1:
             raise InputError(f"calibration-tokens {self.calibration_tokens}: expected at least 1")
-        given = {name: getattr(self, name) or None for name in TEXTS}
+        given: dict[str, GivenText | None] = {name: getattr(self, name) or None for name in TEXTS}
         if self.repair == "none":
             refuse_idle(given, "--repair is none")
         if given["calibration"] and (given["calibration_a"] or given["calibration_b"]):
@@ -66,9 +66,9 @@ and --calibration-b TEXT
                 f"--repair {self.repair} is fitted on text: give it --calibration TEXT, or --calibration-a TEXT and "
                 "--calibration-b TEXT"
             )
-        for name in TEXTS:
-            if given[name]:
-                TextOptions(text=given[name])
+        for text in given.values():
+            if text is not None:
+                TextOptions(text=text)
 
     @property
     def is_calibrated(self) -> bool:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.formats.decoded import storage_of
-from hf_moe_lmc.formats.templates import output_template
+from hf_moe_lmc.formats.templates import Template, output_template
 from hf_moe_lmc.moe.action import Elements
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
@@ -71,7 +70,7 @@ class Widening:
 
     a: MoEModel
     b: MoEModel
-    narrow: Checkpoint
+    narrow: Template
     wide: MoEModel
 
     @classmethod
@@ -87,8 +86,10 @@ class Widening:
         return found
 
     @property
-    def template(self) -> Checkpoint:
-        return self.wide.checkpoint
+    def template(self) -> Template:
+        found = self.wide.checkpoint
+        assert isinstance(found, Template)
+        return found
 
     def sentence(self) -> str:
         """How much the model grows."""

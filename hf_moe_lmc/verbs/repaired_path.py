@@ -68,7 +68,7 @@ def _with_path(
     rows |= {t: pair for t, pair in found.items() if t in report.t}
     every = [rows[t] for t in sorted(rows)]
     losses, right = (torch.stack([pair[i] for pair in every]) for i in (0, 1))
-    halfway = {}
+    halfway: dict[str, Any] = {}
     for i, name in enumerate(("halfway", "halfway_right") if MIDPOINT in repaired else ()):
         standing = getattr(report, name)
         if standing:
