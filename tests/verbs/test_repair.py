@@ -27,7 +27,9 @@ from tests.formats.published import numbers
 from tests.schemas import check_report
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:outside the MoE blocks", "ignore:.*expect a barrier", "ignore:.*the barrier may be"),
+    pytest.mark.filterwarnings(
+        "ignore:outside the MoE blocks", "ignore:.*expect a barrier", "ignore:.*the barrier may be", "ignore:A and B hold"
+    ),
     pytest.mark.usefixtures("undrawn"),
 ]
 RUN = {"context": 32, "calibration_tokens": 2500}
@@ -166,7 +168,7 @@ def test_a_stopped_call_does_not_fit_again(
     arguments: dict[str, Any] = {"repair": "ridge", "calibration": rows, **RUN}
     merge(a, b, tmp_path / "whole", **arguments)
 
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
