@@ -144,7 +144,10 @@ def barrier(
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
         pair = inputs.pair(a, b, symmetry=symmetry)
         subject = Subject.of(pair, asked)
-        return _Barrier(subject, matching, file, plots, Repairing.of(pair, repairing, given) if repairing else None)
+        repaired = Repairing.of(pair, repairing, given) if repairing else None
+        if repaired:
+            repaired.check_apart(subject.evaluator.windows)
+        return _Barrier(subject, matching, file, plots, repaired)
 
     return Request(
         verb="barrier",

@@ -172,6 +172,8 @@ def merge(
             from hf_moe_lmc.verbs.repairing import Repairing
 
             repaired = Repairing.of(pair, repairing, given)
+        if repaired and subject:
+            repaired.check_apart(subject.evaluator.windows)
         widening = None
         if widen:
             from hf_moe_lmc.repair.widened import Widening

@@ -16,6 +16,7 @@ from hf_moe_lmc.path.evaluation import EvaluationOptions
 from hf_moe_lmc.path.measurement import evaluation_options
 from hf_moe_lmc.path.options import ComputeOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
+from hf_moe_lmc.perplexity.overlap import check_apart
 from hf_moe_lmc.perplexity.text import Text
 from hf_moe_lmc.perplexity.windows import Windows, cut_texts
 from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
@@ -115,6 +116,11 @@ class Repairing:
         if options.repair != "auto" and all(method.fit is not None for method in methods_of(options.repair)):
             found._run(pair.b.identity(), 0.5).check_sites()
         return found
+
+    def check_apart(self, evaluation: Windows) -> None:
+        """Raises InputError where a text to evaluate on shares passages with the calibration text."""
+        if self.calibration is not None:
+            check_apart(evaluation, self.calibration.windows, common_tokenizer(self.pair.a, self.pair.b))
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.reading import read_model
-from hf_moe_lmc.repair import calibrated_run
+from hf_moe_lmc.repair import ridge_layer
 from hf_moe_lmc.repair.data_free import REPAIRS
 from hf_moe_lmc.runtime.notices import NOTES
 from hf_moe_lmc.symmetry.group import ModelSymmetry
@@ -130,12 +130,12 @@ def test_a_fitted_merge_is_measured_and_written(
 
 
 def test_a_refused_repair_leaves_the_aligned_merge(
-    saved: Callable[..., Path], tmp_path: Path, prose: Path, capsys: pytest.CaptureFixture[str]
+    saved: Callable[..., Path], tmp_path: Path, prose: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = saved("mixtral", "per-expert", 0), saved("mixtral", "per-expert", 1)
     words = ["merge", str(a), str(b), "--context", "32"]
     assert main([*words[:-2], "-o", str(tmp_path / "aligned")]) == 0
-    calibrated = ["--repair", "crossover", "--calibration", str(prose), "--text", str(prose)]
+    calibrated = ["--repair", "crossover", "--calibration", str(prose), "--text", str(rows)]
     assert main([*words, "-o", str(tmp_path / "out"), *calibrated]) == 0  # one document: nothing can be decided
     one, two = tiny.tensors(tmp_path / "out"), tiny.tensors(tmp_path / "aligned")
     assert all(tiny.same_bytes(one[name], two[name]) for name in two)
@@ -175,8 +175,8 @@ def test_a_stopped_call_does_not_fit_again(
         patch.setattr(output.FolderWriter, "write_tensors", stopped)
         merge(a, b, tmp_path / "out", **arguments)
     fitted: list[int] = []
-    ridge = calibrated_run.ridge
-    monkeypatch.setattr(calibrated_run, "ridge", lambda *given, **named: (fitted.append(1), ridge(*given, **named))[1])
+    ridge = ridge_layer.ridge
+    monkeypatch.setattr(ridge_layer, "ridge", lambda *given, **named: (fitted.append(1), ridge(*given, **named))[1])
     merge(a, b, tmp_path / "out", **arguments)
     assert not fitted
     one, two = tiny.tensors(tmp_path / "whole"), tiny.tensors(tmp_path / "out")
@@ -197,9 +197,11 @@ def test_the_repaired_path_of_barrier_is_that_of_the_merges(saved: Callable[...,
     assert of_merges[1] == pytest.approx(document["references"]["mean"]["repaired"], rel=1e-6)
 
 
-def test_a_fitted_path_has_the_middle_and_the_least_loss(saved: Callable[..., Path], tmp_path: Path, rows: Path) -> None:
+def test_a_fitted_path_has_the_middle_and_the_least_loss(
+    saved: Callable[..., Path], tmp_path: Path, rows: Path, prose: Path
+) -> None:
     a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
-    barrier(a, b, tmp_path / "path", text=rows, points=9, repair="ridge", calibration=rows, routing=False, **RUN)
+    barrier(a, b, tmp_path / "path", text=prose, points=9, repair="ridge", calibration=rows, routing=False, **RUN)
     found = content(tmp_path / "path")
     aligned = found["paths"]["aligned"]
     least = aligned["t"][aligned["nll"].index(min(aligned["nll"]))]
@@ -208,13 +210,13 @@ def test_a_fitted_path_has_the_middle_and_the_least_loss(saved: Callable[..., Pa
     assert found["repair"]["t"] == 0.5 and found["references"]["mean"]["repaired"] is not None
 
 
-def test_a_dry_run_says_what_a_repair_takes(saved: Callable[..., Path], tmp_path: Path, rows: Path) -> None:
+def test_a_dry_run_says_what_a_repair_takes(saved: Callable[..., Path], tmp_path: Path, rows: Path, prose: Path) -> None:
     a, b = saved("mixtral", "per-expert", 0), saved("mixtral", "per-expert", 1)
     plan = plan_merge(a, b, tmp_path / "out", repair="auto", calibration=rows, **RUN)
     assert plan.repair is not None and "13 candidates" in plan.repair and "memory for equations" in plan.table()
     assert "without text" in (plan_merge(a, b, tmp_path / "out", repair="norms").repair or "")
     assert "for each of 4 t" in (
-        plan_barrier(a, b, tmp_path / "out", text=rows, repair="ridge", calibration=rows, **RUN).repair or ""
+        plan_barrier(a, b, tmp_path / "out", text=prose, repair="ridge", calibration=rows, **RUN).repair or ""
     )
     assert plan_merge(a, b, tmp_path / "out").repair is None and not (tmp_path / "out").exists()
 
@@ -236,6 +238,10 @@ def test_a_dry_run_says_what_a_repair_takes(saved: Callable[..., Path], tmp_path
         ({"repair": "norms", "context": 32}, "--context would have no effect"),
         ({"repair": "ridge", "calibration": "missing.txt"}, "missing.txt: no such text file"),
         ({"repair": "ridge", "calibration": "TEXT", "calibration_tokens": 20, "context": 32}, "cannot be cut in two"),
+        (
+            {"repair": "ridge", "calibration": "TEXT", "text": "TEXT", "context": 32},
+            "share 12 words in a row with the calibration",
+        ),
         ({"repair": "norms", "report": "TEXT"}, "the report is of the straight line"),
     ],
 )
