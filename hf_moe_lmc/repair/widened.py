@@ -6,11 +6,13 @@ Nothing is averaged but the router and what lies outside the experts: only the o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_moe_lmc.checkpoints.virtual import VirtualCheckpoint
 from hf_moe_lmc.errors import CheckpointError, InputError
 from hf_moe_lmc.formats.decoded import storage_of
 from hf_moe_lmc.formats.templates import Template, output_template
@@ -59,6 +61,38 @@ class WidenedLayer:
         return torch.cat([a.to(dtype), b.to(dtype)])
 
 
+@dataclass
+class WideCheckpoint(VirtualCheckpoint):
+    """A widened merge, read as if it had been written.
+
+    Attributes:
+        stream: computes its values.
+        made_of: all that these depend on besides the two models, as text.
+    """
+
+    stream: EncodedStream = field(kw_only=True)
+    made_of: str = field(kw_only=True)
+
+    def _lay_out(self) -> None:
+        """Its tensors have their places already."""
+
+    def _is_kept(self, shard: str) -> bool:
+        return False
+
+    def resume_key(self) -> str:
+        return f"{self.original.resume_key()} widened {self.made_of}"
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        info, blocks = self.tensors[name], self.stream.blocks
+        last = info.numel if count is None else first + count
+        ranges = blocks.ranges(name) if blocks else []
+        if blocks is None or not ranges:
+            return self.stream.outside.values(name, first, last - first).to(info.dtype)
+        wanted = [(start, size) for start, size in ranges if start < last and start + size > first]
+        values = torch.cat([blocks.values(name, one).to(info.dtype) for one in wanted])
+        return values[first - wanted[0][0] : last - wanted[0][0]]
+
+
 @dataclass(frozen=True)
 class Widening:
     """The layout of a widened merge of two models, checked against transformers.
@@ -99,10 +133,33 @@ class Widening:
             f"{before:,} to {after:,} parameters, to {size_of(self.template.nbytes)}"
         )
 
+    def record(self, t: float) -> dict[str, Any]:
+        """The `repair` of report.json."""
+        return {"asked": "widen", "t": t, "accepted": 0 < t < 1, "chosen": "widened", "tried": [], "note": self.sentence()}
+
     def stream(self, elements: Elements, t: Sequence[float]) -> EncodedStreams:
         """The widened merges at some t."""
         acted = self.b.acted(elements)
         return EncodedStreams(self.template, tuple(self._point(acted, at) for at in t))
+
+    def model(self, elements: Elements, t: float, made_of: str) -> MoEModel:
+        """The widened merge at one t, as a model that can be evaluated.
+
+        Args:
+            made_of: names B and its elements.
+        """
+        template, (stream,) = self.template, self.stream(elements, (t,)).streams
+        checkpoint = WideCheckpoint(
+            source=template.source,
+            config=template.config,
+            shards=template.shards,
+            tensors=template.tensors,
+            changes=template.changes,
+            original=self.a.checkpoint,
+            stream=stream,
+            made_of=f"{made_of} {t!r}",
+        )
+        return self.wide.on(checkpoint)
 
     def _point(self, acted: dict[int, LayerSource], t: float) -> EncodedStream:
         layers: dict[int, LayerSource] = {

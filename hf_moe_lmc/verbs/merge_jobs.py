@@ -205,7 +205,8 @@ class Merge(Job["Alignment | None"]):
             return self._best(made, workspace, started)
         made = replace(made, repaired=self._repaired(made, workspace, self.points.t))
         if self.subject:
-            made = self._with_repaired(replace(made, report=self._measured(made, workspace, started)), workspace)
+            measured = replace(made, report=self._measured(made, workspace, started))
+            made = self._with_repaired(measured, workspace, self.points.t)
         return self._written(workspace, made)
 
     def _best(self, made: _Made, workspace: Workspace | None, started: float) -> Alignment | None:
@@ -214,7 +215,7 @@ class Merge(Job["Alignment | None"]):
 
         report = self._measured(made, workspace, started)
         t = (best_point(report, self.path),)
-        made = self._with_repaired(replace(made, report=report, repaired=self._repaired(made, workspace, t)), workspace)
+        made = self._with_repaired(replace(made, report=report, repaired=self._repaired(made, workspace, t)), workspace, t)
         return replace(self, points=replace(self.points, t=t))._written(workspace, made)
 
     def _repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> dict[float, Repaired]:
@@ -223,13 +224,18 @@ class Merge(Job["Alignment | None"]):
             return {}
         return {at: self.repairing.at(self._symmetry(made), at, workspace) for at in t}
 
-    def _with_repaired(self, made: _Made, workspace: Workspace | None) -> _Made:
-        """With what repaired merges measure."""
-        from hf_moe_lmc.verbs.repaired_path import with_repaired
+    def _with_repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> _Made:
+        """With what repaired or widened merges measure."""
+        from hf_moe_lmc.verbs.repaired_path import with_repaired, with_widened
 
+        if self.subject is None or made.report is None:
+            return made
+        if self.widening:
+            symmetry = self._symmetry(made)
+            found = with_widened(self.subject, made.report, self.path, symmetry, self.widening, t, workspace)
+            return replace(made, report=found)
         if not made.repaired:
             return made
-        assert self.subject is not None and made.report is not None
         found = with_repaired(self.subject, made.report, self.path, self._symmetry(made), made.repaired, workspace)
         return replace(made, report=found)
 
@@ -344,6 +350,7 @@ class Merge(Job["Alignment | None"]):
         from hf_moe_lmc.verbs.merge_text import write_report
 
         repaired = made.repaired.get(t)
-        path = "repaired" if repaired and repaired.accepted else self.path
-        report = replace(made.report, merge=MergedAt(t, path, self.points.best), repair=repaired.record if repaired else None)
+        record = repaired.record if repaired else self.widening.record(t) if self.widening else None
+        path = "repaired" if record and record["accepted"] else self.path
+        report = replace(made.report, merge=MergedAt(t, path, self.points.best), repair=record)
         return write_report(writer, folder, report)

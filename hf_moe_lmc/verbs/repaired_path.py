@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import Merged
+from hf_moe_lmc.path.evaluation import Evaluator, Merged
 from hf_moe_lmc.perplexity.least import LeastLoss
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.verdict import MIDPOINT
+from hf_moe_lmc.repair.widened import Widening
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.verbs.measuring import Subject
 from hf_moe_lmc.verbs.repairing import ENDS, Repaired, Repairing
@@ -53,6 +54,30 @@ def with_repaired(
     scores, cost = subject.evaluator.score({path: symmetry}, points, merged=Merged(streams, facts), progress=workspace)
     found = {t: (scores.losses[i], scores.right[i]) for i, t in enumerate(accepted)}
     return _with_path(report, path, found, repaired, passes=cost.passes)
+
+
+def with_widened(
+    subject: Subject,
+    report: BarrierReport,
+    path: str,
+    symmetry: ModelSymmetry,
+    widening: Widening,
+    t: Sequence[float],
+    workspace: Workspace | None,
+) -> BarrierReport:
+    """The report with the path of widened merges, which are models of another size.
+
+    Args:
+        t: of the merges.
+    """
+    b, options, windows = subject.pair.b.checkpoint, subject.evaluator.options, subject.evaluator.windows
+    found, passes = {}, 0
+    for at in [at for at in t if at not in ENDS]:
+        model = widening.model(symmetry.layers, at, f"{b.resume_key()} {digest(symmetry)}")
+        evaluator = Evaluator(model, model, windows, options)
+        scores, cost = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace)
+        found[at], passes = (scores.losses[0], scores.right[0]), passes + cost.passes
+    return _with_path(report, path, found, t, passes=passes)
 
 
 def _with_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.repair.widened import CannotWidenError, Widening
 from hf_moe_lmc.verbs.align import align
+from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.merge import merge, plan_merge
 from tests import tiny
+from tests.schemas import check_report
 
-pytestmark = pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:outside the MoE blocks", "ignore:A and B hold"),
+    pytest.mark.usefixtures("undrawn"),
+]
 
 
 def blocks(folder: Path) -> dict[str, tuple[nn.Module, nn.Module | None]]:
@@ -70,6 +76,17 @@ def test_at_an_end_the_function_is_the_parents(saved: Callable[..., Path], tmp_p
     for t, parent in (("t0", a), ("t1", b)):
         found = tiny.logits(tiny.load(tmp_path / "wide" / t))
         assert tiny.relative_difference(found, tiny.logits(tiny.load(parent))) < 1e-5
+
+
+def test_what_is_written_is_what_was_measured(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "fused", 1)
+    (tmp_path / "text.txt").write_text("The expert that answers is the one the router picked. " * 6)
+    merge(a, b, tmp_path / "out", 0.3, widen=True, text=tmp_path / "text.txt", context=32)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    check_report(found)
+    itself = barrier(tmp_path / "out", tmp_path / "out", tmp_path / "x", text=tmp_path / "text.txt", context=32, points=2)
+    assert found["references"]["mean"]["repaired"] == pytest.approx(itself.aligned.nll[0], abs=1e-5)
+    assert found["merge"]["path"] == "repaired" and found["repair"]["asked"] == "widen"
 
 
 def test_growth_is_planned_and_said(saved: Callable[..., Path], tmp_path: Path) -> None:
