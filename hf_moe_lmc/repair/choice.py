@@ -22,7 +22,7 @@ from hf_moe_lmc.perplexity.by_text import TextMeans
 from hf_moe_lmc.perplexity.references import Difference
 from hf_moe_lmc.repair.calibrated_run import Calibrated
 from hf_moe_lmc.repair.fitted import Fitted
-from hf_moe_lmc.repair.halves import cut, halves_of, part_of
+from hf_moe_lmc.repair.halves import cut, deciding, halves_of, part_of
 from hf_moe_lmc.repair.methods import ALIGNED, Method, methods_of
 from hf_moe_lmc.repair.sites import UnsuitedError
 from hf_moe_lmc.runtime.notices import note
@@ -163,7 +163,8 @@ def accept(
     """Fits the chosen method on the first half, and compares it with the aligned merge on the second."""
     fitted = None if method.fit is None else Fitted(ResultFolder(folder.folder / method.name))
     outcome = run.run([ALIGNED, method], first, second, {} if fitted is None else {method: fitted})
-    means = TextMeans(part_of(run.calibration.windows, second))
+    decisive, few = deciding(run.calibration.windows, second)
+    means = TextMeans(decisive)
     difference = compared(means, outcome.losses)
     accepted = difference.sign() < 0
     of_texts = {name: means.of(name, outcome.losses.numpy()).tolist() for name in means.names}
@@ -174,7 +175,13 @@ def accept(
         "texts": {name: {"aligned": aligned, "repaired": repaired} for name, (aligned, repaired) in of_texts.items()},
         "difference": difference.to_dict(),
         "layers": outcome.fits[1],
+        "clusters": {name: means.clusters(name) for name in means.names},
     }
+    if few:
+        record["note"] = (
+            f"{', '.join(few)}: too few documents to resample, so windows were, as if they were independent; the interval may be "
+            "too narrow"
+        )
     return Choice(method, accepted, difference, fitted, record)
 
 

@@ -65,21 +65,33 @@ def halves_of(windows: Windows) -> tuple[list[int], list[int]]:
     """The half of calibration text that repairs are chosen on, and the one that decides.
 
     Raises:
-        InputError: a text cannot be cut in two, or its second half has too few documents to decide on a difference.
+        InputError: a text cannot be cut in two, or its second half has too few windows to decide on a difference.
     """
     first, second = cut(windows, range(len(windows.rows)))
     names = windows.text_of
     for text in dict.fromkeys(names):
-        own = [i for i in second if names[i] == text]
-        documents = {windows.documents[i] for i in range(len(names)) if names[i] == text}
-        found = len(own) if len(documents) == 1 else len({windows.documents[i] for i in own})
+        found = sum(names[i] == text for i in second)
         if found < DECIDING:
-            unit = "windows" if len(documents) == 1 else "documents"
             raise InputError(
-                f"calibration text {text}: its second half has {found} {unit}, and {DECIDING} are needed to decide; "
-                "give more text, or one long document"
+                f"calibration text {text}: its second half has {found} windows of {windows.context} tokens, and {DECIDING} are "
+                "needed to decide; give more text, or a smaller --context"
             )
     return first, second
+
+
+def deciding(windows: Windows, numbers: Sequence[int]) -> tuple[Windows, list[str]]:
+    """Some windows as what is resampled: by document, or by window in texts of fewer than DECIDING documents.
+
+    Returns:
+        The windows, and the names of the texts whose windows are taken to be independent.
+    """
+    part = part_of(windows, numbers)
+    names = part.text_of
+    by_text = {text: {part.documents[i] for i in range(len(names)) if names[i] == text} for text in names}
+    few = [text for text, documents in by_text.items() if len(documents) < DECIDING]
+    beyond = max(part.documents) + 1
+    documents = tuple(beyond + i if names[i] in few else number for i, number in enumerate(part.documents))
+    return replace(part, documents=documents), few
 
 
 def part_of(windows: Windows, numbers: Sequence[int]) -> Windows:

@@ -79,10 +79,13 @@ def test_what_helps_is_accepted_and_what_harms_is_refused(saved: Callable[..., P
     assert "refused" in harmful.sentence and "refused" not in found.sentence
 
 
-def test_too_few_documents_decide_nothing(saved: Callable[..., Path], text: Windows, tmp_path: Path) -> None:
+def test_few_documents_are_said_and_too_few_windows_refused(saved: Callable[..., Path], text: Windows, tmp_path: Path) -> None:
     few = Windows(text.rows, tuple(i // 24 for i in range(ROWS)), 33, False, ROWS * 33)
-    with pytest.raises(InputError, match="second half has 3 documents, and 5 are needed"):
-        choose(run_of(saved, few, tmp_path), "ridge", ResultFolder(tmp_path / "few"), [RIDGE])
+    found = choose(run_of(saved, few, tmp_path), "ridge", ResultFolder(tmp_path / "few"), [RIDGE])
+    assert found.accepted and "as if they were independent" in found.record["note"]
+    with pytest.raises(InputError, match="second half has 4 windows of 33 tokens, and 5 are needed"):
+        short = Windows(text.rows[:8], tuple(range(8)), 33, False, 8 * 33)
+        choose(run_of(saved, short, tmp_path), "ridge", ResultFolder(tmp_path / "short"), [RIDGE])
 
 
 def test_it_is_deterministic_and_continues(

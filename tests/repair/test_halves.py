@@ -7,7 +7,7 @@ import torch
 
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.perplexity.windows import Windows
-from hf_moe_lmc.repair.halves import cut, halves_of, part_of
+from hf_moe_lmc.repair.halves import cut, deciding, halves_of, part_of
 
 
 def windows(*documents: int, texts: tuple[str, ...] = ()) -> Windows:
@@ -46,10 +46,16 @@ def test_one_window_cannot_be_cut() -> None:
         cut(windows(0, 0, 1, texts=("a", "a", "b")), range(3))
 
 
-@pytest.mark.parametrize(
-    ("documents", "found"), [(tuple(range(8)), "4 documents"), ((0,) * 8, "4 windows"), ((0,) * 9 + (1,), "1 documents")]
-)
-def test_halves_that_can_decide_nothing_are_refused(documents: tuple[int, ...], found: str) -> None:
-    with pytest.raises(InputError, match=f"second half has {found}, and 5 are needed"):
+@pytest.mark.parametrize(("documents", "found"), [(tuple(range(8)), 4), ((0,) * 8, 4), ((0,) * 9 + (1,), 1)])
+def test_halves_that_can_decide_nothing_are_refused(documents: tuple[int, ...], found: int) -> None:
+    with pytest.raises(InputError, match=f"second half has {found} windows of 5 tokens, and 5 are needed"):
         halves_of(windows(*documents))
     assert all(len(half) >= 5 for half in halves_of(windows(*range(12))))
+
+
+def test_windows_are_resampled_where_documents_are_few() -> None:
+    text = windows(*(0,) * 6, *(1,) * 6, *range(2, 8), texts=("long",) * 12 + ("short",) * 6)
+    part, few = deciding(text, range(18))
+    assert few == ["long"]
+    assert part.documents[12:] == text.documents[12:]
+    assert len(set(part.documents)) == 18
