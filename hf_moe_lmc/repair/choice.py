@@ -179,8 +179,8 @@ def accept(
     }
     if few:
         record["note"] = (
-            f"{', '.join(few)}: too few documents to resample, so windows were, as if they were independent; the interval may be "
-            "too narrow"
+            f"{', '.join(few)}: too few documents to resample, so windows were, as if they were independent; the interval may "
+            "be too narrow"
         )
     return Choice(method, accepted, difference, fitted, record)
 
