@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.checkpoints.configuration import with_changes
 from hf_moe_lmc.checkpoints.header import TensorInfo
 from hf_moe_lmc.checkpoints.virtual import laid_out
 from hf_moe_lmc.errors import CheckpointError, FamilyError
@@ -101,7 +102,8 @@ def _wider(model: MoEModel, base: Checkpoint) -> Wider:
 def _sizes_with(model: MoEModel, base: Checkpoint, changes: Mapping[str, Any]) -> Mapping[int, Mapping[str, int]] | None:
     """The sizes of each layer under a changed configuration, None where it cannot be read."""
     try:
-        text = read_config(replace(base, changes={**base.changes, **changes})).get_text_config()
+        written = with_changes(base.config, {**base.changes, **changes})  # under the model type that an output has
+        text = read_config(replace(base, config=written, changes={})).get_text_config()
         return {index: model.family.at(text, at).sizes for index, at in _places(model, text)}
     except (CheckpointError, FamilyError):
         return None
