@@ -12,6 +12,7 @@ from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.publishing.measured import Measured
 from hf_moe_lmc.runtime.documents import as_json
+from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
@@ -193,6 +194,8 @@ class Merge(Job["Alignment | None"]):
         download(self.pair.a, self.pair.b, given=self.pair.symmetry)
         if self.earlier:
             self.earlier.check(*self.inputs)
+        if self.widening:
+            note(self.widening.sentence())
         if self.subject is None and not self.is_calibrated:
             return self._written(workspace, _Made())
         started = time.perf_counter()

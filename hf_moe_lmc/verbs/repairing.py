@@ -202,6 +202,7 @@ class Repairing:
             sentence = (
                 f"repair: {self.name}, made without text, so that nothing says whether it is better than the aligned merge"
             )
+            note(sentence)
             return Repaired(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)
