@@ -101,6 +101,9 @@ class Repairing:
             return None
         if not options.is_calibrated:
             check_gated(pair.a, options.repair)
+            note(
+                f"repair {options.repair} is made without text, so that nothing says whether it is better than the aligned merge"
+            )
             return cls(pair, options)
         if process_group().count > 1:
             raise InputError("a repair with calibration text works in one process; start it without torchrun")
@@ -202,7 +205,6 @@ class Repairing:
             sentence = (
                 f"repair: {self.name}, made without text, so that nothing says whether it is better than the aligned merge"
             )
-            note(sentence)
             return Repaired(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)
