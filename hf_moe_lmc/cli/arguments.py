@@ -10,6 +10,7 @@ from typing import get_args
 
 from hf_moe_lmc.cli.usage import Parser
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
+from hf_moe_lmc.repair.options import RepairName, RepairOptions
 
 BEST = "best"
 WHERE = "local folder or Hub id, OWNER/NAME[@REVISION]"
@@ -74,6 +75,46 @@ def add_matching(verb: Parser) -> None:
     group.add_argument(
         "--exact", action="store_true", help="compute all costs in full for wide experts, too; without, sketches come first"
     )
+
+
+def add_repair(verb: Parser, *, widen: bool = False) -> None:
+    """What a merge has in place of the point of the straight line.
+
+    Args:
+        widen: the verb writes a model, which may grow.
+    """
+    group = verb.add_argument_group("repair")
+    group.add_argument(
+        "--repair",
+        choices=get_args(RepairName),
+        help="leave the straight line where it is no good: norms and crossover need no text, ridge and regmean are fitted on "
+        f"calibration text, auto takes the best of all on it (default: {default(RepairOptions, 'repair')})",
+    )
+    group.add_argument(
+        "--calibration",
+        metavar="[NAME=]FILE",
+        action="append",
+        help="text of both models, as for --text; repairs are fitted and chosen on one half, accepted on the other; repeatable",
+    )
+    for side in ("a", "b"):
+        group.add_argument(
+            f"--calibration-{side}",
+            metavar="[NAME=]FILE",
+            action="append",
+            help=f"text of {side.upper()}'s own domain, together with --calibration-{'b' if side == 'a' else 'a'}; repeatable",
+        )
+    group.add_argument(
+        "--calibration-tokens",
+        metavar="N",
+        type=int,
+        help=f"tokens to read of each calibration text (default: {default(RepairOptions, 'calibration_tokens')})",
+    )
+    if widen:
+        group.add_argument(
+            "--widen",
+            action="store_true",
+            help="no hidden units are averaged: each expert has those of both, and the model grows; needs no text",
+        )
 
 
 def add_running(verb: Parser, *, weights: bool = True) -> None:

@@ -76,10 +76,12 @@ def merge(given: Given, tell: Tell) -> Outcome:
     if given.pop("dry_run", False):
         return _planned(lmc.plan_merge(**given))
     alignment = lmc.merge(**given)
-    reports = _reports(given["output"])
+    reports = _documents(given["output"], "report.json")
     verdicts = [sentence for report in reports.values() for sentence in _said(report)]
     document = {"output": str(given["output"]), "alignment": alignment.to_dict() if alignment else None}
+    repairs = _documents(given["output"], "repair.json")
     document |= {"reports": reports} if reports else {}
+    document |= {"repairs": repairs} if repairs else {}
     text = "\n".join([*verdicts, *(alignment.sentences() if alignment else ()), _place(given)])
     return Outcome(text, document, code=1 if any(report["disagreement"] for report in reports.values()) else 0)
 
@@ -115,9 +117,9 @@ def _planned(plan: lmc.Plan) -> Outcome:
     return Outcome(plan.table(), plan.to_dict(), problem=plan.problem)
 
 
-def _reports(output: Path) -> dict[str, Any]:
-    """The reports of a merge by their folders within the output: one, or one for each point; none if nothing was measured."""
-    files = sorted([*output.glob("report.json"), *output.glob("t*/report.json")])
+def _documents(output: Path, name: str) -> dict[str, Any]:
+    """What a merge says of itself, by folder within the output: one document, or one for each point; none if it says nothing."""
+    files = sorted([*output.glob(name), *output.glob(f"t*/{name}")])
     return {file.parent.relative_to(output).as_posix(): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 

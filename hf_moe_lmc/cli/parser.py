@@ -21,6 +21,7 @@ from hf_moe_lmc.cli.arguments import (
     add_output,
     add_pair,
     add_publishing,
+    add_repair,
     add_resuming,
     add_running,
     default,
@@ -144,6 +145,7 @@ def _barrier(verb: Parser) -> None:
     add_output(verb, "DIR")
     _text(verb)
     _path(verb)
+    add_repair(verb)
     add_matching(verb)
     _computing(verb)
     add_running(verb, weights=False)
@@ -278,6 +280,7 @@ def _merge(verb: Parser) -> None:
         type=int,
         help=f"grid points of the path that -t best looks at, both ends included (default: {default(GridOptions, 'points')})",
     )
+    add_repair(verb, widen=True)
     add_matching(verb)
     _computing(verb)
     add_running(verb)

@@ -53,6 +53,8 @@ class Endpoints:
 
     Attributes:
         conversions: of A and of B, see `conversions`.
+        merged: points, by path and t, whose weights are those of a checkpoint of their own in A's layout, and not on the
+            straight line.
         home: where the weights of both ends wait for their points; on the device of the model they cross over to it once, and
             are interpolated there.
     """
@@ -62,6 +64,7 @@ class Endpoints:
     symmetries: Mapping[str, ModelSymmetry]
     skeleton: Skeleton
     conversions: tuple[Conversion, Conversion]
+    merged: Mapping[tuple[str, float], ModelStream] = field(default_factory=dict)
     home: torch.device = CPU
     held: dict[tuple[str | None, str], Tensor] = field(default_factory=dict)
 
@@ -125,6 +128,9 @@ class Endpoints:
         Args:
             reuse: write over those of another point where they stand, which nobody may need any more.
         """
+        if (path, t) in self.merged:
+            self._place_merged(names, self.merged[path, t])
+            return
         for name in names:
             a, b = self.held[None, name], self.held[path, name]
             value = standing = self.skeleton.value(name) if reuse else None
@@ -139,6 +145,10 @@ class Endpoints:
                 raise MismatchError(f"{name}: {error}") from error
             if standing is None:
                 self.skeleton.place({name: value})
+
+    def _place_merged(self, names: Sequence[str], stream: ModelStream) -> None:
+        for group in groups(self.conversions[0], names):
+            self.skeleton.place(self.conversions[0].convert(group, partial(whole, stream)))
 
 
 def conversions(skeleton: Skeleton, a: MoEModel, b: MoEModel) -> tuple[Conversion, Conversion]:

@@ -27,6 +27,7 @@ from hf_moe_lmc.runtime.progress import bar
 from hf_moe_lmc.runtime.threads import Products, products_of, suited
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.results import ResultFolder
+from hf_moe_lmc.writing.streams import ModelStream
 from hf_moe_lmc.writing.workspace import Workspace
 
 LANES = 4096  # at most at once
@@ -77,6 +78,19 @@ class Cost:
     activations: int
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Merges that are no points of a straight line, by path and t.
+
+    Attributes:
+        streams: their weights, in A's layout; they are read anew for each of them.
+        facts: all that these depend on besides the two models, JSON.
+    """
+
+    streams: Mapping[tuple[str, float], ModelStream]
+    facts: Mapping[str, Any]
+
+
 class Observer(Protocol):
     """Watches decoder layers while lanes run through them. In each layer, points come in the order of the list of points.
 
@@ -125,8 +139,10 @@ class Evaluator:
         other.windows, other.options = windows, replace(self.options, batch_size=batch_size)
         return other
 
-    def _ends(self, symmetries: Mapping[str, ModelSymmetry]) -> Endpoints:
-        return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions)
+    def _ends(
+        self, symmetries: Mapping[str, ModelSymmetry], merged: Mapping[tuple[str, float], ModelStream] | None = None
+    ) -> Endpoints:
+        return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions, merged or {})
 
     def _layers(self, ends: Endpoints) -> list[nn.Module]:
         return list(self._skeleton.module.get_submodule(ends.layers_path).children())
@@ -154,6 +170,7 @@ class Evaluator:
         inspect_model: Callable[[PreTrainedModel], Any] = lambda model: None,
         observers: Sequence[Observer] = (),
         progress: Workspace | None = None,
+        merged: Merged | None = None,
     ) -> tuple[Scores, Cost]:
         """Summed losses of each window at each point, and how many of its tokens are the model's first choice.
 
@@ -176,15 +193,18 @@ class Evaluator:
                 has those of an earlier call, in process 0. What had not come to the end of the model starts again: a paused
                 forward cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end
                 of the pass.
+            merged: merges with weights of their own, whose points lie on paths that no symmetry has.
         """
-        check_points(points, symmetries)
-        ends = self._ends(symmetries)
+        merged = merged or Merged({}, {})
+        check_points([point for point in points if (point.path, point.t) not in merged.streams], symmetries)
+        ends = self._ends(symmetries, merged.streams)
         layers = self._layers(ends)
         plan = _plan(ends, len(points), self.windows, self.options, len(layers))
         ends.home = _home(self._skeleton.device, plan)
         batches = batches_of(self.windows.rows, self.options.batch_size)
         job = _Job(ends, points, self.windows, batches, stages(ends, plan.mode), self.options.masked)
-        kept = progress.results("scores", _facts(job, self.options, observers)) if progress else None
+        facts = {**_facts(job, self.options, observers), **({"merged": merged.facts} if merged.streams else {})}
+        kept = progress.results("scores", facts) if progress else None
         results = _Results.begin(job, observers, kept)
         processes = process_group()
         chunks = rounds_of(processes.share(results.left), plan)
@@ -398,7 +418,8 @@ def _run(
     ends = job.ends
     for number, parts in enumerate(job.stages):
         last = number == len(job.stages) - 1
-        ends.load([name for part in parts for name in part.names])
+        if any((point.path, point.t) not in ends.merged for point in job.points):
+            ends.load([name for part in parts for name in part.names])
         for (path, at), same in _same_weights(job.points, parts).items():
             running = [lane for point in same for lane in of_point.get(point, [])]
             if not running:

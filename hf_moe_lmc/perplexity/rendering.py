@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
+from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.drawing import POOLED, path_names
 from hf_moe_lmc.perplexity.references import MEASURES, MERGES, Comparison, Difference, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
@@ -136,8 +137,8 @@ def table(paths: Paths, summary: Summary, *, several: bool = False) -> list[str]
     """
     curves = [path.curve for path in paths.values()]
     rows = [["t", *(title for name in paths for title in (f"{name} nll", "perplexity"))]]
-    for i, t in enumerate(curves[0].t):
-        rows.append([f"{t:.3f}", *(f"{number:.4f}" for curve in curves for number in (curve.nll[i], curve.perplexity[i]))])
+    for t in curves[0].t:
+        rows.append([f"{t:.3f}", *(cell for curve in curves for cell in _loss_cells(curve, t))])
     lines = [POOLED] if several else []
     lines += [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
     lines += [sentence(name, path, summary) for name, path in paths.items()]
@@ -147,6 +148,14 @@ def table(paths: Paths, summary: Summary, *, several: bool = False) -> list[str]
     if bootstrap.count > 1:
         lines.append(f"brackets: {100 * bootstrap.level:g} % intervals over {bootstrap.count} {bootstrap.unit}s")
     return lines
+
+
+def _loss_cells(curve: BarrierCurve, t: float) -> tuple[str, str]:
+    """Loss and perplexity of a path; empty where it was not measured."""
+    if t not in curve.t:
+        return "", ""
+    i = curve.t.index(t)
+    return f"{curve.nll[i]:.4f}", f"{curve.perplexity[i]:.4f}"
 
 
 def layer_rows(layers: Layers) -> list[str]:

@@ -92,6 +92,8 @@ class BarrierReport:
         questions: of the cloze task; None: not asked.
         decides: the path that the verdict of a report without `merge` is about, that a merge would be written from; by
             default `repaired` where that was measured. Where a repair was refused, name `aligned`.
+        repaired_t: where the path `repaired` was measured, ends included; None: at the t of the others.
+        repair: as in report.json; None: none was asked for.
 
     Example:
         >>> import torch
@@ -126,6 +128,12 @@ class BarrierReport:
     added: Mapping[float, Added] = field(default_factory=dict)
     questions: Cloze | None = None
     decides: str | None = None
+    repaired_t: tuple[float, ...] | None = None
+    repair: Mapping[str, Any] | None = None
+
+    def grid(self, path: str) -> tuple[float, ...]:
+        """The t at which a path was measured."""
+        return self.t if path != "repaired" or self.repaired_t is None else self.repaired_t
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -136,7 +144,7 @@ class BarrierReport:
     def paths(self) -> dict[str, PathResult]:
         """Curve and intervals of each path, by its name."""
         return {
-            name: PathResult(self.t, losses, self.windows, self.bootstrap, self.right.get(name))
+            name: PathResult(self.grid(name), losses, self.windows, self.bootstrap, self.right.get(name))
             for name, losses in self.losses.items()
         }
 
@@ -184,17 +192,21 @@ class BarrierReport:
 
     def _at(self, t: float, path: str) -> dict[str, Tensor]:
         """Losses of the parents, and of each path at one of its points: float64 [window]."""
-        return {**_ends(self.losses, path), **self._parents, **_points(self.losses, self.t.index(t))}
+        return {**_ends(self.losses, path), **self._parents, **self._points(self.losses, t)}
+
+    def _points(self, values: Mapping[str, Tensor], t: float) -> dict[str, Tensor]:
+        """One point of each path that was measured there: [window]."""
+        return {path: of_path[self.grid(path).index(t)] for path, of_path in values.items() if t in self.grid(path)}
 
     def _halfway(self) -> dict[str, Tensor]:
-        return dict(self.halfway) or _points(self.losses, self.t.index(MIDPOINT))
+        return dict(self.halfway) or self._points(self.losses, MIDPOINT)
 
     def _beside(self, t: float, path: str) -> Beside:
         """Ensembles and right answers at a t: of the grid, or halfway."""
         added, shares = self.added.get(t, Added()), {}
         if self.right:
             own = {side: torch.tensor(of["window_right"]).double() for side, of in (self.own or {}).items()}
-            here = self.halfway_right if t == MIDPOINT and self.halfway_right else _points(self.right, self.t.index(t))
+            here = self.halfway_right if t == MIDPOINT and self.halfway_right else self._points(self.right, t)
             models = {**_ends(self.right, path), **own, **here}
             shares["accuracy"] = Shares(models, {kind: of.right[0] for kind, of in added.ensembles.items()}, self.means)
         if added.cloze:
@@ -208,11 +220,17 @@ class BarrierReport:
         return TextMeans(self.windows)
 
     def _of_paths(self, merge: str, about: Mapping[str, Any]) -> Verdict:
-        least = LeastLoss(self.t, self.losses[merge], self.means).chosen
+        grid = self.grid(merge)
+        least = LeastLoss(grid, self.losses[merge], self.means).chosen
         named = {MIDPOINT} | ({least} if least is not None else set())
+        losses = {
+            path: torch.stack([values[self.grid(path).index(t)] for t in grid])
+            for path, values in self.losses.items()
+            if set(grid) <= set(self.grid(path))
+        }
         return path_verdict(
-            self.losses,
-            self.t,
+            losses,
+            grid,
             self.windows,
             halfway=self._halfway(),
             parents=self._parents,
@@ -248,7 +266,7 @@ class BarrierReport:
         advice = "" if self.evaluation["dtype"] == "float32" else "; try --dtype float32"
         found = []
         for name, values in self.losses.items():
-            bad = [f"{self.t[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
+            bad = [f"{self.grid(name)[i]:.3g}" for i in (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()]
             if bad:
                 found.append(f"{name} path: the loss is not finite at t = {', '.join(bad)}{advice}")
         return found
@@ -328,6 +346,7 @@ class BarrierReport:
             "disagreement": self.disagreement,
             "references": self.references.to_dict(),
             **({} if self.merge is None else {"merge": asdict(self.merge)}),
+            **({} if self.repair is None else {"repair": dict(self.repair)}),
             "a": self.a,
             "b": self.b,
             "evaluation": self.evaluation,
@@ -448,8 +467,3 @@ class BarrierReport:
 def _ends(values: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """A, and B as it is where that was measured: [window], from [point, window] by path."""
     return {"a": values[path][0], "b": values.get("naive", values[path])[-1]}
-
-
-def _points(values: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """One point of each path: [window]."""
-    return {name: of_path[index] for name, of_path in values.items()}

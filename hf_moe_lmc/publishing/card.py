@@ -70,7 +70,7 @@ def model_card(
     matched: bool = False,
     vocabulary: Mapping[str, int] | None = None,
     measured: Measured | None = None,
-    calibration: str | None = None,
+    repair: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -86,7 +86,7 @@ def model_card(
         matched: it was found by weight matching, so that the paper is named.
         vocabulary: rows of the embeddings by where they come from, where the vocabularies differ.
         measured: a barrier on whose path the checkpoint lies; None: none was measured.
-        calibration: the text that matching looked at, as a sentence; None: it looked at none.
+        repair: what was done to leave the straight line, in words; None: nothing.
     """
     names = distinct_names(inputs)
     parents = {letter: ParentCard.of(inputs[letter]) for letter in base}
@@ -105,8 +105,8 @@ def model_card(
         parts.append("## What was aligned\n\n" + "\n".join(f"- {sentence}" for sentence in alignment) + "\n")
     if vocabulary:
         parts.append(_rows(vocabulary))
-    if calibration:
-        parts.append(f"## Calibration\n\n{calibration}\n")
+    if repair:
+        parts.append(f"## Repair\n\n{repair[0].upper()}{repair[1:]}\n")
     chosen = ["--license", destination.license] if destination.license else []
     parts.append(_origin([*(words.get(word, word) for word in command), *chosen], matched=matched))
     if licence is None:

@@ -14,7 +14,9 @@ from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.measurement import check_device
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import BarrierReport
+from hf_moe_lmc.perplexity.text import GivenText
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
+from hf_moe_lmc.repair.options import RepairName, repair_options
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.foretelling import foretell
 from hf_moe_lmc.verbs.inputs import Inputs, download
@@ -22,6 +24,8 @@ from hf_moe_lmc.verbs.job import Job, Request, verb
 from hf_moe_lmc.verbs.measuring import Asked, Subject, given_symmetry
 from hf_moe_lmc.verbs.options import OutputOptions, filled
 from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.verbs.repaired_path import CALIBRATED, repaired_t, with_repaired
+from hf_moe_lmc.verbs.repairing import Repairing
 from hf_moe_lmc.writing.output import open_writer
 from hf_moe_lmc.writing.workspace import Workspace
 
@@ -51,6 +55,11 @@ def barrier(
     ensemble: bool | None = None,
     cloze: int | None = None,
     symmetry: str | os.PathLike[str] | ModelSymmetry | None = None,
+    repair: RepairName | None = None,
+    calibration: GivenText | None = None,
+    calibration_a: GivenText | None = None,
+    calibration_b: GivenText | None = None,
+    calibration_tokens: int | None = None,
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -97,6 +106,10 @@ def barrier(
             weights, and with the weights 1 - t and t where the path has its least loss. By default it is not.
         cloze: questions of each text, at most, of a cloze task made from it; by default none. See `perplexity.cloze`.
         symmetry: a saved or given symmetry instead of matching.
+        repair, calibration, calibration_a, calibration_b, calibration_tokens: also measure merges repaired as by `merge`, each
+            for its own t, as a path `repaired` of their own. A repair without text is measured at every t of the grid. One
+            with text is fitted and measured at t = 0.25, 0.5, 0.75 and that of the least aligned loss: each takes the time of
+            a `merge`.
         order, units, exact: as for `align`.
         dtype: in which the models run: float32 (the default), bfloat16 or float16.
         device: where the layers run; by default a GPU if there is one.
@@ -125,12 +138,17 @@ def barrier(
     asked, matching, plots = Asked.of(given), filled(WeightMatching, given), filled(PlotOptions, given)
     if symmetry is not None:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
+    repairing = repair_options(given)
     check_device(device)
     file = None if symmetry is None or isinstance(symmetry, ModelSymmetry) else os.fspath(symmetry)
 
     def prepare(inputs: Inputs) -> Job[BarrierReport]:
         pair = inputs.pair(a, b, symmetry=symmetry)
-        return _Barrier(Subject.of(pair, asked), matching, file, plots)
+        subject = Subject.of(pair, asked)
+        repaired = Repairing.of(pair, repairing, given) if repairing else None
+        if repaired:
+            repaired.check_apart(subject.evaluator.windows)
+        return _Barrier(subject, matching, file, plots, repaired)
 
     return Request(
         verb="barrier",
@@ -153,12 +171,14 @@ class _Barrier(Job[BarrierReport]):
     Attributes:
         method: how B is matched to A, unless a symmetry was given.
         file: where that was read from.
+        repairing: what merges have in place of the points of the straight line; None: nothing.
     """
 
     subject: Subject
     method: WeightMatching
     file: str | None
     plots: PlotOptions
+    repairing: Repairing | None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -172,6 +192,7 @@ class _Barrier(Job[BarrierReport]):
             models=[pair.a, pair.b],
             matched=pair.symmetry is None,
             evaluated=self.subject.plan(self.paths),
+            repair=self.repairing.plan(len(CALIBRATED) + 1) if self.repairing else None,
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:
@@ -184,6 +205,10 @@ class _Barrier(Job[BarrierReport]):
             aligned, matching = self._aligned(workspace)
             symmetries = {"aligned": aligned, "naive": pair.b.identity()}
             report = self.subject.measure({path: symmetries[path] for path in self.paths}, matching, workspace, started)
+            if self.repairing:
+                t = repaired_t(self.repairing, report, "aligned")
+                repaired = {at: self.repairing.at(aligned, at, workspace) for at in t}
+                report = with_repaired(self.subject, report, "aligned", aligned, repaired, workspace)
             if writer:
                 aligned.save(writer.path("symmetry.safetensors"))
                 writer.write_text("report.json", report.to_json())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_moe_lmc.errors import InputError, refuse_idle
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import DType
+from hf_moe_lmc.repair.options import RepairName, RepairOptions, repair_options
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Inputs
 from hf_moe_lmc.verbs.job import Job, Request, verb
@@ -23,12 +24,13 @@ from hf_moe_lmc.writing.formats import OutputFormat, check_format
 
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
+    from hf_moe_lmc.perplexity.text import GivenText
     from hf_moe_lmc.symmetry.group import ModelSymmetry
     from hf_moe_lmc.verbs.measuring import Asked
 
-MEASURING = (  # options without effect unless a text is given
-    "dataset_config", "dataset_revision", "split", "column", "join", "context", "stride", "max_tokens", "points", "dtype",
-    "device", "batch_size", "activation_memory", "ensemble", "cloze",
+RUNNING = ("context", "dtype", "device", "batch_size", "activation_memory")  # without effect unless the models run
+MEASURING = (  # nor these unless a text is given
+    "dataset_config", "dataset_revision", "split", "column", "join", "stride", "max_tokens", "points", "ensemble", "cloze",
 )  # fmt: skip
 
 
@@ -61,6 +63,12 @@ def merge(
     cloze: int | None = None,
     report: str | os.PathLike[str] | None = None,
     format: OutputFormat = "a",
+    widen: bool | None = None,
+    repair: RepairName | None = None,
+    calibration: GivenText | None = None,
+    calibration_a: GivenText | None = None,
+    calibration_b: GivenText | None = None,
+    calibration_tokens: int | None = None,
     order: OrderMethod | None = None,
     units: UnitMethod | None = None,
     exact: bool | None = None,
@@ -91,11 +99,19 @@ def merge(
         tokenizer: whose tokenizer, chat template, generation configuration and special ids the output has, together.
         text, dataset, dataset_config, dataset_revision, split, column, join: what to measure on, as for `barrier`; by default
             nothing is measured.
-        context, stride, max_tokens, dtype, device, batch_size, activation_memory: how to measure, as for `barrier`.
+        context, stride, max_tokens, dtype, device, batch_size, activation_memory: how to measure, as for `barrier`. Models
+            run on calibration text with the same context, dtype and device.
         ensemble: measure the ensemble of A and B as well, with the weights 1 - t and t of the merge; by default it is not.
         cloze: questions of each text, at most, of a cloze task made from it, as for `barrier`; by default none.
         points: grid points of the path on which the best t is looked for, both ends included, by default 25.
         report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
+        widen: give each expert the hidden units of both: (1 - t) f_A + t f_B' exactly, in a model that grows.
+        repair: what the merge has in place of the point of the straight line: `norms` or `crossover`, which need no text;
+            `ridge`, `crossover+ridge` or `regmean`, fitted on text; `auto`, the best of all on text. With a text the repair is
+            written only where it is better than the aligned merge, on the half of the text that it was not fitted on.
+        calibration: a text of both models, or several, as `text` has them.
+        calibration_a, calibration_b: in its place, a text of each model's own domain.
+        calibration_tokens: tokens to read of each of these texts, by default 32,768.
         format: how the output stores its weights: as A does, as B does, or with what A has quantized in bfloat16.
         order, units, exact, push_to_hub, private, license, resume, overwrite, allow_nonfinite: as for `align`.
 
@@ -124,13 +140,20 @@ def merge(
         raise InputError("a symmetry was given and alignment was turned off; choose one")
     if symmetry is not None or not align:
         refuse_idle({"order": order, "units": units, "exact": exact or None}, "nothing is matched")
-    asked = _asked(given, written)
+    repairing = repair_options(given)
+    if widen and repairing:
+        raise InputError(
+            f"--widen averages no hidden units, so that --repair {repairing.repair} has nothing to repair; choose one"
+        )
+    if report is not None and (widen or repairing):
+        raise InputError("the report is of the straight line, which --widen and --repair leave; leave --report out")
+    asked = _asked(given, written, repairing)
     earlier = None if report is None else EarlierReport.read(report)
     destination = options.destination()
     file = file_name(symmetry) if isinstance(symmetry, (str, os.PathLike)) else ""
 
     def prepare(inputs: Inputs) -> Job[Alignment | None]:
-        plain = None if align or asked else inputs.plain_pair(a, b)
+        plain = None if align or asked or repairing or widen else inputs.plain_pair(a, b)
         if plain:
             if earlier:
                 earlier.check_early(*plain[:2])
@@ -144,7 +167,19 @@ def merge(
             from hf_moe_lmc.verbs.measuring import Subject
 
             subject = Subject.of(pair, asked)
-        return Merge(pair, written, matched, not align, destination, file, subject, earlier)
+        repaired = None
+        if repairing is not None:
+            from hf_moe_lmc.verbs.repairing import Repairing
+
+            repaired = Repairing.of(pair, repairing, given)
+        if repaired and subject:
+            repaired.check_apart(subject.evaluator.windows)
+        widening = None
+        if widen:
+            from hf_moe_lmc.repair.widened import Widening
+
+            widening = Widening.of(pair.a, pair.b, format)
+        return Merge(pair, written, matched, not align, destination, file, subject, earlier, repaired, widening)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)
 
@@ -152,7 +187,7 @@ def merge(
 plan_merge = merge.plan
 
 
-def _asked(given: Mapping[str, Any], points: MergePoints) -> Asked | None:
+def _asked(given: Mapping[str, Any], points: MergePoints, repairing: RepairOptions | None) -> Asked | None:
     """What is to be measured; None: nothing is.
 
     Raises:
@@ -161,7 +196,8 @@ def _asked(given: Mapping[str, Any], points: MergePoints) -> Asked | None:
     if given["text"] is None and given["dataset"] is None:
         if points.best:
             raise InputError("t = best is found by measuring: give it a text with --text or --dataset")
-        refuse_idle({name: given[name] for name in MEASURING}, "nothing is measured without --text or --dataset")
+        running = () if repairing and repairing.is_calibrated else RUNNING
+        refuse_idle({name: given[name] for name in (*MEASURING, *running)}, "nothing is measured without --text or --dataset")
         return None
     if given["report"] is not None:
         raise InputError("a report was given, and a text to measure on; choose one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
@@ -29,7 +30,8 @@ def merge_card(
     symmetry: ModelSymmetry | None = None,
     symmetry_name: str = "SYMMETRY",
     measured: Measured | None = None,
-    calibration: str | None = None,
+    repair: tuple[str, Sequence[str]] | None = None,
+    widened: str | None = None,
 ) -> str:
     """The model card of a merge, with what B was aligned by: an alignment, a saved symmetry, or nothing.
 
@@ -37,8 +39,9 @@ def merge_card(
         tokenizer: the side whose tokenizer the output has.
         form: how it stores its weights: `a`, `b` or `bf16`.
         symmetry_name: the saved symmetry's file or folder, without the path to it.
+        widened: how much the model has grown by the experts of both, as a sentence.
         measured: a barrier between A and B, on whose path the merge lies.
-        calibration: the text that matching looked at, as a sentence.
+        repair: what was done to leave the straight line, and the words of the command line that ask for it.
     """
     how, options = "B as it is.", ["--no-align"]
     if alignment:
@@ -49,6 +52,8 @@ def merge_card(
         options = ["--symmetry", symmetry_name]
     options += ["--tokenizer", "b"] if tokenizer == "b" else []
     options += format_option(form, "a")
+    options += [*(repair[1] if repair else []), *(["--widen"] if widened else [])]
+    how += f" The merge is {widened}." if widened else ""
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
     return model_card(
         title=f"Merge of {{A}} and {{B}} at t = {exact(t)}",
@@ -63,5 +68,5 @@ def merge_card(
         matched=alignment is not None,
         vocabulary=None if ids.alike else ids.account(),
         measured=measured,
-        calibration=calibration,
+        repair=f"{repair[0]}. `repair.json` has all that was tried." if repair else None,
     )

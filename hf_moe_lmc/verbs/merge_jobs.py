@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.runtime.documents import as_json
+from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
@@ -25,9 +27,12 @@ from hf_moe_lmc.writing.workspace import Workspace
 if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.matching.options import WeightMatching
+    from hf_moe_lmc.moe.action import Elements
     from hf_moe_lmc.perplexity.report import BarrierReport
+    from hf_moe_lmc.repair.widened import Widening
     from hf_moe_lmc.symmetry.group import ModelSymmetry
     from hf_moe_lmc.verbs.measuring import Subject
+    from hf_moe_lmc.verbs.repairing import Repaired, Repairing
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,23 @@ class PlainMerge(Job["Alignment | None"]):
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What a merge is made with, as far as it is known.
+
+    Attributes:
+        alignment: None: nothing was matched, or is yet.
+        known: B' is: nothing is left to match.
+        repaired: by t; empty where no repair was asked for.
+        report: of what was measured.
+    """
+
+    alignment: Alignment | None = None
+    known: bool = False
+    repaired: Mapping[float, Repaired] = field(default_factory=dict)
+    report: BarrierReport | None = None
+
+
+@dataclass(frozen=True)
 class Merge(Job["Alignment | None"]):
     """Two models.
 
@@ -95,6 +117,8 @@ class Merge(Job["Alignment | None"]):
         file: where a given symmetry is from, for the card.
         subject: what is measured, before anything is written; None: nothing is.
         earlier: a report for the card.
+        repairing: what the merges have in place of the points of the straight line; None: nothing.
+        widening: the layout of merges with the experts of both; None: they have A's.
     """
 
     pair: Pair
@@ -105,6 +129,8 @@ class Merge(Job["Alignment | None"]):
     file: str
     subject: Subject | None
     earlier: EarlierReport | None
+    repairing: Repairing | None = None
+    widening: Widening | None = None
 
     @property
     def inputs(self) -> list[Checkpoint]:
@@ -124,13 +150,28 @@ class Merge(Job["Alignment | None"]):
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
-            facts=None if self.points.best else self.facts,
+            repair=self._leaving,
+            facts=None if self.points.best or self.is_calibrated else self.facts,
         )
+
+    @property
+    def _leaving(self) -> str | None:
+        """What is done to leave the straight line, in words."""
+        if self.widening:
+            return self.widening.sentence()
+        return self.repairing.plan(len(self.points.t) or 1) if self.repairing else None
 
     @property
     def template(self) -> Checkpoint:
         """The layout of each output."""
+        if self.widening:
+            return self.widening.template
         return model_merge(self.pair.a, self.pair.b, self.pair.b.identity().layers, (), self.points.format).template
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether text decides about a repair, before anything is written."""
+        return self.repairing is not None and self.repairing.calibration is not None
 
     @property
     def used(self) -> ModelSymmetry:
@@ -145,6 +186,10 @@ class Merge(Job["Alignment | None"]):
         found = self.points.facts(a, b) | (self.earlier.facts() if self.earlier else {})
         if self.subject:
             found |= {"measured": self.subject.facts()}
+        if self.repairing:
+            found |= self.repairing.facts()
+        if self.widening:
+            found |= {"widened": True}
         if self.method:
             return found | matching_facts(self.pair.a, self.pair.b, self.method)
         return found | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}
@@ -157,20 +202,56 @@ class Merge(Job["Alignment | None"]):
         download(self.pair.a, self.pair.b, given=self.pair.symmetry)
         if self.earlier:
             self.earlier.check(*self.inputs)
-        if self.subject is None:
-            return self._written(workspace, None)
-        from hf_moe_lmc.verbs.merge_text import best_point
-
+        if self.widening:
+            note(self.widening.sentence())
+        if self.subject is None and not self.is_calibrated:
+            return self._written(workspace, _Made())
         started = time.perf_counter()
-        self.subject.check_processes()
+        if self.subject:
+            self.subject.check_processes()
         if workspace:
             check_room(workspace, self.template, self.points.folders)
-        alignment = self._align(workspace) if self.method else None
-        report = self._measured(alignment, workspace, started)
-        if not self.points.best:
-            return self._written(workspace, alignment, report)
-        points = replace(self.points, t=(best_point(report, self.path),))
-        return replace(self, points=points)._written(workspace, alignment, report)
+        made = _Made(self._align(workspace) if self.method else None, known=True)
+        if self.points.best:
+            return self._best(made, workspace, started)
+        made = replace(made, repaired=self._repaired(made, workspace, self.points.t))
+        if self.subject:
+            measured = replace(made, report=self._measured(made, workspace, started))
+            made = self._with_repaired(measured, workspace, self.points.t)
+        return self._written(workspace, made)
+
+    def _best(self, made: _Made, workspace: Workspace | None, started: float) -> Alignment | None:
+        """Finds t on the straight line; a repair is made at that t alone."""
+        from hf_moe_lmc.verbs.merge_text import best_point
+
+        report = self._measured(made, workspace, started)
+        t = (best_point(report, self.path),)
+        made = self._with_repaired(replace(made, report=report, repaired=self._repaired(made, workspace, t)), workspace, t)
+        return replace(self, points=replace(self.points, t=t))._written(workspace, made)
+
+    def _repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> dict[float, Repaired]:
+        """The repair at each t; nothing where none was asked for."""
+        if self.repairing is None:
+            return {}
+        return {at: self.repairing.at(self._symmetry(made), at, workspace) for at in t}
+
+    def _with_repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> _Made:
+        """With what repaired or widened merges measure."""
+        from hf_moe_lmc.verbs.repaired_path import with_repaired, with_widened
+
+        if self.subject is None or made.report is None:
+            return made
+        if self.widening:
+            symmetry = self._symmetry(made)
+            found = with_widened(self.subject, made.report, self.path, symmetry, self.widening, t, workspace)
+            return replace(made, report=found)
+        if not made.repaired:
+            return made
+        found = with_repaired(self.subject, made.report, self.path, self._symmetry(made), made.repaired, workspace)
+        return replace(made, report=found)
+
+    def _symmetry(self, made: _Made) -> ModelSymmetry:
+        return made.alignment.symmetry if made.alignment else self.used
 
     def _align(self, workspace: Workspace | None, **options: Any) -> Alignment:
         from hf_moe_lmc.matching.alignment import align_models
@@ -186,55 +267,75 @@ class Merge(Job["Alignment | None"]):
         )
         return found if self.pair.ids.alike else replace(found, vocabulary=self.pair.ids.account())
 
-    def _measured(self, alignment: Alignment | None, workspace: Workspace | None, started: float) -> BarrierReport:
+    def _measured(self, made: _Made, workspace: Workspace | None, started: float) -> BarrierReport:
         """Both paths, or only that to B as it is."""
         from hf_moe_lmc.verbs.measuring import given_symmetry
 
         assert self.subject is not None
-        used = alignment.symmetry if alignment else self.used
-        matching = alignment.to_dict() if alignment else given_symmetry(used, self.file or None)
+        used = self._symmetry(made)
+        matching = made.alignment.to_dict() if made.alignment else given_symmetry(used, self.file or None)
         return self.subject.measure({self.path: used, "naive": self.pair.b.identity()}, matching, workspace, started)
 
-    def _written(
-        self, workspace: Workspace | None, alignment: Alignment | None, report: BarrierReport | None = None
-    ) -> Alignment | None:
-        """Writes everything; without a report of the points, matches meanwhile what is still to be matched."""
+    def _written(self, workspace: Workspace | None, made: _Made) -> Alignment | None:
+        """Writes everything; what is not known yet is matched meanwhile."""
         from hf_moe_lmc.writing.pipeline import pending, written_meanwhile
 
-        allow = self.points.allow_nonfinite
-        with open_writer(workspace, self.facts(), inputs=self.inputs, allow_nonfinite=allow) as writer:
-            awaited = pending(self.pair.b.layers) if self.method and report is None else None
-            moved = awaited or (alignment.symmetry if alignment else self.used).layers
-            stream = model_merge(self.pair.a, self.pair.b, moved, self.points.t, self.points.format)
+        allow, points = self.points.allow_nonfinite, self.points
+        facts = {
+            **self.facts(),
+            **({"repaired": [one.facts() for one in made.repaired.values()]} if self.is_calibrated else {}),
+        }
+        with open_writer(workspace, facts, inputs=self.inputs, allow_nonfinite=allow) as writer:
+            awaited = pending(self.pair.b.layers) if self.method and not made.known else None
+            moved = awaited or self._symmetry(made).layers
+            if not made.known:
+                made = replace(made, repaired=self._repaired(made, workspace, points.t))
+            runs = self._runs(moved, made)
             if awaited is not None:
-                with written_meanwhile(writer, stream, awaited, folders=self.points.folders) as deliver:
-                    alignment = self._align(workspace, deliver=deliver)
-            elif writer:
-                writer.write_tensors(stream, folders=self.points.folders)
+                ((stream, folders),) = runs
+                with written_meanwhile(writer, stream, awaited, folders=folders) as deliver:
+                    made = replace(made, alignment=self._align(workspace, deliver=deliver))
             if writer:
+                for stream, folders in runs if awaited is None else ():
+                    writer.write_tensors(stream, folders=folders)
                 if self.earlier:
-                    self.earlier.warn_of_another_path(self._moved_by(alignment))
-                for number, (folder, t) in enumerate(self.points.placed()):
-                    write_beside(writer, stream, number, folder, speaker=self.points.speaker(self.pair.b.checkpoint))
-                    self._write_files(writer, folder, t, alignment, report)
-        return alignment
+                    self.earlier.warn_of_another_path(self._moved_by(made.alignment))
+                streams = [(stream, number) for stream, folders in runs for number, _ in enumerate(folders)]
+                for (stream, number), (folder, t) in zip(streams, points.placed(), strict=True):
+                    write_beside(writer, stream, number, folder, speaker=points.speaker(self.pair.b.checkpoint))
+                    self._write_files(writer, folder, t, made)
+        return made.alignment
+
+    def _runs(self, moved: Elements, made: _Made) -> list[tuple[TensorStream, Sequence[str]]]:
+        """Streams with their folders: all points in one, unless each has fitted weights of its own."""
+        a, b, points = self.pair.a, self.pair.b, self.points
+        if self.widening:
+            return [(self.widening.stream(moved, points.t), points.folders)]
+        if not self.is_calibrated:
+            merging = self.repairing.data_free if self.repairing else None
+            return [(model_merge(a, b, moved, points.t, points.format, merging), points.folders)]
+        return [
+            (model_merge(a, b, moved, (t,), points.format, made.repaired[t].merging), (folder,))
+            for folder, t in points.placed()
+        ]
 
     def _moved_by(self, alignment: Alignment | None) -> ModelSymmetry | None:
         """What B is taken by; None: it is as it is."""
         return alignment.symmetry if alignment else self.pair.symmetry
 
-    def _write_files(
-        self, writer: FolderWriter, folder: str, t: float, alignment: Alignment | None, report: BarrierReport | None
-    ) -> None:
+    def _write_files(self, writer: FolderWriter, folder: str, t: float, made: _Made) -> None:
         """What says how a merge was made: the symmetry, the reports and the card."""
         from hf_moe_lmc.verbs.align import write_alignment
 
         a, b = self.inputs
+        alignment, repaired = made.alignment, made.repaired.get(t)
         moved_by = self._moved_by(alignment)
         if alignment:
             write_alignment(writer, alignment, within(folder, "alignment/"))
         elif moved_by:
             moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
+        if repaired:
+            writer.write_text(within(folder, "repair.json"), as_json(repaired.record))
         card = merge_card(
             a,
             b,
@@ -246,17 +347,21 @@ class Merge(Job["Alignment | None"]):
             alignment=alignment,
             symmetry=self.pair.symmetry,
             symmetry_name=self.file or "SYMMETRY",
-            measured=self._for_card(writer, folder, t, moved_by, report),
+            measured=self._for_card(writer, folder, t, made),
+            repair=repaired.card() if repaired else None,
+            widened=self.widening.sentence() if self.widening else None,
         )
         writer.write_text(within(folder, "README.md"), card)
 
-    def _for_card(
-        self, writer: FolderWriter, folder: str, t: float, moved_by: ModelSymmetry | None, report: BarrierReport | None
-    ) -> Measured | None:
+    def _for_card(self, writer: FolderWriter, folder: str, t: float, made: _Made) -> Measured | None:
         """Writes what was measured of a merge, or copies what an earlier call has measured."""
-        if report is None:
-            return self.earlier.put(writer, folder, t, moved_by) if self.earlier else None
+        if made.report is None:
+            return self.earlier.put(writer, folder, t, self._moved_by(made.alignment)) if self.earlier else None
         from hf_moe_lmc.perplexity.verdict import MergedAt
         from hf_moe_lmc.verbs.merge_text import write_report
 
-        return write_report(writer, folder, replace(report, merge=MergedAt(t, self.path, self.points.best)))
+        repaired = made.repaired.get(t)
+        record = repaired.record if repaired else self.widening.record(t) if self.widening else None
+        path = "repaired" if record and record["accepted"] else self.path
+        report = replace(made.report, merge=MergedAt(t, path, self.points.best), repair=record)
+        return write_report(writer, folder, report)

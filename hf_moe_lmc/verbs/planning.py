@@ -67,6 +67,7 @@ class Work:
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
         evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
+        repair: what is done to leave the straight line, in words; None: nothing.
         facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
             known only when something has been measured.
     """
@@ -77,6 +78,7 @@ class Work:
     models: Sequence[MoEModel] = ()
     matched: bool = False
     evaluated: Evaluation | None = None
+    repair: str | None = None
     facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
@@ -104,6 +106,7 @@ class Plan:
         passes: how often both models are read to evaluate all points of the grid; 0: nothing is evaluated.
         refinements: how often that may happen again, for points that are added.
         points, tokens: that are evaluated, and that are scored at each point.
+        repair: what is done to leave the straight line and what that takes, in words; None: nothing.
         problem: why it is not possible all the same: there is no room for the output; None: it is.
     """
 
@@ -124,6 +127,7 @@ class Plan:
     refinements: int = 0
     points: int = 0
     tokens: int = 0
+    repair: str | None = None
     problem: str | None = None
     checkpoints: int = 1
 
@@ -146,6 +150,8 @@ class Plan:
         if self.layers_to_match:
             meanwhile = ", meanwhile written" if self.tensors and not self.passes else ""
             rows["matching"] = f"{self.layers_to_match} layers, at most {time_of(self.matching_seconds)}{meanwhile}"
+        if self.repair:
+            rows["repair"] = self.repair
         if self.passes:
             rows["evaluation"] = (
                 f"{self.points} points with {self.tokens:,} scored tokens each; reads both models {self._times()}; "
@@ -204,6 +210,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         refinements=work.evaluated.refinements if work.evaluated else 0,
         points=work.evaluated.points if work.evaluated else 0,
         tokens=work.evaluated.tokens if work.evaluated else 0,
+        repair=work.repair,
         problem=lack_of_space(output, left, nearest),
         checkpoints=len(work.folders) if template else 0,
     )

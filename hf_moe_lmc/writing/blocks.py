@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from hf_moe_lmc.moe.notation import is_expert_role, split_role
 from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.writing.carried import CarriedLayer, origin_of
 from hf_moe_lmc.writing.encoded import Mixture, Origin, larger
-from hf_moe_lmc.writing.streams import InterpolatedLayer
+from hf_moe_lmc.writing.streams import InterpolatedLayer, MadeLayer
 from hf_moe_lmc.writing.units import Range
 
 
@@ -58,7 +59,10 @@ class ModelBlocks:
     def mixture(self, name: str, of: Sequence[Range]) -> Mixture:
         source = self.layers[self.model.layer_of[name].index]
         if not isinstance(source, InterpolatedLayer):
-            return Mixture(self._joined(name, of, source))
+            values = self._joined(name, of, source)
+            if _is_made(source):  # bytes of A stay where nothing comes of it but A's values
+                return Mixture(self._joined(name, of, source.parents[0]), values, 1.0)
+            return Mixture(values)
         return Mixture(self._joined(name, of, source.a), self._joined(name, of, source.b), source.t)
 
     def _joined(self, name: str, of: Sequence[Range], source: LayerSource) -> Tensor:
@@ -87,7 +91,9 @@ class ModelBlocks:
         sides: tuple[LayerSource, ...] = (source,)
         if isinstance(source, InterpolatedLayer):
             whole = {"a": source.t == 0, "b": source.t == 1}.get(side, False)
-            sides = ({"a": source.a, "b": source.b}[side],) if whole else (source.a, source.b)
+            sides = ({"a": source.a, "b": source.b}[side],) if whole else source.parents
+        elif _is_made(source):
+            sides = source.parents
         ending = _ending(info.name, weight.name)
         found = []
         for expert in experts:
@@ -96,6 +102,10 @@ class ModelBlocks:
         if info.numel == len(found):
             return torch.stack([one.reshape(-1)[0] for one in found])
         return larger([one.reshape(-1) for one in found], info.name)
+
+
+def _is_made(source: LayerSource) -> TypeGuard[MadeLayer]:
+    return hasattr(source, "parents")
 
 
 def _ending(part: str, weight: str) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a merge that knows nothing of models does without transform
     from hf_moe_lmc.moe.action import Elements
     from hf_moe_lmc.moe.model import MoEModel
     from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.writing.streams import Merging
 
 OutputFormat = Literal["a", "b", "bf16"]
 REPORT = "quantization.json"
@@ -53,28 +54,34 @@ def plain_merge(a: Checkpoint, b: Checkpoint, t: Sequence[float], form: OutputFo
     return EncodedStreams(template, tuple(streams))
 
 
-def model_merge(a: MoEModel, b: MoEModel, elements: Elements, t: Sequence[float], form: OutputFormat) -> TensorStream:
-    """The points `t` between A and B', where B' is `b` in the coordinates that group elements give it."""
-    from hf_moe_lmc.writing.blocks import ModelBlocks
-    from hf_moe_lmc.writing.streams import InterpolatedLayer, interpolated
+def model_merge(
+    a: MoEModel, b: MoEModel, elements: Elements, t: Sequence[float], form: OutputFormat, merging: Merging | None = None
+) -> TensorStream:
+    """The points `t` between A and B', where B' is `b` in the coordinates that group elements give it.
 
+    Args:
+        merging: how they are made; None: on the straight line.
+    """
+    from hf_moe_lmc.writing.blocks import ModelBlocks
+    from hf_moe_lmc.writing.streams import STRAIGHT, interpolated
+
+    merging = merging or STRAIGHT
     if storage_of(a.checkpoint) is None and form != "b":
-        return interpolated(a, b, elements, tuple(t), rounded=True)
+        return interpolated(a, b, elements, tuple(t), rounded=True, merging=merging)
     model = b if form == "b" else a
     acted = b.acted(elements)
     layout = model.checkpoint
     template = output_template(layout, a.checkpoint, plain=form == "bf16")
+    between = {index: merging.between(layer) for index, layer in a.layers.items()}
 
     def point(at: float) -> EncodedStream:
         layers = {
-            index: InterpolatedLayer(index, a.layers[index], acted[index], at)
-            if index in a.layers and index in acted
-            else layer
+            index: between[index](index, a.layers[index], acted[index], at) if index in a.layers and index in acted else layer
             for index, layer in model.layers.items()
         }
         blocks = ModelBlocks(model, layers, template.storage, layout.stored)
         sides = _sides(a.checkpoint, b.checkpoint, at, form)
-        outside = Interpolated(a.checkpoint, b.checkpoint, (at,))
+        outside = merging.outside(Interpolated(a.checkpoint, b.checkpoint, (at,)))
         return EncodedStream(template, layout.stored, sides, outside, blocks, _side(form))
 
     return EncodedStreams(template, tuple(map(point, t)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -103,6 +104,10 @@ class InterpolatedLayer:
     t: float
     rounded: bool = False
 
+    @property
+    def parents(self) -> tuple[LayerSource, ...]:
+        return self.a, self.b
+
     def stored(self, role: str, expert: int | None = None) -> Tensor:
         a, b = self.a.stored(role, expert), self.b.stored(role, expert)
         try:
@@ -115,13 +120,52 @@ class InterpolatedLayer:
             raise MismatchError(f"layer {self.index}: {role}: {error}") from error
 
 
+class MadeLayer(LayerSource, Protocol):
+    """A block whose values are computed from those of two others."""
+
+    @property
+    def parents(self) -> tuple[LayerSource, ...]:
+        """A's and B''s: their scales of activations are those of what is made of them."""
+
+
+class Between(Protocol):
+    """A block between two blocks, as `InterpolatedLayer` is made: index, A's, B's, t, rounded."""
+
+    def __call__(self, index: int, a: LayerSource, b: LayerSource, t: float, rounded: bool = False, /) -> MadeLayer: ...
+
+
+class Merging(Protocol):
+    """How the points between two models are made: the straight line, or what a repair has in place of it."""
+
+    def between(self, layer: MoELayer) -> Between:
+        """What makes the points of one MoE layer, given as A has it; called once, for all points."""
+
+    def outside(self, start: TensorSource) -> TensorSource:
+        """The tensors outside the MoE blocks, from those of the straight line."""
+
+
+@dataclass(frozen=True)
+class StraightLine:
+    """The points (1 - t) A + t B'."""
+
+    def between(self, layer: MoELayer) -> Between:
+        return InterpolatedLayer
+
+    def outside(self, start: TensorSource) -> TensorSource:
+        return start
+
+
+STRAIGHT = StraightLine()
+
+
 @dataclass(frozen=True)
 class LayerLine:
-    """Points on the line between two MoE blocks, those of layer `index`: one for each output.
+    """Points between two MoE blocks, those of layer `index`: one for each output.
 
     Attributes:
         t: of each output.
         rounded: as in InterpolatedLayer.
+        between: makes each of them.
     """
 
     index: int
@@ -129,11 +173,12 @@ class LayerLine:
     b: LayerSource
     t: tuple[float, ...]
     rounded: bool = False
+    between: Between = InterpolatedLayer
 
     def at(self, wanted: Sequence[int]) -> Iterator[LayerSource]:
         a, b = _shared(self.a, wanted), _shared(self.b, wanted)
         for number in wanted:
-            yield InterpolatedLayer(self.index, a, b, self.t[number], self.rounded)
+            yield self.between(self.index, a, b, self.t[number], self.rounded)
 
 
 @dataclass(frozen=True)
@@ -161,19 +206,26 @@ def _like(values: Tensor) -> Tensor:
 
 
 def interpolated(
-    a: MoEModel, b: MoEModel, elements: Elements, t: float | Sequence[float], *, rounded: bool = False
+    a: MoEModel,
+    b: MoEModel,
+    elements: Elements,
+    t: float | Sequence[float],
+    *,
+    rounded: bool = False,
+    merging: Merging = STRAIGHT,
 ) -> ModelStream:
     """The checkpoints theta_t in A's layout, where B' is `b` in the coordinates that group elements give it.
 
     Args:
         t: of one output, or of each.
         rounded: it is to be written: no wider copies where A and B share a dtype.
+        merging: how the points between the two are made.
     """
     acted = b.acted(elements)
     points = tuple(t) if isinstance(t, Sequence) else (t,)
     layers: dict[int, LayerSource | LayerLine] = {
         # layers for multi-token prediction that B lacks are A's
-        index: LayerLine(index, layer, acted[index], points, rounded) if index in acted else layer
+        index: LayerLine(index, layer, acted[index], points, rounded, merging.between(layer)) if index in acted else layer
         for index, layer in a.layers.items()
     }
-    return ModelStream(a, layers, Interpolated(a.checkpoint, b.checkpoint, points))
+    return ModelStream(a, layers, merging.outside(Interpolated(a.checkpoint, b.checkpoint, points)))

@@ -39,6 +39,30 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the vocabulary has",
 )
 COMMIT = "0" * 40
+REPAIR = {  # a record of `choose`, with what a verb adds to it
+    "asked": "auto",
+    "t": 0.5,
+    "accepted": True,
+    "chosen": "ridge (lambda 0.1)",
+    "tried": [{"method": "ridge", "lambda": 0.1, "loss": 2.0, "difference": -0.1}],
+    "skipped": {"regmean": "a reason"},
+    "tokens": {"fitted": 20, "compared": 10, "accepted": 30},
+    "compared": {"aligned": 2.1},
+    "loss": {"aligned": 2.1, "repaired": 2.0},
+    "texts": {"prose": {"aligned": 2.1, "repaired": 2.0}},
+    "difference": {"value": -0.1, "interval": [-0.2, -0.05]},
+    "clusters": {"prose": 9},
+    "layers": [],
+    "note": "too few documents to resample",
+    "calibration": [],
+}
+NOT_FINITE = {
+    "tried": [{"method": "norms", "loss": math.inf, "difference": math.nan}],
+    "compared": {"aligned": math.inf},
+    "loss": {"aligned": math.inf, "repaired": math.nan},
+    "texts": {"prose": {"aligned": math.inf, "repaired": math.nan}},
+    "difference": {"value": math.nan, "interval": None},
+}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +208,8 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
             merge=MergedAt(0.5, path),
         )
     yield from map(with_repaired, found)
+    yield replace(first, repair={**REPAIR, "points": [REPAIR]})
+    yield replace(first, repair={**REPAIR, "points": [], **NOT_FINITE})
     for report in found:
         if report.own is not None:
             nan = {"nll": math.nan, "window_nll": [math.nan] * len(report.windows.rows)}
