@@ -40,12 +40,9 @@ class Corpus:
 
 def standard_library_text(root: Path | None = None, minimum_characters: int = 400) -> Corpus:
     """Documentation strings of the standard library (or of the modules below `root`), one document per module."""
-    root = root or Path(sysconfig.get_paths()["stdlib"])
     documents = []
-    left_out = {"site-packages", "test", "tests", "lib2to3"}
-    paths = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
-    for path in tracked(paths, desc="reading", unit="file"):
-        text = "\n\n".join(_documentation(path))
+    for path in tracked(library_modules(root or Path(sysconfig.get_paths()["stdlib"])), desc="reading", unit="file"):
+        text = "\n\n".join(documentation(path))
         if len(text) >= minimum_characters:
             documents.append(text)
     held_out = tuple(documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
@@ -53,7 +50,14 @@ def standard_library_text(root: Path | None = None, minimum_characters: int = 40
     return Corpus(train=train, held_out=held_out)
 
 
-def _documentation(path: Path) -> Iterator[str]:
+def library_modules(root: Path) -> list[Path]:
+    """The modules below a folder in a fixed order, without tests and what was installed."""
+    left_out = {"site-packages", "test", "tests", "lib2to3"}
+    return [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+
+
+def documentation(path: Path) -> Iterator[str]:
+    """The documentation strings of a module; none of one that does not parse."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # a few modules of the library are written not to parse

@@ -1,0 +1,169 @@
+"""Many small Mixtral models trained at once: each tensor of all models in one, so that a GPU is busy although each is tiny.
+
+The computation is that of `MixtralForCausalLM` (`MistralForCausalLM` without experts) in float32; tests compare losses and
+gradients. All experts run on all tokens, and a router's weight of 0 takes out those that were not chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import MistralConfig, MixtralConfig
+
+from hf_moe_lmc.example.protocol import AUXILIARY_LOSS_WEIGHT, GRADIENT_CLIP
+
+Stack = dict[str, Tensor]  # by the names of a state dict: [model, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW at a constant rate after a short warm-up, so that a training of many steps passes through all shorter ones.
+
+    Attributes:
+        kept: numbers of steps after which the models are kept, ascending; the last one ends the training.
+    """
+
+    kept: tuple[int, ...]
+    learning_rate: float
+    weight_decay: float = 0.01
+    batch: int = 16
+    sequence: int = 64
+    warmup: int = 20
+
+
+def stack(states: Sequence[Mapping[str, Tensor]]) -> Stack:
+    """The tensors of several models of one shape, each in one tensor [model, ...]."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def unstack(stacked: Stack, index: int) -> dict[str, Tensor]:
+    """The state dict of one of the models, on the CPU."""
+    return {name: values[index].detach().cpu().clone() for name, values in stacked.items()}
+
+
+def train_stack(
+    stacked: Stack,
+    config: MixtralConfig | MistralConfig,
+    streams: Sequence[Tensor],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    device: str,
+    keep: Callable[[int, Stack], object],
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Trains all models, each on random windows of its own tokens.
+
+    Args:
+        streams: token ids that each model is trained on, [tokens].
+        seeds: of the windows of each model.
+        keep: called with the number of steps and the models at each of `recipe.kept`.
+        progress: called after each step.
+    """
+    parameters = {name: values.to(device).clone().requires_grad_(True) for name, values in stacked.items()}
+    fused = device.startswith("cuda")
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for step in range(1, recipe.kept[-1] + 1):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup)
+        ids = torch.stack([_windows(tokens, recipe, g) for tokens, g in zip(streams, generators, strict=True)])
+        losses = loss_of(parameters, config, ids.to(device, non_blocking=True))
+        losses.sum().backward()
+        _clip(parameters.values())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress()
+        if step in recipe.kept:
+            keep(step, parameters)
+
+
+def _windows(tokens: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(tokens) - recipe.sequence, (recipe.batch, 1), generator=generator)
+    return tokens[starts + torch.arange(recipe.sequence)]
+
+
+def _clip(parameters: Sequence[Tensor]) -> None:
+    """Clips the gradient of each model for itself."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
+    factor = (GRADIENT_CLIP / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def loss_of(stacked: Stack, config: MixtralConfig | MistralConfig, ids: Tensor) -> Tensor:
+    """What training lowers: the loss of the next token, and of experts the balancing loss; [model], nats per token.
+
+    Args:
+        ids: int64 [model, batch, sequence].
+    """
+    models, batch, length = ids.shape
+    x = stacked["model.embed_tokens.weight"][torch.arange(models, device=ids.device)[:, None], ids.flatten(1)]
+    chosen, likely = [], []
+    for layer in range(config.num_hidden_layers):
+        own = {
+            name.removeprefix(f"model.layers.{layer}."): values
+            for name, values in stacked.items()
+            if name.startswith(f"model.layers.{layer}.")
+        }
+        x = x + _attention(own, config, _norm(x, own["input_layernorm.weight"], config), batch, length)
+        inner = _norm(x, own["post_attention_layernorm.weight"], config)
+        if "mlp.gate.weight" in own:
+            output, of_tokens, probabilities = _experts(own, config, inner)
+            chosen.append(of_tokens)
+            likely.append(probabilities)
+        else:
+            gate, up = _linear(inner, own["mlp.gate_proj.weight"]), _linear(inner, own["mlp.up_proj.weight"])
+            output = _linear(functional.silu(gate) * up, own["mlp.down_proj.weight"])
+        x = x + output
+    logits = _linear(_norm(x, stacked["model.norm.weight"], config), stacked["lm_head.weight"])
+    logits = logits.view(models, batch, length, -1)[:, :, :-1]
+    losses = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, :, 1:].reshape(-1), reduction="none")
+    loss = losses.view(models, -1).mean(dim=1)
+    if not chosen:
+        return loss
+    share, probability = torch.stack(chosen).mean(dim=0), torch.stack(likely).mean(dim=0)
+    return loss + AUXILIARY_LOSS_WEIGHT * config.num_local_experts * (share * probability).sum(dim=1)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x, weight.transpose(1, 2))
+
+
+def _norm(x: Tensor, weight: Tensor, config: MixtralConfig | MistralConfig) -> Tensor:
+    return weight[:, None] * (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + config.rms_norm_eps))
+
+
+def _attention(own: Stack, config: MixtralConfig | MistralConfig, x: Tensor, batch: int, length: int) -> Tensor:
+    models, heads = len(x), config.num_attention_heads
+    query, key, value = (
+        _linear(x, own[f"self_attn.{role}_proj.weight"]).view(models * batch, length, heads, -1).transpose(1, 2) for role in "qkv"
+    )
+    half = query.shape[-1] // 2
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(length, device=x.device)[:, None] * frequency
+    cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
+    query, key = (y * cos + torch.cat([-y[..., half:], y[..., :half]], dim=-1) * sin for y in (query, key))
+    mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return _linear(mixed.transpose(1, 2).reshape(models, batch * length, -1), own["self_attn.o_proj.weight"])
+
+
+def _experts(own: Stack, config: MixtralConfig, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [model, token, width]; the share of tokens of each expert and its mean probability, [model, expert]."""
+    models, tokens, width = x.shape
+    experts, units = config.num_local_experts, config.intermediate_size
+    probabilities = _linear(x, own["mlp.gate.weight"]).softmax(dim=-1)
+    best, places = probabilities.topk(config.num_experts_per_tok, dim=-1)
+    weights = torch.zeros_like(probabilities).scatter(-1, places, best / best.sum(dim=-1, keepdim=True))
+    both = _linear(x, own["mlp.experts.gate_up_proj"].reshape(models, experts * 2 * units, width))
+    gate, up = both.view(models, tokens, experts, 2, units).unbind(dim=3)
+    hidden = functional.silu(gate) * up * weights[..., None]
+    down = own["mlp.experts.down_proj"].transpose(1, 2).reshape(models, width, experts * units)
+    share = (weights.detach() > 0).float().mean(dim=1)
+    return _linear(hidden.view(models, tokens, experts * units), down), share, probabilities.mean(dim=1)
