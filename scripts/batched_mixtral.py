@@ -66,9 +66,7 @@ def train_stack(
     """
     parameters = {name: values.to(device).clone().requires_grad_(True) for name, values in stacked.items()}
     fused = device.startswith("cuda")
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
-    )
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for step in range(1, recipe.kept[-1] + 1):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup)
@@ -143,7 +141,8 @@ def _norm(x: Tensor, weight: Tensor, config: MixtralConfig | MistralConfig) -> T
 def _attention(own: Stack, config: MixtralConfig | MistralConfig, x: Tensor, batch: int, length: int) -> Tensor:
     models, heads = len(x), config.num_attention_heads
     query, key, value = (
-        _linear(x, own[f"self_attn.{role}_proj.weight"]).view(models * batch, length, heads, -1).transpose(1, 2) for role in "qkv"
+        _linear(x, own[f"self_attn.{role}_proj.weight"]).view(models * batch, length, heads, -1).transpose(1, 2)
+        for role in "qkv"
     )
     half = query.shape[-1] // 2
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half, device=x.device) / half)

@@ -18,7 +18,7 @@ import torch
 import hf_moe_lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
-from hf_moe_lmc.matching import assignment, certificate, expert_costs, units
+from hf_moe_lmc.matching import assignment, certificate, expert_costs, moves, units
 from hf_moe_lmc.moe import registry
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.reading import read_model
@@ -65,6 +65,7 @@ QUOTED = [
     ("docs/matching.md", f"has {certificate.COLUMNS} columns, of the gate rows"),
     ("docs/matching.md", f"has {certificate.WIDER} columns, of all rows"),
     ("docs/matching.md", f"by more than {100 * units.SCALE_GAIN:g} %"),
+    ("docs/matching.md", f"by no more than {100 * moves.UNIT_GAIN:g} %"),
     ("docs/memory.md", f"more than {units.SMALL:,} units"),
     ("docs/memory.md", f"{3 * certificate.WIDER} float32 numbers"),
     ("docs/memory.md", f"three [{certificate.WIDER}, {certificate.WIDER}] matrices"),

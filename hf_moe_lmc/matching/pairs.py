@@ -13,7 +13,6 @@ from hf_moe_lmc.matching.finite import check_rows, finite_rows
 from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.matching.units import UnitMatch, UnitRows, is_wide, match_units
 from hf_moe_lmc.moe.experts import Bank
-from hf_moe_lmc.symmetry.elements import UnitSymmetry
 
 
 @dataclass
@@ -136,8 +135,4 @@ def match_sketched(a: Sketched, b: Sketched) -> UnitMatch | None:
     if certified is None:
         return None
     pairs, certificate = certified
-    if UnitSymmetry(pairs.permutation, pairs.sign) == UnitSymmetry.identity(len(pairs.sign)):
-        before = float((pairs.gate + pairs.up + pairs.down).sum()) + a.rows.bias_distance(b.rows)
-    else:
-        before = a.rows.squared_distance(b.rows)
-    return pairs.match(certificate, before)
+    return pairs.match(certificate)

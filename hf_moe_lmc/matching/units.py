@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_moe_lmc.matching import rows
 from hf_moe_lmc.matching.assignment import SPARSE, assign
+from hf_moe_lmc.matching.moves import worthwhile
 from hf_moe_lmc.matching.options import UnitMethod
 from hf_moe_lmc.moe.experts import MATRICES, Bank, SharedExpert
 from hf_moe_lmc.moe.notation import UNIT_KINDS, UnitKind
@@ -205,6 +206,32 @@ class Paired:
             scaled.append(torch.where(same_sign, near, x + factor.square() * y + 2 * factor * inner))
         return scaled[0], scaled[1], same_sign
 
+    @property
+    def squared_before(self) -> float:
+        """Squared distance without these signs: of the experts as they are, if no unit moves."""
+        u, u2, d, d2 = self.squares
+        flipped = self.sign < 0
+        up, down = (
+            torch.where(flipped, 2 * (u + u2) - self.up, self.up),
+            torch.where(flipped, 2 * (d + d2) - self.down, self.down),
+        )
+        return float(self.gate.sum() + up.sum() + down.sum()) + self.a.bias_distance(self.b)
+
+    def settled(self, standing: Paired) -> Paired:
+        """With the units back in their places that gain no more than noise by moving, see `moves`.
+
+        Args:
+            standing: the same experts, no unit moved.
+        """
+        moves = worthwhile(self.permutation, standing.cost()[0], self.cost()[0])
+        if bool((moves | (self.permutation == standing.permutation)).all()):
+            return self
+        kept = {
+            name: torch.where(moves, getattr(self, name), getattr(standing, name))
+            for name in ("permutation", "sign", "gate", "up", "down")
+        }
+        return replace(self, **kept)
+
     def cost(self) -> tuple[Tensor, Tensor]:
         """The cost of each pair (see `unit_cost`, constants included), and a bound on its error; float64 [unit]."""
         up, down, same_sign = self.scaled_parts
@@ -217,14 +244,22 @@ class Paired:
         terms = terms + torch.where(same_sign, 0.0, u + d + s.square() * u2 + t.square() * d2)
         return self.gate + up + down, 4 * rows.sum_error(width) * terms
 
-    def match(self, certificate: str, squared_before: float) -> UnitMatch:
-        """Decides about the scales.
+    def match(self, certificate: str) -> UnitMatch:
+        """Decides which units move and about the scales, each only where it is more than noise.
 
-        Scales that do not pay are dropped for the whole expert, signs kept: two fine-tunes of one model are then rewritten
-        without loss. They pay where they lower the remaining squared distance by more than SCALE_GAIN of it, and by more than
-        1 / model of it. On pure noise, one free scale per unit gains a third of the latter. Where the kind of the units allows
-        no scales, or with `plain`, there are none.
+        Moves that do not pay are undone, see `settled`. Scales that do not pay are dropped for the whole expert, signs kept:
+        two fine-tunes of one model are then rewritten without loss. They pay where they lower the remaining squared distance
+        by more than SCALE_GAIN of it, and by more than 1 / model of it. On pure noise, one free scale per unit gains a third
+        of the latter. Where the kind of the units allows no scales, or with `plain`, there are none.
         """
+        nothing = torch.arange(len(self.permutation))
+        if torch.equal(self.permutation, nothing):
+            return self._scaled(certificate, self.squared_before)
+        standing = Paired.of(self.a, self.b, self.units, nothing)
+        return self.settled(standing)._scaled(certificate, standing.squared_before)
+
+    def _scaled(self, certificate: str, squared_before: float) -> UnitMatch:
+        """With scales where they pay."""
         gate = float(self.gate.sum()) + self.a.bias_distance(self.b)
         after, norm = gate + float(self.up.sum() + self.down.sum()), self.a.squared_norm
         least = (1 - max(SCALE_GAIN, 1 / self.a.down.shape[1])) * after
@@ -260,7 +295,7 @@ def is_wide(count: int) -> bool:
 def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
     """Matches the hidden units of two experts by one linear assignment problem over all of `unit_cost`.
 
-    Which scales the match keeps: see `Paired.match`. Where the kind allows no permutation, units stay where they are.
+    Which moves and scales the match keeps: see `Paired.match`. Where the kind allows no permutation, units stay where they are.
 
     Example:
         B's units are A's in reverse, with other signs:
@@ -275,7 +310,7 @@ def match_units(a: UnitRows, b: UnitRows, units: UnitMethod) -> UnitMatch:
         permutation, certificate = torch.arange(a.count), "fixed"
     else:
         permutation, certificate = assign(unit_cost(a, b, units)), "exact" if is_wide(a.count) else "small"
-    return Paired.of(a, b, units, permutation).match(certificate, a.squared_distance(b))
+    return Paired.of(a, b, units, permutation).match(certificate)
 
 
 def unit_cost(a: UnitRows, b: UnitRows, units: UnitMethod, subset: Tensor | None = None) -> Tensor:

@@ -127,7 +127,7 @@ def test_what_is_certified_is_what_the_full_costs_give(kind: str, gated: bool, u
             if found is None:
                 ways.add(None)
                 continue
-            matched = found[0].match(found[1], 0.0)
+            matched = found[0].match(found[1])
             ways.add(matched.certificate)
             assert torch.equal(matched.symmetry.order, exact.symmetry.order) and torch.equal(
                 matched.symmetry.scale, exact.symmetry.scale
