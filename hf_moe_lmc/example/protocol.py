@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import MistralForCausalLM, MixtralConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe_lmc.runtime.progress import tracked
@@ -142,9 +142,11 @@ def train(
     """Trains `model` in place on random windows of `tokens`; returns the mean loss of the last 20 steps, nats per token.
 
     With `layers`, only the MoE blocks of those layers are trained and everything else stays frozen; the router's
-    load-balancing loss then counts on those blocks alone.
+    load-balancing loss then counts on those blocks alone. A dense model has none.
     """
     trained = range(model.config.num_hidden_layers) if layers is None else layers
+    dense = isinstance(model, MistralForCausalLM)
+    active = 1 if dense else model.config.num_experts_per_tok
     for parameter in model.parameters():
         parameter.requires_grad_(layers is None)
     for layer in trained:
@@ -165,18 +167,16 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     model.train()
     losses = []
-    with suited(products_of(model, recipe.batch * recipe.sequence, model.config.num_experts_per_tok)):
+    with suited(products_of(model, recipe.batch * recipe.sequence, active)):
         for step in range(1, recipe.steps + 1):
             starts = torch.randint(len(tokens) - recipe.sequence, (recipe.batch, 1), generator=generator)
             batch = tokens[starts + torch.arange(recipe.sequence)].to(model.device)
-            output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
-            balance = load_balancing_loss_func(
-                tuple(output.router_logits[layer] for layer in trained),
-                model.config.num_local_experts,
-                model.config.num_experts_per_tok,
-            )
-            language_loss = output.loss - model.config.router_aux_loss_coef * output.aux_loss
-            (language_loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
+            if dense:
+                language_loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+                language_loss.backward()
+            else:
+                language_loss, balance = _routed_losses(model, batch, trained)
+                (language_loss + AUXILIARY_LOSS_WEIGHT * balance).backward()
             torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
             optimizer.step()
             schedule.step()
@@ -185,3 +185,14 @@ def train(
             progress(step)
     model.eval()
     return sum(losses[-20:]) / len(losses[-20:])
+
+
+def _routed_losses(model: PreTrainedModel, batch: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of the next token, and the load-balancing loss of the routers of some layers."""
+    output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
+    balance = load_balancing_loss_func(
+        tuple(output.router_logits[layer] for layer in layers),
+        model.config.num_local_experts,
+        model.config.num_experts_per_tok,
+    )
+    return output.loss - model.config.router_aux_loss_coef * output.aux_loss, torch.as_tensor(balance)

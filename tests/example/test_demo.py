@@ -13,17 +13,20 @@ import hf_moe_lmc as lmc
 from hf_moe_lmc.cli import main
 from hf_moe_lmc.errors import OutputError
 from hf_moe_lmc.example import stages
-from hf_moe_lmc.example.protocol import Training, standard_library_text
-from tests.example.test_protocol import EMAIL
+from hf_moe_lmc.example.domains import library_domains
+from hf_moe_lmc.example.protocol import Training
+from tests.example.test_domains import ASYNCIO
 
-STAGES = 8
+STAGES = 13
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo of a few seconds."""
-    monkeypatch.setattr(stages, "standard_library_text", lambda: standard_library_text(EMAIL, minimum_characters=100))
-    monkeypatch.setattr(stages, "BASE", Training(steps=12, learning_rate=4e-3, batch=4, warmup=3))
+    monkeypatch.setattr(stages, "library_domains", lambda: library_domains(ASYNCIO))
+    for recipe in ("DENSE", "BASE"):
+        monkeypatch.setattr(stages, recipe, Training(steps=12, learning_rate=4e-3, batch=4, warmup=3))
+    monkeypatch.setattr(stages, "APART", Training(steps=8, learning_rate=4e-3, batch=4, warmup=3))
     monkeypatch.setattr(stages, "BLOCK", Training(steps=8, learning_rate=2e-3, batch=4, warmup=3))
     monkeypatch.setattr(stages, "HELD_OUT_TOKENS", 256)
 
@@ -52,10 +55,15 @@ def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(
     assert shuffled["experts_moved"] > 0 and shuffled["signs"] > 0  # it was shuffled, and found
     assert shuffled["relative_distance_after_units"] < 0.3 * shuffled["relative_distance_before"]
     card = (output / "merge" / "README.md").read_text()
-    assert "hidden units changed places" in card and str(tmp_path) not in card
+    assert "| prose |" in card and str(tmp_path) not in card
+    references = reports["upcycled"]["references"]
+    assert set(references["texts"]) == {"prose", "code"} and references["t"] == 0.5
+    for model, words in (("a", "A"), ("aligned", "merge, aligned")):
+        row = [f"{references['texts'][text][model]:.3f}" for text in ("prose", "code")] + [f"{references['mean'][model]:.3f}"]
+        assert any(line.split() == [*words.split(), *row] for line in story)
     assert (output / "merge" / "model.safetensors").exists() and (output / "merge" / "tokenizer.json").exists()
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
-        "a", "b-independent", "b-shuffled", "b-sibling", "base", "held_out.txt",
+        "a", "b-independent", "b-shuffled", "b-sibling", "base", "dense", "upcycled-a", "upcycled-b",
     ]  # fmt: skip
     assert not list(tmp_path.glob(".*")), "the folder in which it grew is gone"
     counted = [line for line in story if " of " in line and line[0].isdigit()]
