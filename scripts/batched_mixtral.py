@@ -6,8 +6,9 @@ gradients. All experts run on all tokens, and a router's weight of 0 takes out t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,18 +22,31 @@ Stack = dict[str, Tensor]  # by the names of a state dict: [model, ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW at a constant rate after a short warm-up, so that a training of many steps passes through all shorter ones.
+    """AdamW at a constant rate after a short warm-up, with a branch for each length of training in which the rate decays.
+
+    So a training of many steps passes through all shorter ones (warm-up, stable, decay: arXiv 2404.06395).
 
     Attributes:
-        kept: numbers of steps after which the models are kept, ascending; the last one ends the training.
+        kept: lengths of training in steps, ascending.
+        decay: share of the steps of each branch in which the rate falls to 0, linearly.
     """
 
     kept: tuple[int, ...]
     learning_rate: float
+    decay: float = 0.2
     weight_decay: float = 0.01
     batch: int = 16
     sequence: int = 64
     warmup: int = 20
+
+    def branches_at(self, length: int) -> int:
+        """The step at which the branch of a length leaves the trunk."""
+        return round((1 - self.decay) * length)
+
+    @property
+    def steps(self) -> int:
+        """Of the trunk and all branches."""
+        return self.branches_at(self.kept[-1]) + sum(length - self.branches_at(length) for length in self.kept)
 
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> Stack:
@@ -61,24 +75,58 @@ def train_stack(
     Args:
         streams: token ids that each model is trained on, [tokens].
         seeds: of the windows of each model.
-        keep: called with the number of steps and the models at each of `recipe.kept`.
+        keep: called with the length and the models at the end of each branch.
         progress: called after each step.
     """
     parameters = {name: values.to(device).clone().requires_grad_(True) for name, values in stacked.items()}
-    fused = device.startswith("cuda")
-    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for step in range(1, recipe.kept[-1] + 1):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup)
-        ids = torch.stack([_windows(tokens, recipe, g) for tokens, g in zip(streams, generators, strict=True)])
-        losses = loss_of(parameters, config, ids.to(device, non_blocking=True))
-        losses.sum().backward()
-        _clip(parameters.values())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress()
-        if step in recipe.kept:
-            keep(step, parameters)
+    trunk = _Run(parameters, _optimizer(parameters, recipe), generators, config, streams, recipe, progress)
+    step = 0
+    for length in recipe.kept:
+        start = recipe.branches_at(length)
+        for step in range(step + 1, start + 1):
+            trunk.step(min(1.0, step / recipe.warmup))
+        branch = trunk.copy()
+        for left in range(length - start, 0, -1):
+            branch.step(left / (length - start))
+        keep(length, branch.parameters)
+
+
+def _optimizer(parameters: Stack, recipe: Recipe) -> torch.optim.Optimizer:
+    fused = all(parameter.is_cuda for parameter in parameters.values())
+    return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training at some step: the trunk, or a branch of it."""
+
+    parameters: Stack
+    optimizer: torch.optim.Optimizer
+    generators: Sequence[torch.Generator]
+    config: MixtralConfig | MistralConfig
+    streams: Sequence[Tensor]
+    recipe: Recipe
+    progress: Callable[[], object]
+
+    def step(self, rate: float) -> None:
+        """One step at a share of the learning rate."""
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * rate
+        rows = zip(self.streams, self.generators, strict=True)
+        ids = torch.stack([_windows(tokens, self.recipe, generator) for tokens, generator in rows])
+        device = next(iter(self.parameters.values())).device
+        loss_of(self.parameters, self.config, ids.to(device, non_blocking=True)).sum().backward()
+        _clip(list(self.parameters.values()))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress()
+
+    def copy(self) -> _Run:
+        parameters = {name: value.detach().clone().requires_grad_(True) for name, value in self.parameters.items()}
+        optimizer = _optimizer(parameters, self.recipe)
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        generators = [torch.Generator().set_state(generator.get_state()) for generator in self.generators]
+        return replace(self, parameters=parameters, optimizer=optimizer, generators=generators)
 
 
 def _windows(tokens: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -163,7 +163,7 @@ class Models:
         self._train(words, stack(states), config, rows, seeds, self.scale.upcycled, keep, check)
 
     def _train(self, words: str, states: Stack, config, streams, seeds, recipe, keep, check) -> None:  # type: ignore[no-untyped-def]
-        with progress_bar(total=recipe.kept[-1], desc=f"training {words}", unit="step") as bar:
+        with progress_bar(total=recipe.steps, desc=f"training {words}", unit="step") as bar:
 
             def progress() -> None:
                 bar.update()
