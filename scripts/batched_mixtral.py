@@ -81,12 +81,12 @@ def train_stack(
     parameters = {name: values.to(device).clone().requires_grad_(True) for name, values in stacked.items()}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     trunk = _Run(parameters, _optimizer(parameters, recipe), generators, config, streams, recipe, progress)
-    step = 0
+    done = 0
     for length in recipe.kept:
         start = recipe.branches_at(length)
-        for step in range(step + 1, start + 1):
+        for step in range(done + 1, start + 1):
             trunk.step(min(1.0, step / recipe.warmup))
-        branch = trunk.copy()
+        done, branch = start, trunk.copy()
         for left in range(length - start, 0, -1):
             branch.step(left / (length - start))
         keep(length, branch.parameters)

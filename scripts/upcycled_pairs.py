@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from repaired_pairs import HALF, MEAN, Texts, by_text, documents, ensemble, repaired
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_moe_lmc.errors import MoELMCWarning
 from hf_moe_lmc.matching.alignment import Alignment, align_models
 from hf_moe_lmc.matching.assignment import assign
-from hf_moe_lmc.matching.options import WeightMatching
+from hf_moe_lmc.matching.options import OrderMethod, WeightMatching
 from hf_moe_lmc.matching.units import UnitRows, match_units
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.runtime.progress import silenced
@@ -33,8 +34,6 @@ from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Inputs, Pair
 from hf_moe_lmc.verbs.measuring import Asked, Subject
 
-HALF = 0.5
-MEAN = "mean"
 ORACLE_TOKENS = 2048  # of each domain, on which the best order is looked for
 ORACLE_EXPERTS = 4  # at most: all orders are tried
 
@@ -46,7 +45,9 @@ class Job:
     Attributes:
         about: what the pair is, as in the result.
         texts, calibration: files by domain.
-        oracle: whether the order of least loss is looked for, too.
+        domains: names of the texts that A, and that B, was trained on.
+        orders: whether other orders of the experts are measured, and averages of some weights alone.
+        oracle: whether the order of least loss is looked for.
     """
 
     about: Mapping[str, Any]
@@ -56,7 +57,16 @@ class Job:
     calibration: Mapping[str, Path]
     context: int
     tokens: int
+    domains: tuple[Sequence[str], Sequence[str]]
+    orders: bool
     oracle: bool
+
+    @property
+    def for_repairs(self) -> Texts:
+        evaluation, calibration = (
+            {name: documents(path) for name, path in files.items()} for files in (self.texts, self.calibration)
+        )
+        return Texts(evaluation, calibration, self.domains, self.context, self.tokens)
 
     def asked(self, tokens: int | None = None) -> Asked:
         return Asked.of(
@@ -83,30 +93,28 @@ def measure(job: Job) -> dict[str, Any]:
 def _measure(job: Job) -> dict[str, Any]:
     with ExitStack() as stack:
         pair = Inputs(stack).pair(job.a, job.b)
-        alignments = {order: align_models(pair.a, pair.b, WeightMatching(order=order)) for order in ("best", "gate", "expert")}
-        aligned = alignments["best"]
-        paths = {
-            "aligned": aligned.symmetry,
-            "naive": pair.b.identity(),
-            "gate order": alignments["gate"].symmetry,
-            "Gram order": alignments["expert"].symmetry,
-            "joint order": joint_order(pair, aligned.symmetry),
-            "order only": without_units(aligned.symmetry),
-        }
+        aligned = align_models(pair.a, pair.b, WeightMatching())
+        paths = {"aligned": aligned.symmetry, "naive": pair.b.identity()}
+        if job.orders:
+            paths |= orders(pair, aligned.symmetry)
         losses = Losses(Subject.of(pair, job.asked()))
         points = {"a": Point("naive", 0.0), "b": Point("naive", 1.0), **{path: Point(path, HALF) for path in paths}}
         found = losses.at(paths, points)
         if job.oracle:
             best = oracle_order(Losses(Subject.of(pair, job.asked(ORACLE_TOKENS))), aligned.symmetry)
             found |= losses.at({"best order": best}, {"best order": Point("best order", HALF)})
-    found |= parts(job, set(pair.a.outside), aligned.symmetry)
-    found |= repairs(job)
-    return {"losses": found, "matching": distances(aligned)}
+        if job.orders:
+            found |= parts(job, set(pair.a.outside), aligned.symmetry)
+        repairs, auto = repaired(pair, aligned.symmetry, job.for_repairs)
+        found |= {**repairs, "ensemble": ensemble(pair, job.for_repairs)}
+    return {"losses": found, "matching": distances(aligned), "auto": auto}
 
 
-def repairs(job: Job) -> dict[str, dict[str, float]]:
-    """Losses of repaired merges and of the ensemble, by method: there is none yet."""
-    return {}
+def orders(pair: Pair, symmetry: ModelSymmetry) -> dict[str, ModelSymmetry]:
+    """Other orders of the experts than that of `best`."""
+    methods: dict[str, OrderMethod] = {"gate order": "gate", "Gram order": "expert"}
+    found = {name: align_models(pair.a, pair.b, WeightMatching(order=order)).symmetry for name, order in methods.items()}
+    return {**found, "joint order": joint_order(pair, symmetry), "order only": without_units(symmetry)}
 
 
 @dataclass(frozen=True)
@@ -117,17 +125,8 @@ class Losses:
 
     def at(self, symmetries: Mapping[str, ModelSymmetry], points: Mapping[str, Point]) -> dict[str, dict[str, float]]:
         """By the names of the points: the loss on each text and on their mean, nats per token."""
-        windows = self.subject.evaluator.windows
         sums, _ = self.subject.evaluator.evaluate(symmetries, list(points.values()))
-        of_text = windows.text_of
-        found = {}
-        for name, row in zip(points, sums, strict=True):
-            by_text: dict[str, float] = {}
-            for text in dict.fromkeys(of_text):
-                own = torch.tensor([owner == text for owner in of_text])
-                by_text[text] = float(row[own].sum() / windows.scored[own].sum())
-            found[name] = {**by_text, MEAN: sum(by_text.values()) / len(by_text)}
-        return found
+        return {name: by_text(self.subject.evaluator.windows, row) for name, row in zip(points, sums, strict=True)}
 
 
 def without_units(symmetry: ModelSymmetry) -> ModelSymmetry:

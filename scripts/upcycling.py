@@ -36,6 +36,7 @@ from hf_moe_lmc.runtime.progress import tracked
 
 COMMAND = "python scripts/upcycling.py -o scripts/upcycling.json --models DIR"
 PARENTS = ("a", "b")
+DOMAINS = ("prose", "code")
 GROUP = ("method", "mix", "experts", "steps")
 
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if time.perf_counter() > deadline:
             raise OutOfTimeError
 
+    torch.set_float32_matmul_precision("high" if options.device.startswith("cuda") else "highest")  # of training alone
     models = Models(options.models, quick_scale() if options.quick else Scale(), options.device)
     whole = True
     try:
@@ -134,15 +136,18 @@ def _start() -> None:
 
 
 def job_of(models: Models, setting: Setting, steps: int) -> Job:
+    same = setting.mix == "same"
     return Job(
         about={**vars(setting), "steps": steps},
         a=models.checkpoint(setting, "a", steps),
         b=models.checkpoint(setting, "b", steps),
-        texts={name: models.text("evaluation", name) for name in ("prose", "code")},
-        calibration={name: models.text("calibration", name) for name in ("prose", "code")},
+        texts={name: models.text("evaluation", name) for name in DOMAINS},
+        calibration={name: models.text("calibration", name) for name in DOMAINS},
         context=models.scale.context,
         tokens=models.scale.tokens,
-        oracle=setting.experts <= ORACLE_EXPERTS,
+        domains=(DOMAINS, DOMAINS) if same else (DOMAINS[:1], DOMAINS[1:]),
+        orders=same,
+        oracle=same and setting.experts <= ORACLE_EXPERTS,
     )
 
 

@@ -20,7 +20,8 @@ from hf_moe_lmc.runtime.progress import tracked
 NGRAM = 12  # words in a row that training and calibration text may not share with evaluation text
 KEPT_EVERY = 8  # one module in so many is kept for evaluation, and another for calibration
 EXCERPT = 1200  # characters of each of these
-LONGEST = 40_000  # characters of a module to train on; longer modules are never kept
+LONGEST = 40_000  # characters of prose or code of a module; longer ones are never kept
+CODE = 12_000  # characters of the code of a module to train on
 SHORTEST = 100  # characters of a piece that is worth keeping
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -46,7 +47,7 @@ def library_domains(root: Path | None = None) -> tuple[Domain, Domain]:
     Raises:
         ValueError: text that is kept for evaluation is left in another part; see `check_apart`.
     """
-    prose, code = _Parts(), _Parts()
+    prose, code = _Parts(), _Parts(CODE)
     paths = library_modules(root or Path(sysconfig.get_paths()["stdlib"]))
     for number, path in enumerate(tracked(paths, desc="reading", unit="file")):
         prose.add(number, "\n\n".join(documentation(path)))
@@ -108,8 +109,13 @@ def apart(text: str, held_out: Set[tuple[str, ...]]) -> Iterator[str]:
 
 @dataclass
 class _Parts:
-    """Texts of modules, dealt out to the parts of a domain."""
+    """Texts of modules, dealt out to the parts of a domain.
 
+    Attributes:
+        most: characters of a module to train on; None: all.
+    """
+
+    most: int | None = None
     train: list[str] = field(default_factory=list)
     calibration: list[str] = field(default_factory=list)
     evaluation: list[str] = field(default_factory=list)
@@ -118,7 +124,7 @@ class _Parts:
         """The text of the module of this number: an excerpt is kept of two in KEPT_EVERY, the others are trained on."""
         place = number % KEPT_EVERY
         if not SHORTEST <= len(text) <= LONGEST or place not in (0, KEPT_EVERY // 2):
-            self.train.append(text[:LONGEST])
+            self.train.append(text[: self.most])
         elif len(text) >= EXCERPT:
             (self.calibration if place else self.evaluation).append(_excerpt(text))
 
