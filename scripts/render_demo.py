@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")
+PAIRS = ("upcycled", "independent", "shuffled")
 # one thread is what the demo itself takes
 RUNS = {
     "as it is": {},
@@ -43,8 +44,8 @@ def main() -> None:
             output = Path(folder) / "demo"
             runs.append({"run": name, "environment": settings, **run(output, settings)})
             if name == "as it is":
-                runs[-1]["sentences"] = {pair: sentences(output / pair) for pair in ("independent", "shuffled")}
-                for pair in ("independent", "shuffled"):
+                runs[-1]["sentences"] = {pair: sentences(output / pair) for pair in PAIRS}
+                for pair in PAIRS:
                     shutil.copyfile(output / pair / "barrier.png", ROOT / "model_cards" / f"demo-{pair}.png")
                 shutil.copyfile(output / "merge" / "README.md", ROOT / "model_cards" / "demo-merge.md")
     result = {
@@ -67,8 +68,17 @@ def run(output: Path, settings: dict[str, str]) -> dict[str, Any]:
     )
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    pairs = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    return {"pairs": pairs, "seconds": round(seconds), "cpu_seconds": round(cpu)}
+    return {"pairs": figures(output), "seconds": round(seconds), "cpu_seconds": round(cpu)}
+
+
+def figures(output: Path) -> dict[str, Any]:
+    """Of each pair, without the intervals of the differences."""
+    pairs: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    for pair in pairs.values():
+        on = pair["references"]
+        for found in (on["mean"], *on["texts"].values()):
+            found.pop("differences")
+    return pairs
 
 
 def sentences(report: Path) -> list[str]:
