@@ -1,29 +1,27 @@
 """Two domains that every Python installation carries: its documentation as prose, its source as code, split without overlap.
 
 Whole modules are kept for evaluation and for calibration. Modules share boilerplate, however, so that a split by file leaves
-the same sentence on both sides. What training or calibration text shares with evaluation text, n words in a row, is cut out
-of it, and `Domain.check` proves that nothing of the kind is left.
+the same sentence on both sides. What training or calibration text shares with evaluation text, PASSAGE words in a row, is cut
+out of it, and `check_apart` proves that nothing of the kind is left.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 import sysconfig
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_moe_lmc.example.protocol import documentation, library_modules
+from hf_moe_lmc.perplexity.overlap import PASSAGE, WORD, overlap
 from hf_moe_lmc.runtime.progress import tracked
 
-NGRAM = 12  # words in a row that training and calibration text may not share with evaluation text
 KEPT_EVERY = 8  # one module in so many is kept for evaluation, and another for calibration
 EXCERPT = 1200  # characters of each of these
 LONGEST = 40_000  # characters of prose or code of a module; longer ones are never kept
 CODE = 12_000  # characters of the code of a module to train on
 SHORTEST = 100  # characters of a piece that is worth keeping
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Domain:
     """Texts of one kind, each a tuple of documents.
 
     Attributes:
-        train, calibration: share no NGRAM words in a row with `evaluation`, of this domain or of another.
+        train, calibration: share no PASSAGE words in a row with `evaluation`, of this domain or of another.
         evaluation: excerpts of modules that are in neither.
     """
 
@@ -52,57 +50,55 @@ def library_domains(root: Path | None = None) -> tuple[Domain, Domain]:
     for number, path in enumerate(tracked(paths, desc="reading", unit="file")):
         prose.add(number, "\n\n".join(documentation(path)))
         code.add(number, "\n".join(_code(path)))
-    held_out = ngrams([*prose.evaluation, *code.evaluation])
+    held_out = passages([*prose.evaluation, *code.evaluation])
     domains = prose.domain("prose", held_out), code.domain("code", held_out)
     check_apart(domains)
     return domains
 
 
 def check_apart(domains: Sequence[Domain]) -> None:
-    """Raises ValueError where training or calibration text shares NGRAM words in a row with evaluation text.
+    """Raises ValueError where training or calibration text shares PASSAGE words in a row with evaluation text.
 
     Example:
         >>> words = "one two three four five six seven eight nine ten eleven twelve"
         >>> check_apart([Domain("prose", (words,), (), (f"Here is {words}.",))])
         Traceback (most recent call last):
-        ValueError: prose: 1 sequence of 12 words of evaluation text is in training text: one two three four ...
+        ValueError: prose: passages of evaluation text, 12 words long, in training text: 1, such as one two three four ...
     """
-    held_out = ngrams(text for domain in domains for text in domain.evaluation)
+    held_out = [[text] for domain in domains for text in domain.evaluation]
     for domain in domains:
         for kind, texts in (("training", domain.train), ("calibration", domain.calibration)):
-            if shared := sorted(ngrams(texts) & held_out):
-                many = "sequences" if len(shared) > 1 else "sequence"
-                verb = "are" if len(shared) > 1 else "is"
+            if found := overlap(held_out, texts):
                 raise ValueError(
-                    f"{domain.name}: {len(shared)} {many} of {NGRAM} words of evaluation text {verb} in {kind} text: "
-                    f"{' '.join(shared[0][:4])} ..."
+                    f"{domain.name}: passages of evaluation text, {PASSAGE} words long, in {kind} text: {found.passages}, "
+                    f"such as {' '.join(str(found.example).split()[:4])} ..."
                 )
 
 
-def ngrams(texts: Iterator[str] | Sequence[str]) -> set[tuple[str, ...]]:
-    """All NGRAM words in a row; a word is a run of letters and digits, or one other sign. Case does not count.
+def passages(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """All PASSAGE words in a row, in lower case.
 
     Example:
-        >>> sorted(ngrams(["a b c d e f g h i j k l M"]))[0][-2:]
+        >>> sorted(passages(["a b c d e f g h i j: k l M"]))[0][-2:]
         ('k', 'l')
     """
     found = set[tuple[str, ...]]()
     for text in texts:
-        words = _WORD.findall(text.lower())
-        found.update(zip(*(words[i:] for i in range(NGRAM)), strict=False))
+        words = WORD.findall(text.lower())
+        found.update(zip(*(words[i:] for i in range(PASSAGE)), strict=False))
     return found
 
 
 def apart(text: str, held_out: Set[tuple[str, ...]]) -> Iterator[str]:
     """The pieces of a text between the sequences of words that are in `held_out`; short ones are dropped."""
-    words = list(_WORD.finditer(text))
+    words = list(WORD.finditer(text))
     lowered = [word[0].lower() for word in words]
     start = end = 0  # characters: of the piece, and of the last shared sequence
-    for i, sequence in enumerate(zip(*(lowered[i:] for i in range(NGRAM)), strict=False)):
+    for i, sequence in enumerate(zip(*(lowered[i:] for i in range(PASSAGE)), strict=False)):
         if sequence in held_out:
             if words[i].start() > end and words[i].start() - start >= SHORTEST:
                 yield text[start : words[i].start()]
-            start = end = words[i + NGRAM - 1].end()
+            start = end = words[i + PASSAGE - 1].end()
     if len(text) - start >= SHORTEST:
         yield text[start:]
 

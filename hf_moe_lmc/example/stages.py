@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import MistralForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
-from hf_moe_lmc.example.domains import NGRAM, library_domains
+from hf_moe_lmc.example.domains import library_domains
 from hf_moe_lmc.example.protocol import (
     Training,
     reinitialise,
@@ -28,6 +28,7 @@ from hf_moe_lmc.example.protocol import (
 )
 from hf_moe_lmc.example.upcycling import dense_config, upcycle
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.perplexity.overlap import PASSAGE
 from hf_moe_lmc.runtime.progress import bar, quiet_transformers
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.verbs.apply import apply
@@ -138,7 +139,7 @@ class _Stages:
         streams = {domain.name: token_stream(tokenizer, domain.train) for domain in domains}
         self.records.write("streams", streams)
         counts = " and ".join(f"{len(tokens):,} of {name}" for name, tokens in streams.items())
-        return [f"{counts} to train on, in tokens; no {NGRAM} words of the text to evaluate on are among them"]
+        return [f"{counts} to train on, in tokens; no {PASSAGE} words of the text to evaluate on are among them"]
 
     def dense(self) -> list[str]:
         torch.manual_seed(0)
