@@ -44,7 +44,7 @@ def main() -> None:
             output = Path(folder) / "demo"
             runs.append({"run": name, "environment": settings, **run(output, settings)})
             if name == "as it is":
-                runs[-1]["sentences"] = {pair: sentences(output / pair) for pair in PAIRS}
+                runs[-1]["sentences"] = {name: sentences(output / name) for name in (*PAIRS, "merge")}
                 for pair in PAIRS:
                     shutil.copyfile(output / pair / "barrier.png", ROOT / "model_cards" / f"demo-{pair}.png")
                 shutil.copyfile(output / "merge" / "README.md", ROOT / "model_cards" / "demo-merge.md")
@@ -72,12 +72,12 @@ def run(output: Path, settings: dict[str, str]) -> dict[str, Any]:
 
 
 def figures(output: Path) -> dict[str, Any]:
-    """Of each pair, without the intervals of the differences."""
+    """Of each pair; of the references, the losses alone."""
     pairs: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    for pair in pairs.values():
-        on = pair["references"]
-        for found in (on["mean"], *on["texts"].values()):
-            found.pop("differences")
+    on = pairs["upcycled"]["references"]
+    for found in (on["mean"], *on["texts"].values()):
+        for key in [key for key, value in found.items() if isinstance(value, dict)]:
+            del found[key]
     return pairs
 
 

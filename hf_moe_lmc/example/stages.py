@@ -40,7 +40,7 @@ from hf_moe_lmc.writing.workspace import PACKAGES, open_workspace
 
 UPCYCLED = small_mixtral(hidden_size=64, layers=3, intermediate_size=256)
 DENSE = Training(steps=400, learning_rate=4e-3)
-APART = Training(steps=600, learning_rate=4e-3)
+APART = Training(steps=400, learning_rate=4e-3)
 CONFIG = small_mixtral(hidden_size=64, layers=2, intermediate_size=512)
 BASE = Training(steps=400, learning_rate=4e-3)
 BLOCK = Training(steps=300, learning_rate=2e-3)
@@ -160,15 +160,25 @@ class _Stages:
         return [f"{name}: {_millions(model)} parameters, training loss {loss:.2f} nats per token of {domain}"]
 
     def merge(self) -> list[str]:
-        """The merge of the upcycled pair, measured on both domains."""
+        """The merge of the upcycled pair, repaired with text of both domains, and all that it is to be compared with."""
+        prose, code = DOMAINS
         merge(
             self.checkpoint("upcycled-a"),
             self.checkpoint("upcycled-b"),
             self.root / "merge",
             **self._measured(),
+            ensemble=True,
+            repair="auto",
+            calibration_a=self.held_out("calibration", prose),
+            calibration_b=self.held_out("calibration", code),
+            calibration_tokens=HELD_OUT_TOKENS,
             overwrite=True,
         )
-        return ["merged at t = 0.5: merge"]
+        report = json.loads((self.root / "merge" / "report.json").read_text(encoding="utf-8"))
+        return [
+            "merged at t = 0.5: merge",
+            *(f"  {line}" for line in (*by_domain(report["references"]), *report["verdict"]["sentences"])),
+        ]
 
     def base(self) -> list[str]:
         torch.manual_seed(0)
@@ -228,15 +238,16 @@ class _Stages:
             overwrite=True,
         )
         said = report.verdict.sentences if upcycled else [report.sentence(path) for path in PATHS]
-        table = by_domain(report.references.to_dict()) if upcycled else []
-        return [f"{pair} pair", *(f"  {line}" for line in (*table, *said))]
+        return [f"{pair} pair", *(f"  {line}" for line in said)]
 
     def summary(self) -> list[str]:
         figures = {
             pair: {path: {key: report["paths"][path][key] for key in ("barrier", "area")} for path in PATHS}
-            | {"aligned_percent_of_naive": report["summary"]["aligned_percent_of_naive"], "references": report["references"]}
+            | {"aligned_percent_of_naive": report["summary"]["aligned_percent_of_naive"]}
             for pair, report in _reports(self.root).items()
         }
+        merged = json.loads((self.root / "merge" / "report.json").read_text(encoding="utf-8"))
+        figures["upcycled"]["references"] = merged["references"]
         (self.root / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         return [f"plots: {', '.join(f'{pair}/barrier.png' for pair in PAIRS)}; figures: summary.json"]
 

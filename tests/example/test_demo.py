@@ -18,6 +18,8 @@ from hf_moe_lmc.example.protocol import Training
 from tests.example.test_domains import ASYNCIO
 
 STAGES = 13
+# models that were hardly trained
+pytestmark = pytest.mark.filterwarnings("ignore:in layers .* the experts are further apart")
 
 
 @pytest.fixture
@@ -56,7 +58,8 @@ def test_the_demo_leaves_checkpoints_reports_plots_and_a_merge(
     assert shuffled["relative_distance_after_units"] < 0.3 * shuffled["relative_distance_before"]
     card = (output / "merge" / "README.md").read_text()
     assert "| prose |" in card and str(tmp_path) not in card
-    references = reports["upcycled"]["references"]
+    references = json.loads((output / "merge" / "report.json").read_text())["references"]
+    assert references == summary["upcycled"]["references"] and references["mean"]["ensemble"] is not None
     assert set(references["texts"]) == {"prose", "code"} and references["t"] == 0.5
     for model, words in (("a", "A"), ("aligned", "merge, aligned")):
         row = [f"{references['texts'][text][model]:.3f}" for text in ("prose", "code")] + [f"{references['mean'][model]:.3f}"]
