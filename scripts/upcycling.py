@@ -85,7 +85,8 @@ def quick_scale() -> Scale:
         seeds=(0, 1),
         dense=Recipe((6,), 4e-3, batch=4, warmup=2),
         upcycled=Recipe((4, 8), 4e-3, batch=4, warmup=2),
-        tokens=600,
+        tokens=300,
+        context=16,
         library=Path(asyncio.__file__).parent,
     )
 

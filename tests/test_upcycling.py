@@ -95,7 +95,7 @@ def test_an_upcycled_model_is_the_dense_one_but_for_its_experts(redrawn: float) 
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = upcycling.quick_scale()
     short = replace(scale.upcycled, kept=(4,))
-    monkeypatch.setattr(upcycling, "quick_scale", lambda: replace(scale, seeds=(0,), upcycled=short, tokens=400))
+    monkeypatch.setattr(upcycling, "quick_scale", lambda: replace(scale, seeds=(0,), upcycled=short))
     monkeypatch.setattr(models, "METHODS", {"drop": 0.5})
     monkeypatch.setattr(upcycling, "METHODS", {"drop": 0.5})
 
@@ -125,7 +125,7 @@ def test_pairs_are_trained_measured_and_told_and_a_second_call_continues(
     texts = {name: root / "evaluation" / f"{name}.jsonl" for name in ("prose", "code")}
     report = barrier(
         *(root / "models" / f"{setting}-{side}-4" for side in "ab"), tmp_path / "barrier",
-        text=texts, context=64, max_tokens=400, points=2, routing=False, device="cpu", ensemble=True,
+        text=texts, context=16, max_tokens=300, points=2, routing=False, device="cpu", ensemble=True,
     )  # fmt: skip
     for text, found in (*report.references.texts.items(), ("mean", report.references.mean)):
         for name in ("a", "b", "naive", "aligned", "ensemble"):
