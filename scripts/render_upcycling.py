@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from render_readme import read
+from render_readme import paragraph, read
 
 from hf_moe_lmc.runtime.tables import markdown_table
 
@@ -53,11 +53,11 @@ Figures are means over {seeds} seeds, each with a dense model of its own. What f
 
 
 def markdown() -> str:
-    return page(read("upcycling"))
+    return page(read("upcycling")) + protocol(read("repaired_protocol"))
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The whole page, from the content of scripts/upcycling.json."""
+    """What the page says of upcycled pairs, from the content of scripts/upcycling.json."""
     scale, machine, settings = record["scale"], record["machine"], record["settings"]
     words = PROTOCOL.format(
         dense=scale["dense"]["kept"][-1],
@@ -77,7 +77,8 @@ def worth(settings: Sequence[Mapping[str, Any]]) -> str:
 ## Is a merge worth having?
 
 The loss of each merge less that of the better parent, on the mean of the domains. A merge is worth having where that is below
-0. Of two models that learned the same, an average is seldom better than either. Of models of different domains, it is.
+0. Each repair is fitted on one half of the calibration text, and its lambda chosen on the other. `auto` is what
+`merge --repair auto` writes: the best of them where the second half shows that it is better, else the aligned merge.
 
 """
     names = merges_of(settings)
@@ -113,8 +114,8 @@ def barriers(settings: Sequence[Mapping[str, Any]]) -> str:
 
 The naive barrier is the loss of the naive merge less the mean of both parents. Percentages are shares of it. A share says
 nothing where the barrier is small or negative. The *joint order* leaves the least distance once units are matched.
-The *order of least loss* was looked for on held-out text, layer by layer, among all orders of four experts: what any method
-could reach by the order.
+The *order of least loss* was looked for on held-out text, layer by layer, among all orders of four experts. Where it leaves as
+much as the default, no method has a better order to find.
 
 """
     names = [name for name in ORDERS if any(name in setting["percent_of_naive"] for setting in settings)]
@@ -136,9 +137,11 @@ def causes(settings: Sequence[Mapping[str, Any]]) -> str:
 ## Why the order helps less after longer training
 
 Only some of the weights are averaged here, the others are A's. The figures are losses less that of A. Distances are relative
-to the norm of A's weights: of the experts as they are, in the chosen order, and of everything outside the MoE blocks.
+to the norm of A's weights. They are those of the experts as they are and in the chosen order, and of all that is outside the
+MoE blocks. What lies outside gains from being averaged: no symmetry stands between two models of one lineage there. In the MoE
+blocks, experts grow apart from their counterparts in the other model, too, and no order brings them back.
 
-"""
+""" + _growth(settings)
     rows = []
     for setting in settings:
         if setting["mix"] == "same":
@@ -154,6 +157,47 @@ to the norm of A's weights: of the experts as they are, in the chosen order, and
             )
     head = (*HEADER, *PARTS.values(), "experts apart", "in order", "the rest apart")
     return text + markdown_table(head, rows)
+
+
+def protocol(record: Mapping[str, Any]) -> str:
+    """What repairs leave of the naive gap on pairs of the paper's protocol, from scripts/repaired_protocol.json."""
+    about = record["protocol"]
+    text = f"""
+## Repairs where experts have nothing in common
+
+Pairs of the paper's protocol: one MoE block was reinitialised with other seeds and trained, everything else is shared. The
+models have {about["layers"]} layers of width {about["hidden_size"]}, and were measured on {about["tokens"]:,} held-out tokens.
+In the *lazy* setting the block began with weights so large that it hardly learned. The gap is the loss of a merge less the mean
+of both parents. Below 0 % a merge is better than that mean, which says nothing about the better parent.
+
+`{record["command"]}` wrote the figures.
+
+"""
+    settings = record["settings"]
+    names = list(settings[0]["percent_of_naive"])
+    rows = [
+        (
+            setting["setting"],
+            span(setting["naive_gap"], ".3f"),
+            *(span(setting["percent_of_naive"][name], ".0f", " %") for name in names),
+        )
+        for setting in settings
+    ]
+    return text + markdown_table(("block", "naive gap, nats", *names), rows)
+
+
+def _growth(settings: Sequence[Mapping[str, Any]]) -> str:
+    """In words, what the order takes away of the damage in the MoE blocks, after each number of steps."""
+    plain = [setting for setting in settings if (setting["method"], setting["mix"]) == ("upcycling", "same")]
+    most = max(setting["experts"] for setting in plain)
+    parts = []
+    for setting in plain:
+        if setting["experts"] == most:
+            losses = {name: setting["losses"][name]["mean"]["mean"] for name in ("a", *PARTS)}
+            damage = losses["blocks naive"] - losses["a"]
+            taken = losses["blocks naive"] - losses["blocks aligned"]
+            parts.append(f"{taken:.3f} of {damage:.3f} nats after {setting['steps']:,} steps")
+    return paragraph(f"With {most} experts, alignment takes away {', '.join(parts)}.") + "\n"
 
 
 HEADER = ("method", "trained on", "experts", "steps")

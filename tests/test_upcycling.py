@@ -139,6 +139,24 @@ def test_pairs_are_trained_measured_and_told_and_a_second_call_continues(
     assert json.loads((tmp_path / "found.json").read_text())["pairs"] == record["pairs"]
 
 
+def test_repairs_of_the_papers_protocol_are_measured_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repairs = script("repaired_protocol")
+    protocol = replace(repairs.quick_protocol(), settings=("qwen2_moe last",))
+    monkeypatch.setattr(repairs, "quick_protocol", lambda: protocol)
+    call = ["-o", str(tmp_path / "found.json"), "--models", str(tmp_path / "models"), "--quick", "--jobs", "1"]
+    repairs.main(call)
+    record = json.loads((tmp_path / "found.json").read_text())
+    (setting,), (pair,) = record["settings"], record["pairs"]
+    losses = pair["losses"]
+    parents = (losses["a"] + losses["b"]) / 2
+    assert setting["naive_gap"]["mean"] == pytest.approx(losses["naive"] - parents, abs=2e-5)
+    names = {"aligned", "norms", "crossover", "ridge", "crossover+ridge", "regmean", "auto", "ensemble", "widened"}
+    assert set(setting["percent_of_naive"]) == names
+    assert "| qwen2_moe last | " in script("render_upcycling").protocol(record)
+    monkeypatch.setattr(repairs, "train", None)  # no model is trained again
+    repairs.main(call)
+
+
 def test_shares_and_intervals() -> None:
     assert upcycling.with_interval([1.0, 3.0]) == {"mean": 2.0, "width": pytest.approx(12.706, abs=1e-3)}
     assert upcycling.with_interval([1.0]) == {"mean": 1.0, "width": None}
