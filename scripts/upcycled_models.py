@@ -18,6 +18,7 @@ from hf_moe_lmc.example.domains import library_domains
 from hf_moe_lmc.example.protocol import small_mixtral, token_stream, train_tokenizer
 from hf_moe_lmc.example.upcycling import dense_config, upcycle
 from hf_moe_lmc.runtime.progress import bar as progress_bar
+from hf_moe_lmc.runtime.progress import quiet_transformers
 
 METHODS = {"upcycling": 0.0, "drop": 0.5}  # share of the units that are drawn anew
 MIXES = {"same": ("mix", "mix"), "different": ("prose", "code")}  # what A and B are trained on
@@ -75,7 +76,8 @@ class Models:
     device: str
 
     def settings(self, experts: int) -> list[Setting]:
-        return [Setting(*parts) for parts in product(METHODS, MIXES, (experts,), self.scale.seeds)]
+        """All pairs of a seed before those of the next, so that a stopped call has all settings."""
+        return [Setting(*parts, experts, seed) for seed, *parts in product(self.scale.seeds, METHODS, MIXES)]
 
     def checkpoint(self, setting: Setting, side: str, steps: int) -> Path:
         return self.root / "models" / f"{setting.name}-{side}-{steps}"
@@ -156,7 +158,8 @@ class Models:
             for i, (setting, side) in enumerate(wanted):
                 folder = self.checkpoint(setting, side, steps)
                 template.load_state_dict(unstack(models, i))
-                template.save_pretrained(folder)
+                with quiet_transformers():
+                    template.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
 
         words = f"{len(wanted)} models of {experts} experts"

@@ -114,8 +114,9 @@ def run(models: Models, pool: ProcessPoolExecutor | None, check: Any) -> None:
                 time.sleep(0.1)
             keep(path, future.result())
     except BaseException:
-        for path, future in waiting:
-            if not future.cancel() and not path.exists() and future.done() and future.exception() is None:
+        running = [(path, future) for path, future in waiting if not future.cancel()]
+        for path, future in running:
+            if future.exception() is None and not path.exists():
                 keep(path, future.result())
         raise
 
