@@ -14,16 +14,18 @@ import os
 import platform
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .data import TEXT_NAMES, VISION_NAMES, parsed
 from .settings import FULL, FULL_GPU, QUICK, Run, Setting, all_settings, in_tables, ranks
 from .training import OutOfTime
 from .work import Place, Task, in_process, tasks
 
+T = TypeVar("T")
 RENDER = "python scripts/render_reproduction.py"
 
 
@@ -68,7 +70,7 @@ def carry_out(place: Place, jobs: int, output: Path, only: str = "") -> int:
     print(f"{len(plan)} tasks, {len(plan) - len(spent)} of them done before; {jobs} processes", flush=True)
     record = place.root / "seconds.json"
     known: dict[str, float] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with Here() if jobs == 1 else ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done, (task, seconds) in enumerate(finished(pool, place, plan, jobs), start=1):
             known[f"{task.kind} {task.name}"] = seconds
             record.write_text(json.dumps(known), encoding="utf-8")
@@ -103,7 +105,19 @@ def with_claims(settings: dict[str, Setting]) -> dict[str, Setting]:
     }
 
 
-def finished(pool: ProcessPoolExecutor, place: Place, plan: list[Task], jobs: int) -> Any:
+class Here(Executor):
+    """Does what is submitted at once, in this process."""
+
+    def submit(self, work: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        future = Future[T]()
+        try:
+            future.set_result(work(*arguments, **named))
+        except OutOfTime as stopped:
+            future.set_exception(stopped)
+        return future
+
+
+def finished(pool: Executor, place: Place, plan: list[Task], jobs: int) -> Iterator[tuple[Task, float]]:
     """Tasks with their seconds of CPU as they end; each begins when what it needs is there, none after the deadline."""
     waiting = [task for task in plan if not task.makes.exists()]
     running: dict[Future[float], Task] = {}

@@ -216,6 +216,19 @@ def in_order(order: tuple[int, ...], matches: list[list[UnitMatch]], like: Layer
     return like.with_bank(FIRST, bank)
 
 
+def without_blocks(pair: Pair, evaluate: Evaluator) -> float:
+    """A's loss where the blocks in which the two differ add nothing: what is above A's own loss is their worth."""
+    pair.module.load_state_dict({name: value.to(pair.device) for name, value in tensors(pair.a).items()})
+    handles = [
+        pair.module.get_submodule(f"model.layers.{layer}.mlp").register_forward_hook(lambda block, given, out: out * 0)
+        for layer in pair.trained
+    ]
+    loss, _ = evaluate()
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
 def measure_pair(pair: Pair, data: Images | Text, orders: bool, deadline: float) -> dict[str, Any]:
     """Every path between two models: naive, aligned by each method, and with the order skipped (Table 10).
 
@@ -234,7 +247,7 @@ def measure_pair(pair: Pair, data: Images | Text, orders: bool, deadline: float)
     ).summary()
     paths = {"naive": run({}), **{name: run(found) for name, found in elements.items()}, "order_skipped": run(skipped)}
     chosen = {name: {str(k): found[k].expert_order.tolist() for k in trained} for name, found in elements.items()}
-    result: dict[str, Any] = {"paths": paths, "chosen": chosen}
+    result: dict[str, Any] = {"paths": paths, "chosen": chosen, "without_blocks": without_blocks(pair, evaluator)}
     if orders:
         (layer,) = trained
         result["orders"] = {

@@ -108,10 +108,10 @@ QUICK = Run(
     text=("docs",),
     vision=("digits",),
     sizes={
-        "text": Size(64, 4, 256, 128, Recipe(400, 3e-3, 16), Recipe(200, 2e-3, 16)),
-        "vision": Size(48, 4, 192, 96, Recipe(300, 2e-3, 64), Recipe(150, 2e-3, 64)),
+        "text": Size(64, 4, 256, 128, Recipe(1200, 3e-3, 16), Recipe(300, 2e-3, 16)),
+        "vision": Size(48, 4, 192, 96, Recipe(900, 3e-3, 64), Recipe(300, 2e-3, 64)),
     },
-    deep=Size(32, 4, 128, 64, Recipe(300, 2e-3, 64), Recipe(150, 2e-3, 64)),
+    deep=Size(32, 4, 128, 64, Recipe(900, 3e-3, 64), Recipe(300, 2e-3, 64)),
     test_tokens=4096,
 )
 FULL = replace(
