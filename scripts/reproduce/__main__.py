@@ -12,16 +12,17 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .data import TEXT_NAMES, VISION_NAMES, parsed
-from .settings import FULL, FULL_GPU, QUICK, Run, Setting, all_settings, in_tables, ranks
+from .settings import FULL, FULL_GPU, QUICK, Setting, all_settings, in_tables, ranks
 from .training import OutOfTime
 from .work import Place, Task, in_process, tasks
 
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--vision", nargs="+", metavar="NAME[=FOLDER]", help=f"of {', '.join(VISION_NAMES)}")
     options.add_argument("--image-size", type=int, help="rows and columns to bring images to")
     options.add_argument("--only", help="settings whose name contains this")
+    options.add_argument("--prepare", action="store_true", help="data alone: DIR can then go where there is no network")
     return options
 
 
@@ -56,15 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.time()
     deadline = started + 60 * options.minutes if options.minutes else 1e18
     place = Place(options.output, run, options.device, {**text, **vision}, options.image_size, deadline)
-    return carry_out(place, options.jobs, options.json or options.output / "reproduction.json", options.only or "")
+    output = options.json or options.output / "reproduction.json"
+    return carry_out(place, options.jobs, output, options.only or "", prepare_only=options.prepare)
 
 
-def carry_out(place: Place, jobs: int, output: Path, only: str = "") -> int:
+def carry_out(place: Place, jobs: int, output: Path, only: str = "", *, prepare_only: bool = False) -> int:
     """Does what is missing, and writes the results. Returns 0 if everything is there, else 3."""
     check_run(place)
     settings = {name: setting for name, setting in all_settings(place.run).items() if only in name}
     ranked = {setting.name for setting in ranks(place.run)}
     plan = tasks(place, settings, with_claims(settings), ranked)
+    plan = [task for task in plan if task.kind == "prepare" or not prepare_only]
     started = time.time()
     spent = {task.name: 0.0 for task in plan if not task.makes.exists()}
     print(f"{len(plan)} tasks, {len(plan) - len(spent)} of them done before; {jobs} processes", flush=True)
@@ -76,7 +80,7 @@ def carry_out(place: Place, jobs: int, output: Path, only: str = "") -> int:
             record.write_text(json.dumps(known), encoding="utf-8")
             print(f"{time.time() - started:6.0f} s  {done}/{len(spent)}  {task.kind} {task.name}: {seconds:.1f} s", flush=True)
     found = results(place, settings, known, time.time() - started, jobs)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    output.write_text(compact(found), encoding="utf-8")
     missing = [task.name for task in plan if not task.makes.exists()]
     print(f"{output}: {len(found['cells'])} settings, {len(found['claims'])} sets of claims; render with: {RENDER}")
     if missing:
@@ -84,9 +88,23 @@ def carry_out(place: Place, jobs: int, output: Path, only: str = "") -> int:
     return 3 if missing else 0
 
 
+def compact(found: Any) -> str:
+    """JSON whose lists of numbers and shortest objects are on one line, numbers to six digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [rounded(one) for one in value]
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    text = json.dumps(rounded(found), indent=1)
+    return re.sub(r"([\[{])\s+([^\[\]{}]*?)\s+([\]}])", lambda m: m[1] + re.sub(r"\s*\n\s*", " ", m[2]) + m[3], text) + "\n"
+
+
 def check_run(place: Place) -> None:
     """What a folder holds is of one run; raises SystemExit where another one is asked for."""
-    facts = json.loads(json.dumps({**place.run.facts(), "device": place.device.partition(":")[0], "python": platform.python_version()}))
+    facts = json.loads(json.dumps({**place.run.facts(), "device": place.device.partition(":")[0]}))
     path = place.root / "run.json"
     place.root.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -136,9 +154,7 @@ def finished(pool: Executor, place: Place, plan: list[Task], jobs: int) -> Itera
                 continue
 
 
-def results(
-    place: Place, settings: dict[str, Setting], spent: dict[str, float], seconds: float, jobs: int
-) -> dict[str, Any]:
+def results(place: Place, settings: dict[str, Setting], spent: dict[str, float], seconds: float, jobs: int) -> dict[str, Any]:
     """Everything that is there."""
     import numpy
     import scipy
@@ -153,7 +169,7 @@ def results(
     cuda = place.device.startswith("cuda")
     tables = {table: [name for name in names if name in cells] for table, names in in_tables(place.run).items()}
     return {
-        "command": f"python -m scripts.reproduce --{place.run.name} -o DIR",
+        "command": command(place),
         "run": place.run.facts(),
         "machine": {
             "processor": _processor(), "cores": os.cpu_count(), "jobs": jobs,
@@ -171,6 +187,16 @@ def results(
         "cells": cells,
         "claims": {name.removeprefix("claims-"): _read(place.cell(name)) for name in claims},
     }  # fmt: skip
+
+
+def command(place: Place) -> str:
+    """What makes these results again."""
+    usual = {"quick": QUICK, "full": FULL}[place.run.name]
+    own = {"text": usual.text, "vision": usual.vision}
+    changed = [f"--{key} {' '.join(getattr(place.run, key))}" for key, value in own.items() if getattr(place.run, key) != value]
+    changed += [f"--seeds {len(place.run.seeds)}"] if place.run.seeds != usual.seeds else []
+    changed += [f"--device {place.device}"] if place.device != "cpu" else []
+    return " ".join([f"python -m scripts.reproduce --{place.run.name}", *changed, "-o DIR"])
 
 
 def _read(path: Path) -> dict[str, Any]:

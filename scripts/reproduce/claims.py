@@ -55,9 +55,7 @@ def translated(layer: MoELayer, generator: torch.Generator, rows: slice = slice(
         out[rows] += by
         return out
 
-    return Changed(
-        layer, {"router": lambda values: moved(values, vector), "router_bias": lambda values: moved(values, number)}
-    )
+    return Changed(layer, {"router": lambda values: moved(values, vector), "router_bias": lambda values: moved(values, number)})
 
 
 def permuted(layer: MoELayer, generator: torch.Generator, *, rows: bool = True) -> LayerSource:
@@ -101,7 +99,7 @@ def scaled_units(layer: MoELayer, generator: torch.Generator) -> LayerSource:
 
 
 def scores_scaled(layer: MoELayer, generator: torch.Generator, factor: float = FACTOR) -> LayerSource:
-    """All scores of the gate times one factor: a symmetry where a token goes to one expert alone, and the factor is positive."""
+    """All scores of the gate times one factor: a symmetry where a token goes to one expert, if the factor is positive."""
     times = {role: (lambda values: values * factor) for role in ("router", "router_bias")}
     return Changed(layer, times)
 

@@ -123,9 +123,7 @@ def _digits() -> Images:
     return _images("digits", (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:]), {"source": "scikit-learn"})
 
 
-def _hub_images(
-    known: HubImages, split: str, folder: str | None, size: int | None, most: int | None
-) -> tuple[Tensor, Tensor]:
+def _hub_images(known: HubImages, split: str, folder: str | None, size: int | None, most: int | None) -> tuple[Tensor, Tensor]:
     from datasets import load_dataset
 
     with quiet_datasets():
@@ -134,7 +132,9 @@ def _hub_images(
         else:
             rows = load_dataset(folder or known.path, known.config, split=split)
     if missing := {known.image, known.label} - set(rows.column_names):
-        raise SystemExit(f"{folder or known.path}: no column {', '.join(sorted(missing))}; found {', '.join(rows.column_names)}")
+        raise SystemExit(
+            f"{folder or known.path}: no column {', '.join(sorted(missing))}; found {', '.join(rows.column_names)}"
+        )
     rows = rows.select(range(min(len(rows), most or len(rows))))
     grey = known.path == "ylecun/mnist"
     pictures, labels = [], []
@@ -171,7 +171,9 @@ def _images(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
     )  # fmt: skip
 
 
-def load_text(name: str, *, folder: str | None = None, window: int = 64, test_tokens: int = 8192, most: int = 4_000_000) -> Text:
+def load_text(
+    name: str, *, folder: str | None = None, window: int = 64, test_tokens: int = 8192, most: int = 4_000_000
+) -> Text:
     """The tokens of a text, by a byte-level BPE tokenizer that is trained on the training part.
 
     Args:

@@ -238,9 +238,7 @@ def measure_pair(pair: Pair, data: Images | Text, orders: bool, deadline: float)
     trained = pair.trained
     elements = {name: aligned(pair, method) for name, method in METHODS.items()}
     matches = {layer: unit_matches(pair, layer) for layer in trained}
-    skipped = {
-        layer: in_order(tuple(range(len(matches[layer]))), matches[layer], elements["gate"][layer]) for layer in trained
-    }
+    skipped = {layer: in_order(tuple(range(len(matches[layer]))), matches[layer], elements["gate"][layer]) for layer in trained}
     evaluator = Evaluator(pair.module, data, pair.device, first_of(pair.differing))
     run: Callable[[Mapping[int, LayerSymmetry]], dict[str, Any]] = lambda found: curve(  # noqa: E731
         pair, moved(pair.b, found), data, evaluator, deadline

@@ -73,7 +73,7 @@ def barriers(results: Results) -> str:
         )
         for cell in results.cells("places")
     ]
-    heads = ("data", "gating", "MoE", "naive", *ALIGNED.values(), "left", "of the blocks' worth")
+    heads = ("data", "gating", "MoE", "naive", *ALIGNED.values(), "left", "of the worth")
     return markdown_table(heads, rows)
 
 
@@ -86,7 +86,8 @@ def areas(results: Results) -> str:
             for path in ("naive", "default"):
                 row.append(spread([scale * value for value in values(cell, path, figure)], digits))
         rows.append(row)
-    heads = ("data", "gating", "MoE", *(f"{what}, {path}" for what in ("loss area", "accuracy barrier", "accuracy area") for path in ("naive", "aligned")))  # fmt: skip
+    figures = ("loss area", "accuracy barrier", "accuracy area")
+    heads = ("data", "gating", "MoE", *(f"{what}, {path}" for what in figures for path in ("naive", "aligned")))
     return markdown_table(heads, rows)
 
 
@@ -103,7 +104,7 @@ def ranks_of(cell: Cell, method: str) -> list[tuple[int, float, float, float]]:
 
 
 def table_2(results: Results) -> str:
-    """Table 2, with the absolute barriers that L cannot show, and the paper's rank and L of CIFAR-10 and CIFAR-100 beside it."""
+    """Table 2, with the absolute barriers that L cannot show; the paper's rank and L of CIFAR-10 and CIFAR-100 beside it."""
     rows = []
     for cell in results.cells("ranks"):
         layer = cell["moe"][0] + 1
@@ -138,7 +139,10 @@ def depths(results: Results) -> str:
         )
         for cell in results.cells("depths")
     ]
-    heads = ("data", "gating", "layers", "MoE in layer", "naive", "aligned", "left: loss barrier", "loss area", "accuracy barrier", "accuracy area")  # fmt: skip
+    heads = (
+        "data", "gating", "layers", "MoE in layer", "naive", "aligned", "left: loss barrier", "loss area", "accuracy barrier",
+        "accuracy area",
+    )  # fmt: skip
     return markdown_table(heads, rows)
 
 
@@ -165,7 +169,9 @@ def best(cell: Cell) -> float:
 
 def sweep(results: Results) -> str:
     """The number of experts."""
-    return _plain(results.cells("sweep"), ("data", "gating", "experts"), lambda cell: (cell["data"], model(cell), str(cell["experts"])))
+    return _plain(
+        results.cells("sweep"), ("data", "gating", "experts"), lambda cell: (cell["data"], model(cell), str(cell["experts"]))
+    )
 
 
 def classes(results: Results) -> str:
@@ -186,10 +192,10 @@ def _plain(cells: Iterable[Cell], heads: tuple[str, ...], words: Callable[[Cell]
 
 
 def claims(results: Results) -> str:
-    """What each change of the weights does to the loss, over all models: the largest change of a claim, the range of a control."""
+    """What each change of the weights does to the loss: the least and the largest change over all models."""
     found = list(results.found["claims"].values())
     rows = []
-    for kind, router, words in (("claims", None, "stays"), ("controls", None, "changes")):
+    for kind, words in (("claims", "stays"), ("controls", "changes")):
         names = dict.fromkeys(name for one in found for name in one[kind])
         for name in names:
             changes = [abs(one[kind][name]) for one in found if name in one[kind]]
@@ -199,7 +205,8 @@ def claims(results: Results) -> str:
             rows.append((name, words, where, str(len(changes)), _change(min(changes)), _change(max(changes))))
     for name, expected in _top_1(found):
         changes = [abs(value) for one in found for key, value in one.get("top_1", {}).items() if key == name]
-        rows.append((f"top-1 gate: {name}", expected, "paper's models", str(len(changes)), _change(min(changes)), _change(max(changes))))  # fmt: skip
+        reach = _change(min(changes)), _change(max(changes))
+        rows.append((f"top-1 gate: {name}", expected, "paper's models", str(len(changes)), *reach))
     return markdown_table(("change of every MoE layer", "the loss", "of", "models", "least change, nats", "largest"), rows)
 
 

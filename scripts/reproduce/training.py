@@ -1,4 +1,4 @@
-"""The paper's protocol (Sec. 6.2): a base is trained; MoE blocks are put in, differently initialised; they alone are trained."""
+"""The paper's protocol (Sec. 6.2): a base is trained, MoE blocks are put in and drawn anew, and they alone are trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 from hf_moe_lmc.runtime.progress import quiet_transformers
 
 from .data import Images, Text, batches
-from .models import PaperGPTConfig, PaperGPT, PaperModel, PaperViT, PaperViTConfig, gated
+from .models import PaperGPT, PaperGPTConfig, PaperModel, PaperViT, PaperViTConfig, gated
 from .settings import INIT_STD, Recipe, Setting, Size
 
 GRADIENT_CLIP = 1.0

@@ -128,9 +128,7 @@ def _block(place: Place, task: Task) -> None:
     assert task.setting
     data, size = restore(place.data(task.setting.data)), place.run.size_of(task.setting)
     model = with_fresh_blocks(load(place.model(task.setting.base)), task.setting, size, data, task.seed)
-    loss = train(
-        model, data, size.block, seed=task.seed, layers=task.setting.moe, device=place.device, deadline=place.deadline
-    )
+    loss = train(model, data, size.block, seed=task.seed, layers=task.setting.moe, device=place.device, deadline=place.deadline)
     _keep(model, task, loss)
 
 
@@ -181,7 +179,8 @@ def _claims(place: Place, task: Task) -> None:
         found = measure_claims(pair, data)
     own = task.setting
     _write(
-        task.makes, {"data": own.data, "kind": own.kind, "gating": own.gating, "moe": list(own.moe), "place": own.place, **found}
+        task.makes,
+        {"data": own.data, "kind": own.kind, "gating": own.gating, "moe": list(own.moe), "place": own.place, **found},
     )
 
 

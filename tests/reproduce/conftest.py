@@ -18,7 +18,7 @@ from tests.scripts import script
 @pytest.fixture(scope="session")
 def reproduce() -> Iterator[dict[str, ModuleType]]:
     """The modules of scripts/reproduce by name."""
-    names = ("models", "data", "settings", "training", "paths", "claims", "work", "tables", "__main__")
+    names = ("models", "data", "settings", "training", "paths", "claims", "work", "tables", "drawing", "__main__")
     found = {name: script(f"reproduce.{name}") for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(found["training"], "INIT_STD", 0.3)  # so that blocks which were hardly trained matter
