@@ -33,8 +33,8 @@ all layers. They are drawn anew for each seed and trained alone; everything else
 biases under an affine gate, four of them unless a table says otherwise. Each pair of seeds is aligned and interpolated at 25
 points.
 
-- The *barrier* is that of Eq. 1: the most by which the loss is above the straight line between the ends, in nats per token or
-  image. Of the accuracy it is the most by which it is below. The *area* is that of the same difference.
+- The *barrier* is that of Eq. 1: the most by which the loss is above the straight line between the ends. Losses are in nats
+  per token or image. For the accuracy it is the most by which it is below. The *area* is that of the same difference.
 - *Gate order* and *Gram order* are the paper's two methods. *By default* the package takes the better of both, and lets hidden
   units be scaled, or change their signs where experts are gated. *Aligned* means by default.
 - *Left* is the aligned value as a share of the naive one.
@@ -66,8 +66,9 @@ With the area, and the accuracy in percentage points:
 TABLE_2 = """
 ## Table 2: the rank of the chosen order
 
-L is the barrier of the chosen order above that of the best of all 24, as a share of the naive one above the same. An absolute
-barrier cannot be seen in it, so that stands beside it. The paper's numbers are its means, of larger models.
+L is a share. Its numerator is the barrier of the chosen order minus that of the best of all 24. Its denominator is the naive
+barrier minus the same. L cannot show an absolute barrier, so that stands beside it. The paper's numbers are its means, of
+larger models.
 
 """
 DEPTHS = """

@@ -14,18 +14,29 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.matching.options import WeightMatching
+from hf_moe_lmc.moe.action import ActedLayer
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 
 from .data import Images, Text
-from .models import MoE
+from .models import MoE, PaperModel
 from .paths import Evaluator, Pair, State, aligned, curve, tensors
 
 SHIFT = 1.0  # standard deviation of a translation of router rows, in units of the deviation of the router's weights
 FACTOR = 3.0  # of the scores of a gate
 Source = Callable[[MoELayer, torch.Generator], LayerSource]
+
+
+@dataclass(frozen=True)
+class InDouble:
+    """A block in float64, so that rounding does not hide what a change does, or turn a choice between two experts."""
+
+    source: LayerSource
+
+    def stored(self, role: str, expert: int | None = None) -> Tensor:
+        return self.source.stored(role, expert).double()
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def units_permuted(layer: MoELayer, generator: torch.Generator, *, whole: bool =
         shared = torch.rand(layer.shared.unit_count, generator=generator).argsort()
         element = replace(element, shared=UnitSymmetry(shared, torch.ones(len(shared))))
     acted = _acted(layer, element)
-    return acted if whole else _Split(acted, layer)
+    return acted if whole else _Split(acted, InDouble(layer))
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,11 @@ def scaled_units(layer: MoELayer, generator: torch.Generator) -> LayerSource:
 def scores_scaled(layer: MoELayer, generator: torch.Generator, factor: float = FACTOR) -> LayerSource:
     """All scores of the gate times one factor: a symmetry where a token goes to one expert, if the factor is positive."""
     times = {role: (lambda values: values * factor) for role in ("router", "router_bias")}
-    return Changed(layer, times)
+    return Changed(InDouble(layer), times)
 
 
 def _acted(layer: MoELayer, element: Any) -> LayerSource:
-    from hf_moe_lmc.moe.action import ActedLayer
-
-    return ActedLayer(layer, element, layer.units)
+    return ActedLayer(InDouble(layer), element, layer.units)
 
 
 CLAIMS: dict[str, Source] = {
@@ -124,8 +133,14 @@ TRANSLATION = "all router rows translated"
 
 
 def measure_claims(pair: Pair, data: Images | Text) -> dict[str, Any]:
-    """The change of A's loss under each claim and each control, nats; and of the barrier under a translation (Prop. D.1)."""
+    """The change of A's loss under each claim and each control, nats; and of the barrier under a translation (Prop. D.1).
+
+    The module computes in float64 afterwards.
+    """
     layers = pair.a.layers
+    if not isinstance(pair.module, PaperModel):
+        pair.module.set_experts_implementation("eager")  # the faster ones have no float64
+    pair.module.double()
     softmax = all(layer.router == "softmax" for layer in layers.values())
     claims = {**({TRANSLATION: translated} if softmax else {}), **CLAIMS}
     controls = {**({} if softmax else {TRANSLATION: translated}), **CONTROLS}

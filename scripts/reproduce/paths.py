@@ -114,7 +114,8 @@ class Evaluator:
         self.targets = [part.to(device) for part in (data.test if isinstance(data, Text) else data.test_labels).split(size)]
         self.is_text = isinstance(data, Text)
         with torch.no_grad():
-            self.inputs = [self._before(part.to(device)) for part in data.test.split(size)]
+            inputs = data.test if self.is_text else data.test.to(next(module.parameters()).dtype)
+            self.inputs = [self._before(part.to(device)) for part in inputs.split(size)]
 
     def _before(self, inputs: Tensor) -> Tensor:
         if not isinstance(self.module, PaperModel):
@@ -135,7 +136,7 @@ class Evaluator:
         for logits, targets in zip(self.logits(), self.targets, strict=True):
             if self.is_text:
                 logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-            loss += float(F.cross_entropy(logits.float(), targets, reduction="none").double().sum())
+            loss += float(F.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64))
             right += int((logits.argmax(dim=-1) == targets).sum())
             count += len(targets)
         return loss / count, right / count
@@ -171,17 +172,17 @@ def barrier_and_area(values: list[float], sign: int) -> tuple[float, float]:
 
 def curve(pair: Pair, b: State, data: Images | Text, evaluator: Evaluator | None = None, deadline: float = 1e18) -> Curve:
     """The path from A to the weights `b`."""
-    a = {name: value.to(pair.device) for name, value in tensors(pair.a).items()}
-    changed = [name for name, value in a.items() if not torch.equal(value, b[name].to(pair.device))]
-    pair.module.load_state_dict(a)
+    dtype = next(pair.module.parameters()).dtype
+    at_a, at_b = ({name: value.to(pair.device, dtype) for name, value in state.items()} for state in (tensors(pair.a), b))
+    changed = [name for name, value in at_a.items() if not torch.equal(value, at_b[name])]
+    pair.module.load_state_dict(at_a)
     places = pair.module.state_dict()  # the memory of the module itself
-    moving = {name: (places[name], a[name], b[name].to(pair.device, a[name].dtype)) for name in changed}
     evaluate = evaluator or Evaluator(pair.module, data, pair.device, first_of(changed))
     found = []
     for t in GRID:
         check(deadline)
-        for out, at_a, at_b in moving.values():
-            interpolate_into(out, at_a, at_b, t)
+        for name in changed:
+            interpolate_into(places[name], at_a[name], at_b[name], t)
         found.append(evaluate())
     return Curve([loss for loss, _ in found], [accuracy for _, accuracy in found])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from hf_moe_lmc.runtime.tables import markdown_table
+from hf_moe_lmc.runtime import tables as text_tables
 
 from .paper import TABLE_2
 
@@ -20,6 +20,11 @@ KINDS = {
     "qwen2_moe": "Qwen2-MoE, 2 of 8 and shared",
     "deepseek_v3": "DeepSeek-V3, 2 of 8 and shared, sigmoid",
 }
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; where a run left no row for it, a sentence that says so."""
+    return text_tables.markdown_table(heads, rows) if rows else "This run measured nothing of it.\n"
 
 
 @dataclass(frozen=True)

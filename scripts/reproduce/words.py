@@ -43,6 +43,8 @@ def ran(results: Results) -> str:
 def short(results: Results) -> Iterator[str]:
     """The result in brief."""
     cells = results.cells("places")
+    if not cells:
+        return
     lower = sum(average(cell, "default") < average(cell, "naive") for cell in cells)
     shares = [left(cell) for cell in to_align(cells)]
     yield f"Alignment lowers the barrier in {lower} of {len(cells)} settings of data, gating and place." + (

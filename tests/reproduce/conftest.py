@@ -28,13 +28,16 @@ def reproduce() -> Iterator[dict[str, ModuleType]]:
 def tiny_text(data: ModuleType) -> Any:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(64, (3000,), generator=generator)
-    return data.Text(rows, torch.randint(64, (8, 32), generator=generator), 64, {}, {"name": "docs"})
+    facts = {"source": "random tokens", "train_tokens": 3000, "test_tokens": 256}
+    test = torch.randint(64, (8, 32), generator=generator)
+    return data.Text(rows, test, 64, {**data.proof_of_no_overlap(rows, test.flatten()), "training_tokens_cut_out": 0}, facts)
 
 
 def tiny_images(data: ModuleType) -> Any:
     generator = torch.Generator().manual_seed(0)
     pixels, labels = torch.randn(60, 1, 8, 8, generator=generator), torch.arange(60) % 10
-    return data.Images(pixels[:40], labels[:40], pixels[40:], labels[40:], 10, {"name": "digits"})
+    facts = {"source": "noise", "train_images": 40, "test_images": 20, "training_images_left_out_because_tested": 0}
+    return data.Images(pixels[:40], labels[:40], pixels[40:], labels[40:], 10, facts)
 
 
 @pytest.fixture(scope="session")
