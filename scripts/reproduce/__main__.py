@@ -79,7 +79,7 @@ def carry_out(place: Place, jobs: int, output: Path, only: str = "", *, prepare_
             known[f"{task.kind} {task.name}"] = seconds
             record.write_text(json.dumps(known), encoding="utf-8")
             print(f"{time.time() - started:6.0f} s  {done}/{len(spent)}  {task.kind} {task.name}: {seconds:.1f} s", flush=True)
-    found = results(place, settings, known, time.time() - started, jobs)
+    found = results(place, all_settings(place.run), known, time.time() - started, jobs)
     output.write_text(compact(found), encoding="utf-8")
     missing = [task.name for task in plan if not task.makes.exists()]
     print(f"{output}: {len(found['cells'])} settings, {len(found['claims'])} sets of claims; render with: {RENDER}")

@@ -39,7 +39,7 @@ from hf_moe_lmc.writing.streams import ModelStream, whole
 from .data import Images, Text
 from .models import PaperModel
 from .settings import POINTS
-from .training import check
+from .training import check, on
 
 GRID = [i / (POINTS - 1) for i in range(POINTS)]
 METHODS = {  # the paper's two, with plain hidden units, and the package's default
@@ -75,7 +75,7 @@ class Pair:
 def opened(folder_a: Path, folder_b: Path, device: str) -> Iterator[Pair]:
     """Two trained models of one setting."""
     with Checkpoint.open(folder_a) as of_a, Checkpoint.open(folder_b) as of_b:
-        yield Pair(read_model(of_a), read_model(of_b), load(folder_a).to(device), device)
+        yield Pair(read_model(of_a), read_model(of_b), on(load(folder_a), device), device)
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -34,6 +34,12 @@ class OutOfTime(Exception):
     """The time that was given is over; what is finished is on disk."""
 
 
+def on(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model, moved there."""
+    nn.Module.to(model, device)
+    return model
+
+
 def check(deadline: float) -> None:
     """Raises OutOfTime after `deadline`, seconds of time.time()."""
     if time.time() > deadline:
@@ -146,7 +152,7 @@ def train(
     Raises:
         OutOfTime: after `deadline`.
     """
-    model.to(device).train()
+    on(model, device).train()
     model.requires_grad_(layers is None)
     for block in blocks(model, layers or ()):
         block.requires_grad_(True)
@@ -172,7 +178,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         progress(step)
-    model.eval().to("cpu")
+    on(model, "cpu").eval()
     return float(torch.stack(losses[-20:]).mean())
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .data import TEXT_NAMES, load_images, load_text, restore, save
 from .settings import Run, Setting
-from .training import base_model, save_model, train, with_fresh_blocks
+from .training import base_model, on, save_model, train, with_fresh_blocks
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _measured(place: Place, task: Task, orders: bool) -> None:
     for one, other in combinations(place.run.seeds, 2):
         with opened(_model(place, task.setting, one), _model(place, task.setting, other), place.device) as pair:
             pairs.append({"seeds": [one, other], **measure_pair(pair, data, orders, place.deadline)})
-    base = load(place.model(task.setting.base)).to(place.device)
+    base = on(load(place.model(task.setting.base)), place.device)
     loss, accuracy = Evaluator(base, data, place.device)()
     own = task.setting
     _write(
