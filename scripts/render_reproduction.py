@@ -74,7 +74,7 @@ larger models.
 DEPTHS = """
 ## Tables 3 and 11 to 13: the number of layers
 
-The paper finds low ratios at every position of models with 2, 4 and 6 layers. Ours:
+The paper reports these ratios at every position of models with 2, 4 and 6 layers, and finds connectivity at each. Ours:
 
 """
 TABLE_10 = """

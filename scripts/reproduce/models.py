@@ -9,7 +9,7 @@ The package reads them by FAMILY: a family is data, and these models are no case
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,6 @@ class PaperModel(PreTrainedModel):
     model: Trunk
     head: nn.Linear
     base_model_prefix = "model"
-    _no_split_modules: ClassVar[set[str] | list[str] | None] = ["Layer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with the standard deviation 0.02; biases 0, norms 1."""

@@ -184,7 +184,8 @@ def classes(run: Run) -> Iterator[Setting]:
                 yield Setting(data, kind, kind, experts, 3, at(place, 3))
 
 
-TABLES = {"places": places, "sweep": sweep, "ranks": ranks, "depths": depths, "classes": classes}
+# In the order of the work: what takes longest comes first.
+TABLES = {"ranks": ranks, "places": places, "classes": classes, "sweep": sweep, "depths": depths}
 
 
 def all_settings(run: Run) -> dict[str, Setting]:

@@ -73,10 +73,9 @@ def tasks(place: Place, settings: Mapping[str, Setting], claims: Mapping[str, Se
         add("base", setting.base, place.model(setting.base), data, setting=setting)
     for setting in settings.values():
         data, base = place.data(setting.data), place.model(setting.base)
-        for seed in place.run.seeds:
-            add("block", f"{setting.name}-s{seed}", _model(place, setting, seed), data, base, setting=setting, seed=seed)
-    for setting in settings.values():
         models = [_model(place, setting, seed) for seed in place.run.seeds]
+        for seed, makes in zip(place.run.seeds, models, strict=True):
+            add("block", f"{setting.name}-s{seed}", makes, data, base, setting=setting, seed=seed)
         kind = "ranked" if setting.name in ranked else "paths"
         add(kind, setting.name, place.cell(setting.name), *models, setting=setting)
     for setting in claims.values():
