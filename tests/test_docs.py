@@ -257,6 +257,7 @@ def test_an_example_in_a_docstring_that_is_wrong_is_seen() -> None:
         ("render_command_line", "docs/command_line.md"),
         ("render_costs", "docs/costs.md"),
         ("render_upcycling", "docs/upcycling.md"),
+        ("render_reproduction", "docs/reproduction.md"),
     ],
 )
 def test_a_generated_page_is_what_its_script_writes(name: str, page: str) -> None:
