@@ -65,7 +65,7 @@ def make(folder: Path, moved: bool) -> Path:
     """A checkpoint of the true size, of which nothing but the routers takes room."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     outside: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (129280, HIDDEN), "model.norm.weight": (HIDDEN,), "lm_head.weight": (129280, HIDDEN)
     }  # fmt: skip
@@ -73,7 +73,8 @@ def make(folder: Path, moved: bool) -> Path:
         tensors = outside if layer < 0 else shapes(layer)
         name = f"model-{layer + 2:05}-of-{LAYERS + 1:05}.safetensors"
         weight_map |= dict.fromkeys(tensors, name)
-        entries, at = {}, 0
+        entries: dict[str, Any] = {}
+        at = 0
         for tensor, shape in tensors.items():
             size = 2 * torch.Size(shape).numel()
             entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
@@ -84,7 +85,7 @@ def make(folder: Path, moved: bool) -> Path:
             start = file.tell()
             file.truncate(start + at)
             if layer >= DENSE:
-                place = entries[f"model.layers.{layer}.mlp.gate.weight"]["data_offsets"][0]  # type: ignore[index]
+                place = entries[f"model.layers.{layer}.mlp.gate.weight"]["data_offsets"][0]
                 file.seek(start + place)
                 file.write(_routers(layer, moved).view(torch.uint8).numpy().tobytes())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_moe_lmc as lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
+from hf_moe_lmc.lineage.outside import OutsideSample
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.runtime.documents import as_json
 from tests import tiny
-from tests.schemas import COMPARISON, check
+from tests.schemas import COMPARISON, check, declared, seen
 
 IN_PLACE = "B is a fine-tune of the same model as A, experts in place: merge without alignment"
 UNRELATED = "outside the MoE blocks A and B are unrelated, in the MoE blocks too: a merge makes no sense"
@@ -135,6 +138,25 @@ def test_of_several_models_the_closest_come_first(relatives: dict[str, Path], sa
     assert len(distances) == 6 and distances == sorted(distances) and [one.related for one in found.closest[:3]] == [3, 3, 3]
     assert "closest by their routers" in found.table()
     check(found.to_dict(), COMPARISON)
+
+
+def test_the_key_paths_of_comparisons_are_those_of_the_schema(
+    relatives: dict[str, Path], saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    dense = tiny.save(LlamaForCausalLM(LlamaConfig(**tiny.COMMON)), tmp_path / "dense", "per-expert")
+    found = lmc.compare(saved("mixtral"), relatives["tuned"], saved("mixtral", "per-expert", 1), saved("deepseek_v3"), dense)
+    away = replace(found, models=(replace(found.models[0], commit="0" * 40), *found.models[1:]))
+    warned = replace(found.pairs[0].verbs[0], warnings=("said by the verb",))
+    unknown = replace(found.pairs[0], outside=OutsideSample({}), verbs=(warned,))
+    unlike = replace(found.pairs[0].layers[0], cosine=None, margin=None, least_margin=None, log10_chance=None)
+    told = replace(found.pairs[0], layers=(replace(unlike, expert_cosine=None, moved=None), *found.pairs[0].layers))
+    paths = set()
+    for one in (found, away, replace(found, pairs=(unknown, told))):
+        document = json.loads(as_json(one.to_dict()))
+        check(document, COMPARISON)
+        paths |= seen(document, COMPARISON)
+    assert paths == declared(COMPARISON), (paths - declared(COMPARISON), declared(COMPARISON) - paths)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
