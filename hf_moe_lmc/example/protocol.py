@@ -28,6 +28,7 @@ AUXILIARY_LOSS_WEIGHT = 0.02
 GRADIENT_CLIP = 1.0
 HELD_OUT_EVERY = 10  # every tenth file is kept for evaluation
 VOCABULARY = 1024
+EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}  # what counts them in a configuration
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _routed_losses(model: PreTrainedModel, batch: torch.Tensor, layers: Sequence
     output = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
     balance = load_balancing_loss_func(
         tuple(output.router_logits[layer] for layer in layers),
-        model.config.num_local_experts,
+        getattr(model.config, EXPERTS[model.config.model_type]),
         model.config.num_experts_per_tok,
     )
     return output.loss - model.config.router_aux_loss_coef * output.aux_loss, torch.as_tensor(balance)
