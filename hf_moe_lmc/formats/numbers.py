@@ -71,8 +71,15 @@ def _pairs(values: Tensor) -> Tensor:
 
 def to_float8(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values rounded to the nearest FP8 number, ties to even; larger ones become the largest. NaN stays NaN."""
-    largest = torch.finfo(dtype).max
-    return values.clamp(-largest, largest).to(dtype)
+    out = torch.empty(values.shape, dtype=dtype)
+    round_to_float8(values.clone(), out)
+    return out
+
+
+def round_to_float8(values: Tensor, out: Tensor) -> None:
+    """As `to_float8`, into `out`; what was in `values` is lost."""
+    largest = torch.finfo(out.dtype).max
+    out.copy_(values.clamp_(-largest, largest))
 
 
 def to_float4(values: Tensor) -> Tensor:
@@ -96,9 +103,14 @@ def to_float4(values: Tensor) -> Tensor:
 
 def from_exponents(codes: Tensor) -> Tensor:
     """Powers of 2 that E8M0 codes (uint8, or float8_e8m0fnu) stand for, float32; code 255 is NaN."""
-    exponents = codes.view(torch.uint8).to(torch.int32)
-    powers = torch.ldexp(torch.ones(exponents.shape), exponents - EXPONENT_BIAS)
-    return powers.masked_fill(exponents == 255, float("nan"))
+    index = codes.contiguous().view(torch.uint8).view(-1).to(torch.int32)
+    return _powers().index_select(0, index).view(codes.shape)
+
+
+@cache
+def _powers() -> Tensor:
+    exponents = torch.arange(256, dtype=torch.int32) - EXPONENT_BIAS
+    return torch.ldexp(torch.ones(256), exponents).masked_fill(exponents == 255 - EXPONENT_BIAS, float("nan"))
 
 
 def to_exponents(powers: Tensor) -> Tensor:

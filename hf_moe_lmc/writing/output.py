@@ -29,6 +29,7 @@ from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.formats.templates import quantization_file
+from hf_moe_lmc.runtime.memory import cast
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar, size_of
 from hf_moe_lmc.writing.results import ResultFolder, sync
@@ -146,7 +147,7 @@ class FolderWriter:
 
         def write(files: Mapping[int, ShardFile], span: Span) -> None:
             for file, row in zip(files.values(), span.compute(list(files)), strict=True):
-                values = row.to(span.dtype)
+                values = cast(row, span.dtype)
                 if not self._allow_nonfinite and not is_finite(values):
                     raise self._not_finite(file, span, values)
                 file.write(span, values)
