@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.runtime.memory import like, reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
+from hf_moe_lmc.writing.rounding import RoundingErrors
 from hf_moe_lmc.writing.spans import Copied, Interpolated, Span, TensorSource
 
 
@@ -34,6 +35,7 @@ class ModelStream:
     model: MoEModel
     layers: Mapping[int, LayerSource | LayerLine]
     outside: TensorSource
+    tallies: ClassVar[tuple[RoundingErrors, ...]] = ()  # nothing is quantized
 
     @property
     def template(self) -> Checkpoint:
