@@ -59,7 +59,7 @@ class Float8:
         values = reused(codes.shape, torch.float32)
         for number, start, end in tiles(len(codes), columns, block[0], first):
             factor = factors[start:end] if block[0] == 1 else factors[number]
-            torch.mul(from_float8(codes[start:end]), factor, out=values[start:end])
+            from_float8(codes[start:end], values[start:end]).mul_(factor)
         return values
 
     def encode(self, values: Tensor, dtypes: Mapping[str, torch.dtype], largest: Tensor | None) -> dict[str, Tensor]:
