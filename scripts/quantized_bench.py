@@ -135,14 +135,14 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def race(work: Path, layers: int, repeats: int) -> dict[str, Any]:
-    made = {}
-    for kind in ("fp8", "plain"):
-        for seed in (0, 1):
-            made[kind, seed] = work / f"{kind}-{seed}"
-            merge_bench.apart(make_one, made[kind, seed], layers, seed, kind == "fp8")
-    ends = {kind: (made[kind, 0], made[kind, 1]) for kind in ("fp8", "plain")}
+def race(work: Path, layers: int, repeats: int, *, plain: bool) -> dict[str, Any]:
+    ends = {kind: (work / f"{kind}-0", work / f"{kind}-1") for kind in (("fp8", "plain") if plain else ("fp8",))}
+    for kind, pair in ends.items():
+        for seed, folder in enumerate(pair):
+            if not folder.exists():
+                merge_bench.apart(make_one, folder, layers, seed, kind == "fp8")
     sizes = {kind: size(a) for kind, (a, _) in ends.items()}
+    of_plain = sum(2 * shape[0] * (shape[1] if shape[1:] else 1) for shape in shapes(layers)[1].values())
 
     def ours(kind: str, *options: str) -> Callable[[Path], dict[str, float]]:
         a, b = map(str, ends[kind])
@@ -151,17 +151,18 @@ def race(work: Path, layers: int, repeats: int) -> dict[str, Any]:
 
     ways: dict[str, Callable[[Path], dict[str, float]]] = {
         "disk_fp8": lambda out: disk(*ends["fp8"], out, sizes["fp8"]),
-        "disk_bf16": lambda out: disk(*ends["fp8"], out, sizes["plain"]),
+        "disk_bf16": lambda out: disk(*ends["fp8"], out, of_plain),
         "arithmetic": lambda out: merge_bench.apart(arithmetic, layers),
         "fp8": ours("fp8"),
         "bf16": ours("fp8", "--format", "bf16"),
-        "plain": ours("plain"),
     }
+    if plain:
+        ways["plain"] = ours("plain")
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(repeats):
         for way, run in ways.items():
             out = work / f"out-{way}"
-            bench.empty_cache(*ends["fp8"], *ends["plain"])
+            bench.empty_cache(*(folder for pair in ends.values() for folder in pair))
             runs[way].append(run(out))
             print(number, way, {key: round(value, 2) for key, value in runs[way][-1].items()}, file=sys.stderr, flush=True)
             shutil.rmtree(out, ignore_errors=True)
@@ -193,7 +194,7 @@ def summary(runs: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> d
             "cpu_to_disk_and_arithmetic_without_imports": ratio(
                 way, lambda one, way=way: one[f"disk_{way}"] + one["arithmetic"], whole=False, key="cpu_seconds"
             ),
-            "to_the_plain_merge": ratio(way, lambda one: one["plain"], whole=True),
+            **({"to_the_plain_merge": ratio(way, lambda one: one["plain"], whole=True)} if "plain" in runs else {}),
             "peak_above_torch": max(run["peak_bytes"] for run in runs[way]) - imports["torch_alone"]["peak_bytes"],
         }
     medians = {way: {key: statistics.median(run[key] for run in of_way) for key in of_way[0]} for way, of_way in runs.items()}
@@ -205,10 +206,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=3, help="of 620 MB each in FP8")
-    parser.add_argument("--work", type=Path, help="where the checkpoints are made (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="where the checkpoints are made, if they are not there, and stay (default: nowhere)"
+    )
+    parser.add_argument("--without-plain", action="store_true", help="leave out the merge of the two in bfloat16")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="quantized-bench-", dir=options.work) as d:
-        found = race(Path(d), options.layers, options.repeats)
+    with tempfile.TemporaryDirectory(prefix="quantized-bench-") as d:
+        found = race(options.work or Path(d), options.layers, options.repeats, plain=not options.without_plain)
     bench.report(options.output, {"cores": os.cpu_count(), "layers": options.layers, **found})
 
 
