@@ -188,12 +188,13 @@ def summary(runs: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> d
         def bound(one: dict[str, float], way: str = way) -> float:
             return max(one[f"disk_{way}"], one["arithmetic"])
 
+        def both(one: dict[str, float], way: str = way) -> float:
+            return one[f"disk_{way}"] + one["arithmetic"]
+
         ratios[way] = {
             "to_the_bound": ratio(way, bound, whole=True),
             "to_the_bound_without_imports": ratio(way, bound, whole=False),
-            "cpu_to_disk_and_arithmetic_without_imports": ratio(
-                way, lambda one, way=way: one[f"disk_{way}"] + one["arithmetic"], whole=False, key="cpu_seconds"
-            ),
+            "cpu_to_disk_and_arithmetic_without_imports": ratio(way, both, whole=False, key="cpu_seconds"),
             **({"to_the_plain_merge": ratio(way, lambda one: one["plain"], whole=True)} if "plain" in runs else {}),
             "peak_above_torch": max(run["peak_bytes"] for run in runs[way]) - imports["torch_alone"]["peak_bytes"],
         }
