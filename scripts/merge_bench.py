@@ -152,7 +152,12 @@ def timed(command: list[str]) -> dict[str, float]:
         raise RuntimeError(f"{command[0]}: {complaints.decode()[-2000:]}")
     own = time.perf_counter() - started
     os.sync()
-    return {"seconds": time.perf_counter() - started, "before_sync": own, "peak_bytes": usage.ru_maxrss * 1024}
+    return {
+        "seconds": time.perf_counter() - started,
+        "before_sync": own,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def floor(a: Path, b: Path, out: Path) -> dict[str, float]:

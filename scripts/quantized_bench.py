@@ -12,7 +12,8 @@ values rounded to bfloat16, about 2 GB in FP8. In every round each way runs once
     plain                 hf-moe-lmc merge --no-align of the two in bfloat16, which are twice as large
 
 The bound is the larger of disk and arithmetic. Seconds are of whole processes; those of imports are taken off where a ratio
-says so. The peak is that of resident memory, beside that of a process that only imports torch.
+says so. Seconds of processors depend less on what else runs: those of a merge are set against those of disk and arithmetic
+together. The peak is that of resident memory, beside that of a process that only imports torch.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ def arithmetic(layers: int) -> dict[str, float]:
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(one, range(8)))
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         list(pool.map(one, range(count)))
-        return {"seconds": time.perf_counter() - started}
+        return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
 
 
 def disk(a: Path, b: Path, out: Path, written: int) -> dict[str, float]:
@@ -134,14 +135,14 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def race(work: Path, layers: int, repeats: int) -> dict[str, Any]:
-    made = {}
-    for kind in ("fp8", "plain"):
-        for seed in (0, 1):
-            made[kind, seed] = work / f"{kind}-{seed}"
-            merge_bench.apart(make_one, made[kind, seed], layers, seed, kind == "fp8")
-    ends = {kind: (made[kind, 0], made[kind, 1]) for kind in ("fp8", "plain")}
+def race(work: Path, layers: int, repeats: int, *, plain: bool) -> dict[str, Any]:
+    ends = {kind: (work / f"{kind}-0", work / f"{kind}-1") for kind in (("fp8", "plain") if plain else ("fp8",))}
+    for kind, pair in ends.items():
+        for seed, folder in enumerate(pair):
+            if not folder.exists():
+                merge_bench.apart(make_one, folder, layers, seed, kind == "fp8")
     sizes = {kind: size(a) for kind, (a, _) in ends.items()}
+    of_plain = sum(2 * shape[0] * (shape[1] if shape[1:] else 1) for shape in shapes(layers)[1].values())
 
     def ours(kind: str, *options: str) -> Callable[[Path], dict[str, float]]:
         a, b = map(str, ends[kind])
@@ -150,17 +151,18 @@ def race(work: Path, layers: int, repeats: int) -> dict[str, Any]:
 
     ways: dict[str, Callable[[Path], dict[str, float]]] = {
         "disk_fp8": lambda out: disk(*ends["fp8"], out, sizes["fp8"]),
-        "disk_bf16": lambda out: disk(*ends["fp8"], out, sizes["plain"]),
+        "disk_bf16": lambda out: disk(*ends["fp8"], out, of_plain),
         "arithmetic": lambda out: merge_bench.apart(arithmetic, layers),
         "fp8": ours("fp8"),
         "bf16": ours("fp8", "--format", "bf16"),
-        "plain": ours("plain"),
     }
+    if plain:
+        ways["plain"] = ours("plain")
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(repeats):
         for way, run in ways.items():
             out = work / f"out-{way}"
-            bench.empty_cache(*ends["fp8"], *ends["plain"])
+            bench.empty_cache(*(folder for pair in ends.values() for folder in pair))
             runs[way].append(run(out))
             print(number, way, {key: round(value, 2) for key, value in runs[way][-1].items()}, file=sys.stderr, flush=True)
             shutil.rmtree(out, ignore_errors=True)
@@ -175,11 +177,10 @@ def make_one(folder: Path, layers: int, seed: int, quantized: bool) -> None:
 def summary(runs: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> dict[str, Any]:
     """Medians, and ratios of the same round."""
     imports = {name: cost for name, cost in merge_bench.imports(None).items() if name in ("torch_alone", "ours")}
-    started = imports["ours"]["seconds"]
 
-    def ratio(way: str, bound: Callable[[dict[str, float]], float], *, whole: bool) -> float:
-        rounds = [{name: of_way[i]["seconds"] for name, of_way in runs.items()} for i in range(len(runs["fp8"]))]
-        return statistics.median((one[way] - (0 if whole else started)) / bound(one) for one in rounds)
+    def ratio(way: str, bound: Callable[[dict[str, float]], float], *, whole: bool, key: str = "seconds") -> float:
+        rounds = [{name: of_way[i][key] for name, of_way in runs.items()} for i in range(len(runs["fp8"]))]
+        return statistics.median((one[way] - (0 if whole else imports["ours"][key])) / bound(one) for one in rounds)
 
     ratios = {}
     for way in ("fp8", "bf16"):
@@ -187,10 +188,14 @@ def summary(runs: dict[str, list[dict[str, float]]], sizes: dict[str, int]) -> d
         def bound(one: dict[str, float], way: str = way) -> float:
             return max(one[f"disk_{way}"], one["arithmetic"])
 
+        def both(one: dict[str, float], way: str = way) -> float:
+            return one[f"disk_{way}"] + one["arithmetic"]
+
         ratios[way] = {
             "to_the_bound": ratio(way, bound, whole=True),
             "to_the_bound_without_imports": ratio(way, bound, whole=False),
-            "to_the_plain_merge": ratio(way, lambda one: one["plain"], whole=True),
+            "cpu_to_disk_and_arithmetic_without_imports": ratio(way, both, whole=False, key="cpu_seconds"),
+            **({"to_the_plain_merge": ratio(way, lambda one: one["plain"], whole=True)} if "plain" in runs else {}),
             "peak_above_torch": max(run["peak_bytes"] for run in runs[way]) - imports["torch_alone"]["peak_bytes"],
         }
     medians = {way: {key: statistics.median(run[key] for run in of_way) for key in of_way[0]} for way, of_way in runs.items()}
@@ -202,10 +207,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=3, help="of 620 MB each in FP8")
-    parser.add_argument("--work", type=Path, help="where the checkpoints are made (default: a temporary folder)")
+    parser.add_argument(
+        "--work", type=Path, help="where the checkpoints are made, if they are not there, and stay (default: nowhere)"
+    )
+    parser.add_argument("--without-plain", action="store_true", help="leave out the merge of the two in bfloat16")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="quantized-bench-", dir=options.work) as d:
-        found = race(Path(d), options.layers, options.repeats)
+    with tempfile.TemporaryDirectory(prefix="quantized-bench-") as d:
+        found = race(options.work or Path(d), options.layers, options.repeats, plain=not options.without_plain)
     bench.report(options.output, {"cores": os.cpu_count(), "layers": options.layers, **found})
 
 

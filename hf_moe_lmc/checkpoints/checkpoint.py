@@ -49,7 +49,8 @@ HEADERS_AT_ONCE = 8
 RANGES_AT_ONCE, READS_AT_ONCE = 16, 2  # ranges that are asked for at a time on the Hub, and on disk
 PROBE, PROBES, PROBE_EVERY = 512, 8, 4 << 20  # bytes; what the fingerprint sees of a tensor, see `_sample`
 # Bits that are all set in the codes that are NaN or infinite.
-_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}
+_WITHOUT_SIGN = 0x7F
+_FIRST_NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C, torch.float8_e8m0fnu: 0xFF}  # codes without sign
 DESCRIPTORS = 256  # files that stay open; of any more, each read opens its own
 
 
@@ -326,9 +327,9 @@ def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; one pass over them."""
     if not values.dtype.is_floating_point or not values.numel():
         return True
-    if values.dtype in _NOT_FINITE:  # ten times as fast as torch's conversion
-        mask = _NOT_FINITE[values.dtype]
-        return not bool((values.contiguous().view(torch.uint8) & mask == mask).any())
+    if values.dtype in _FIRST_NOT_FINITE:  # a hundred times as fast as torch's conversion
+        codes, first = values.contiguous().view(torch.uint8), _FIRST_NOT_FINITE[values.dtype]
+        return int((codes if first > _WITHOUT_SIGN else codes & _WITHOUT_SIGN).amax()) < first
     low, high = (values.float() if values.dtype.itemsize == 1 else values).aminmax()  # NaN if there is one
     return bool(low.isfinite() & high.isfinite())
 

@@ -20,6 +20,7 @@ from hf_moe_lmc.checkpoints.virtual import VirtualCheckpoint, laid_out
 from hf_moe_lmc.formats.protocol import CODES
 from hf_moe_lmc.formats.reading import read_range
 from hf_moe_lmc.formats.recognition import Storage, recognise_storage
+from hf_moe_lmc.runtime.memory import cast
 
 
 @dataclass
@@ -78,7 +79,7 @@ class DecodedCheckpoint(VirtualCheckpoint):
         if weight is None:
             return self.original.read(name, first, count)
         count = weight.numel - first if count is None else count
-        return read_range(self.original, weight, first, count).to(self.dtype)
+        return cast(read_range(self.original, weight, first, count), self.dtype)
 
 
 def decoded(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:

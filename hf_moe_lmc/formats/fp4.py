@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.formats.blocks import apply_scales, divide, largest_of_blocks
+from hf_moe_lmc.formats.blocks import apply_scales, largest_of_blocks, quotients
 from hf_moe_lmc.formats.fp8 import read_scales, stored_scales
 from hf_moe_lmc.formats.numbers import from_float4, or_one, power_below, to_float4
 from hf_moe_lmc.formats.protocol import CODES, SCALES
+from hf_moe_lmc.runtime.memory import reused
 
 GROUP = 32
 _LARGEST_POWER = 4.0  # of FP4: 2 ** 2; its largest number is 6
@@ -38,13 +39,21 @@ class Float4:
         sizes = largest_of_blocks(values, (1, GROUP))
         powers = torch.where(sizes == 0, torch.ones_like(sizes), power_below(or_one(sizes)) / _LARGEST_POWER)
         scales, stored = stored_scales(powers, dtypes[SCALES])
-        return {CODES: to_float4(divide(values, scales, (1, GROUP))).view(dtypes[CODES]), SCALES: stored}
+        return {CODES: float4_quotients(values, scales, GROUP).view(dtypes[CODES]), SCALES: stored}
 
     def negatable(self, codes: Tensor) -> bool:
         return True
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         return flip_float4(codes, sign)
+
+
+def float4_quotients(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Packed FP4 codes of values [rows, columns] over the scales of their groups."""
+    codes = reused((len(values), values.shape[1] // 2), torch.uint8)
+    for rows, part in quotients(values, scales, (1, group)):
+        codes[rows] = to_float4(part)
+    return codes
 
 
 def flip_float4(codes: Tensor, sign: Tensor) -> Tensor:

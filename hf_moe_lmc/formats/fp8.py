@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.formats.blocks import apply_scales, divide, largest_of_blocks
+from hf_moe_lmc.formats.blocks import block_count, largest_of_blocks, quotients, spread, tiles
 from hf_moe_lmc.formats.numbers import (
     from_exponents,
     from_float8,
     or_one,
     power_above,
+    round_to_float8,
     to_exponents,
-    to_float8,
 )
 from hf_moe_lmc.formats.protocol import CODES, SCALES
+from hf_moe_lmc.runtime.memory import reused
 
 EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 
@@ -52,11 +53,13 @@ class Float8:
         return True
 
     def decode(self, parts: Mapping[str, Tensor], first: int, columns: int) -> Tensor:
-        values = from_float8(parts[CODES])
-        scales = read_scales(parts[SCALES])
-        if self.rows == 0:
-            return values.mul_(scales.view(()))
-        apply_scales(values, scales, (self.block[0], self.block[1] or columns), first)
+        codes = parts[CODES]
+        block = self.block[0] or first + len(codes), self.block[1] or columns
+        factors = spread(read_scales(parts[SCALES]).view(-1, block_count(columns, block[1])), block[1], columns)
+        values = reused(codes.shape, torch.float32)
+        for number, start, end in tiles(len(codes), columns, block[0], first):
+            factor = factors[start:end] if block[0] == 1 else factors[number]
+            from_float8(codes[start:end], values[start:end]).mul_(factor)
         return values
 
     def encode(self, values: Tensor, dtypes: Mapping[str, torch.dtype], largest: Tensor | None) -> dict[str, Tensor]:
@@ -64,7 +67,10 @@ class Float8:
         sizes = largest.view(1, 1) if largest is not None else largest_of_blocks(values, block)
         scales = or_one(sizes / torch.finfo(dtypes[CODES]).max)
         scales, stored = stored_scales(power_above(scales) if self.powers else scales, dtypes[SCALES])
-        return {CODES: to_float8(divide(values, scales, block), dtypes[CODES]), SCALES: stored}
+        codes = reused(values.shape, dtypes[CODES])
+        for rows, part in quotients(values, scales, block):
+            round_to_float8(part, codes[rows])
+        return {CODES: codes, SCALES: stored}
 
     def negatable(self, codes: Tensor) -> bool:
         return True

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.formats.blocks import apply_scales, block_count, divide, largest_of_blocks
+from hf_moe_lmc.formats.blocks import apply_scales, block_count, largest_of_blocks, quotients
 from hf_moe_lmc.formats.fp8 import stored_scales
 from hf_moe_lmc.formats.numbers import or_one
 from hf_moe_lmc.formats.protocol import CODES, SCALES
@@ -59,8 +59,10 @@ class Integers:
         block = 1, self.group or values.shape[1]
         scales = or_one(largest_of_blocks(values, block) / (-self.lowest - 0.5))
         scales, stored = stored_scales(scales, dtypes[SCALES])
-        codes = divide(values, scales, block).round_().clamp_(self.lowest, -self.lowest - 1)
-        return {CODES: self._pack(codes), SCALES: stored}
+        parts = [
+            self._pack(part.round_().clamp_(self.lowest, -self.lowest - 1)) for _, part in quotients(values, scales, block)
+        ]
+        return {CODES: torch.cat(parts), SCALES: stored}
 
     def negated(self, codes: Tensor, sign: Tensor) -> Tensor:
         columns = codes.shape[1] * WORD // self.bits if self.packed else codes.shape[1]

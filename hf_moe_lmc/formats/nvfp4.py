@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_moe_lmc.formats.blocks import apply_scales, divide, largest_of_blocks
-from hf_moe_lmc.formats.fp4 import flip_float4
-from hf_moe_lmc.formats.numbers import FP4_LARGEST, FP8_LARGEST, from_float4, or_one, to_float4, to_float8
+from hf_moe_lmc.formats.blocks import apply_scales, largest_of_blocks
+from hf_moe_lmc.formats.fp4 import flip_float4, float4_quotients
+from hf_moe_lmc.formats.numbers import FP4_LARGEST, FP8_LARGEST, from_float4, or_one, to_float8
 from hf_moe_lmc.formats.protocol import CODES, GLOBAL, SCALES
 
 GROUP = 16
@@ -58,7 +58,7 @@ class NvFloat4:
         scales = to_float8(wanted * stored if self.divides else wanted / stored, dtypes[SCALES])
         least = torch.where(wanted == 0, 1.0, LEAST_SCALE)  # where a scale is 0
         scales = torch.where(scales.float() == 0, least, scales.float()).to(dtypes[SCALES])
-        codes = to_float4(divide(values, self._scales(scales.float(), stored), (1, GROUP)))
+        codes = float4_quotients(values, self._scales(scales.float(), stored), GROUP)
         return {CODES: codes.view(dtypes[CODES]), SCALES: scales, GLOBAL: stored}
 
     def _scales(self, scales: Tensor, above: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,10 @@ def _check_scales(checkpoint: Checkpoint, weight: StoredWeight, parts: dict[str,
             continue
         scales = read_scales(stored)
         name = weight.parts[role].info.name
-        if not bool(scales.isfinite().all()):
+        low, high = (float(bound) for bound in scales.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
             raise CheckpointError(f"{checkpoint.name}: {name}: a scale is NaN or infinite; fetch the checkpoint again")
-        if bool((scales == 0).any()):
+        if low <= 0 <= high and bool((scales == 0).any()):
             ones = torch.where(scales == 0, torch.ones_like(scales), scales)
             with_ones = weight.format.decode({**parts, role: ones}, begin, weight.columns)
             without = weight.format.decode(parts, begin, weight.columns)

@@ -46,6 +46,23 @@ def reused(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device 
     return torch.from_numpy(view).view(dtype).view(shape)
 
 
+def like(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory from `reused` for values of this shape, laid out as they are, on their device.
+
+    Args:
+        dtype: None: theirs.
+    """
+    dtype = dtype or values.dtype
+    if values.ndim == 2 and values.stride(0) < values.stride(1):
+        return reused((values.shape[1], values.shape[0]), dtype, values.device).t()
+    return reused(values.shape, dtype, values.device)
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another dtype, rounded once, in memory from `reused`; themselves where they have it already."""
+    return values if values.dtype == dtype else like(values, dtype).copy_(values)
+
+
 def _take(nbytes: int) -> np.ndarray | None:
     """The buffer of a fitting size that was used last; None if there is none."""
     with _lock:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard
+from hf_moe_lmc.formats.decoded import storage_of
 from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.symmetry.banks import FIRST
@@ -24,6 +26,7 @@ from hf_moe_lmc.writing.spans import SPAN
 from hf_moe_lmc.writing.workspace import kept_files
 
 if TYPE_CHECKING:
+    from hf_moe_lmc.moe.layer import MoELayer
     from hf_moe_lmc.moe.model import MoEModel
     from hf_moe_lmc.path.evaluation import Cost
 
@@ -200,7 +203,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
-        peak_memory=max(_memory(models, work.matched, len(work.folders)), evaluating),
+        peak_memory=max(_memory(work), evaluating),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
@@ -216,16 +219,26 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     )
 
 
-def _memory(models: Sequence[MoEModel], matched: bool, checkpoints: int) -> int:
+def _memory(work: Work) -> int:
     """Bytes: buffers of the writer, copies of an expert in each of its threads, and what matching holds of a pair."""
-    buffers = worker_count() * (2 if checkpoints == 1 else 3) * SPAN
-    if not models:
+    one = len(work.folders) == 1
+    # what is quantized is decoded beside its codes, and turned where its format has it transposed
+    more = 2 if any(storage_of(checkpoint) for checkpoint in work.inputs) else 0
+    buffers = worker_count() * ((2 if one else 3) + more) * SPAN
+    if not work.models:
         return buffers
-    expert = max(layer.expert_numel for model in models for layer in model.layers.values())
-    units = max(bank.unit_count for model in models for layer in model.layers.values() for bank in layer.banks.values())
-    copies = 3 if checkpoints == 1 else 5  # of one of its matrices in float32; those of A and of B are held for several
-    writing = buffers + worker_count() * copies * 4 * expert // 3
-    return writing + ((2 * 4 * expert + 8 * units**2 + (32 << 20)) if matched else 0)
+    layers = [layer for model in work.models for layer in model.layers.values()]
+    expert = max(layer.expert_numel for layer in layers)
+    units = max(bank.unit_count for layer in layers for bank in layer.banks.values())
+    piece = max(_widest_piece(layer) for layer in layers)
+    copies = (3 if one else 5) + more  # of what a tensor has of one expert, in float32; A's and B's are held for several
+    writing = buffers + worker_count() * copies * 4 * piece
+    return writing + ((2 * 4 * expert + more * 4 * piece + 8 * units**2 + (32 << 20)) if work.matched else 0)
+
+
+def _widest_piece(layer: MoELayer) -> int:
+    """Elements of the largest range of a tensor that is computed at once: of one expert, its gate and up together if fused."""
+    return max(piece.count for name in layer.claims for piece in islice(layer.pieces(name), 1))
 
 
 def _flops(model: MoEModel, index: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 import torch
@@ -21,7 +21,8 @@ from hf_moe_lmc.moe.notation import is_expert_role, split_role
 from hf_moe_lmc.moe.view import LayerSource, Piece
 from hf_moe_lmc.writing.carried import CarriedLayer, origin_of
 from hf_moe_lmc.writing.encoded import Mixture, Origin, larger
-from hf_moe_lmc.writing.streams import InterpolatedLayer, MadeLayer
+from hf_moe_lmc.writing.held import Held
+from hf_moe_lmc.writing.streams import HeldLayer, InterpolatedLayer, MadeLayer
 from hf_moe_lmc.writing.units import Range
 
 
@@ -34,12 +35,14 @@ class ModelBlocks:
         layers: where the values of each of its MoE layers come from.
         storage: of the output; None: it is plain.
         stored: the checkpoint whose layout that is, as it is stored.
+        held: what it shares with other points between two models.
     """
 
     model: MoEModel
     layers: Mapping[int, LayerSource]
     storage: Storage | None
     stored: Checkpoint
+    held: Held = field(default_factory=Held)
 
     def ranges(self, name: str) -> list[Range]:
         layer = self.model.layer_of.get(name)
@@ -54,10 +57,18 @@ class ModelBlocks:
 
     def values(self, name: str, of: Range) -> Tensor:
         layer, piece = self._piece(name, of)
-        return layer.assemble(name, piece, self.layers[layer.index])
+        return layer.assemble(name, piece, self._held(layer.index))
+
+    def _held(self, index: int) -> LayerSource:
+        """A block whose sides hold what they are asked for, as long as its range is computed."""
+        source = self.layers[index]
+        if not isinstance(source, InterpolatedLayer):
+            return source
+        of_a, of_b = (self.held.of((side, index)) for side in "ab")
+        return replace(source, a=HeldLayer(source.a, of_a), b=HeldLayer(source.b, of_b))
 
     def mixture(self, name: str, of: Sequence[Range]) -> Mixture:
-        source = self.layers[self.model.layer_of[name].index]
+        source = self._held(self.model.layer_of[name].index)
         if not isinstance(source, InterpolatedLayer):
             values = self._joined(name, of, source)
             if _is_made(source):  # bytes of A stay where nothing comes of it but A's values

@@ -28,8 +28,9 @@ from hf_moe_lmc.errors import CheckpointError
 from hf_moe_lmc.formats.protocol import CODES, Part, StoredWeight
 from hf_moe_lmc.formats.recognition import Storage
 from hf_moe_lmc.formats.templates import Template
+from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.interpolation import interpolate
-from hf_moe_lmc.writing.rounding import RoundingErrors, kind_of
+from hf_moe_lmc.writing.rounding import RoundingErrors, Tally, kind_of
 from hf_moe_lmc.writing.spans import SPAN, Span, TensorSource, alone
 from hf_moe_lmc.writing.units import Once, Range, Unit, units
 
@@ -107,6 +108,10 @@ class EncodedStream:
     def storage(self) -> Storage | None:
         return self.template.storage
 
+    @property
+    def tallies(self) -> tuple[RoundingErrors, ...]:
+        return (self.errors,) if self.storage else ()
+
     def spans(self, shard: Shard) -> Iterator[Span]:
         waiting: deque[Span] = deque()
         here = set(shard.tensors)
@@ -117,7 +122,7 @@ class EncodedStream:
                 yield from self._plain_spans(self.template.tensors[name])
             elif weight.name not in begun:
                 begun.add(weight.name)
-                for codes, others in self._weight_spans(weight, here):
+                for codes, others in self._weight_spans(weight, here, shard.name):
                     yield from codes
                     waiting.extend(others)
                     while len(waiting) > LAG:
@@ -167,12 +172,16 @@ class EncodedStream:
 
     # --- quantized weights --------------------------------------------------------------------------------------------
 
-    def _weight_spans(self, weight: StoredWeight, here: set[str]) -> Iterator[tuple[list[Span], list[Span]]]:
+    def _weight_spans(self, weight: StoredWeight, here: set[str], shard: str) -> Iterator[tuple[list[Span], list[Span]]]:
         """For each unit, the spans of its codes, and those of its other parts that lie in this shard."""
         parts = {role: part for role, part in weight.parts.items() if part.info.name in here}
         ranges = self._ranges(weight.name)
         every = list(units(weight, ranges))
-        compute = self._in_block if ranges else partial(self._outside, _Outside(weight, every, self.outside, self.side))
+        # codes and scales in two shards are computed in each; they count where the codes are
+        tally = self.errors.of(shard) if weight.parts[CODES].info.name in here else Tally()
+        compute = partial(self._in_block, tally)
+        if not ranges:
+            compute = partial(self._outside, tally, _Outside(weight, every, self.outside, self.side))
         for unit in every:
             windows = {role: unit.window(part) for role, part in parts.items()}
             windows = {role: window for role, window in windows.items() if window[0] < window[1]}
@@ -197,30 +206,30 @@ class EncodedStream:
         start = info.start + window[0] * part.width * info.dtype.itemsize
         return Span(start, (window[1] - window[0]) * part.width, info.dtype, alone(partial(once.take, role)))
 
-    def _in_block(self, unit: Unit) -> dict[str, Tensor]:
+    def _in_block(self, tally: Tally, unit: Unit) -> dict[str, Tensor]:
         """The parts of one expert of a weight."""
         assert self.blocks is not None
         name = unit.weight.name
         kind = kind_of(name, self.blocks.kind(name))
         origin = self.blocks.origin(name, unit.ranges[0], self.side) if len(unit.ranges) == 1 else None
         if origin:
-            return self._kept(unit, origin, kind)
+            return self._kept(unit, origin, tally, kind)
         found = self.blocks.mixture(name, unit.ranges)
         if found.b is None:
-            return self._encoded(unit, found.a, kind)
+            return self._encoded(unit, found.a, tally, kind)
         if self.side == "a" and (found.t == 0 or torch.equal(found.a, found.b)):
-            return self._kept(unit, Origin(name, unit.whole), kind)
-        return self._encoded(unit, interpolate(found.a, found.b, found.t), kind)
+            return self._kept(unit, Origin(name, unit.whole), tally, kind)
+        return self._encoded(unit, interpolate(found.a, found.b, found.t), tally, kind)
 
-    def _outside(self, whole: _Outside, unit: Unit) -> dict[str, Tensor]:
+    def _outside(self, tally: Tally, whole: _Outside, unit: Unit) -> dict[str, Tensor]:
         """The parts of some rows of a weight outside the MoE blocks."""
         kind = kind_of(unit.weight.name, None)
         if whole.is_kept():
-            return self._kept(unit, Origin(unit.weight.name, unit.whole), kind)
+            return self._kept(unit, Origin(unit.weight.name, unit.whole), tally, kind)
         values = self.outside.values(unit.weight.name, unit.start, unit.numel)
-        return self._encoded(unit, values, kind, whole.largest(unit.first // unit.weight.rows))
+        return self._encoded(unit, values, tally, kind, whole.largest(unit.first // unit.weight.rows))
 
-    def _kept(self, unit: Unit, origin: Origin, kind: str) -> dict[str, Tensor]:
+    def _kept(self, unit: Unit, origin: Origin, tally: Tally, kind: str) -> dict[str, Tensor]:
         """The bytes of a unit, from the place that they stand in, with the signs that they get."""
         assert self.storage is not None
         weight = self.storage.weights[origin.name]
@@ -233,10 +242,10 @@ class EncodedStream:
         if origin.sign is not None:
             found[CODES] = weight.format.negated(found[CODES], _as_stored(weight, origin.sign()))
         moved = (origin.name, same.first) != (unit.weight.name, unit.first)
-        self.errors.keep(kind, moved=moved, sign=origin.sign is not None)
+        tally.keep(kind, moved=moved, sign=origin.sign is not None)
         return found
 
-    def _encoded(self, unit: Unit, values: Tensor, kind: str, largest: Tensor | None = None) -> dict[str, Tensor]:
+    def _encoded(self, unit: Unit, values: Tensor, tally: Tally, kind: str, largest: Tensor | None = None) -> dict[str, Tensor]:
         """The parts of a unit, stored anew."""
         weight = unit.weight
         if not weight.parts[CODES].info.dtype.is_floating_point and not is_finite(values):  # in FP8, the writer sees it
@@ -247,11 +256,11 @@ class EncodedStream:
         dtypes = {role: part.info.dtype for role, part in weight.parts.items()}
         found: dict[str, list[Tensor]] = {role: [] for role in weight.parts}
         start = 0
-        for _, _, count in unit.matrices():
+        for number, first, count in unit.matrices():
             matrix = rows[start : start + count]
             above = None if weight.format.rows else matrix.abs().amax() if largest is None else largest
             stored = weight.format.encode(matrix, dtypes, above)
-            self.errors.measure(kind, weight, matrix, stored)
+            tally.measure(kind, weight, (number, first), matrix, stored)
             for role, part in stored.items():
                 found[role].append(part)
             start += count
@@ -260,25 +269,34 @@ class EncodedStream:
 
 @dataclass(frozen=True)
 class EncodedStreams:
-    """Several outputs of one layout, each of which decodes what it reads for itself.
+    """Several outputs of one layout. A range is read and decoded once for all of them.
 
     Attributes:
         template: of each output.
         streams: one for each output.
+        held: what they share.
     """
 
     template: Template
     streams: tuple[EncodedStream, ...]
+    held: Held
+
+    @property
+    def tallies(self) -> tuple[RoundingErrors, ...]:
+        return tuple(tally for stream in self.streams for tally in stream.tallies)
 
     def spans(self, shard: Shard) -> Iterator[Span]:
         for spans in zip(*(stream.spans(shard) for stream in self.streams), strict=True):
             first = spans[0]
-            yield Span(first.start, first.count, first.dtype, partial(_of_outputs, spans))
+            yield Span(first.start, first.count, first.dtype, partial(self._of_outputs, spans))
 
-
-def _of_outputs(spans: Sequence[Span], wanted: Sequence[int]) -> Iterator[Tensor]:
-    for number in wanted:
-        yield from spans[number].compute([0])
+    def _of_outputs(self, spans: Sequence[Span], wanted: Sequence[int]) -> Iterator[Tensor]:
+        if len(wanted) == 1:
+            yield from spans[wanted[0]].compute([0])
+            return
+        with self.held.for_one_range():
+            for number in wanted:
+                yield from spans[number].compute([0])
 
 
 def _as_stored(weight: StoredWeight, values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hf_moe_lmc.formats.decoded import storage_of
 from hf_moe_lmc.formats.templates import output_template
 from hf_moe_lmc.runtime.notices import warn
 from hf_moe_lmc.writing.encoded import EncodedStream, EncodedStreams
+from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.output import FolderWriter, TensorStream
 from hf_moe_lmc.writing.spans import Copied, Interpolated, PlainStream
 
@@ -48,10 +49,12 @@ def plain_merge(a: Checkpoint, b: Checkpoint, t: Sequence[float], form: OutputFo
     if storage_of(layout) is None and form != "b":
         return PlainStream(a, b, tuple(t))
     template = output_template(layout, a, plain=form == "bf16")
+    held = Held()
     streams = [
-        EncodedStream(template, layout.stored, _sides(a, b, at, form), Interpolated(a, b, (at,)), None, _side(form)) for at in t
+        EncodedStream(template, layout.stored, _sides(a, b, at, form), Interpolated(a, b, (at,), held), None, _side(form))
+        for at in t
     ]
-    return EncodedStreams(template, tuple(streams))
+    return EncodedStreams(template, tuple(streams), held)
 
 
 def model_merge(
@@ -73,18 +76,19 @@ def model_merge(
     layout = model.checkpoint
     template = output_template(layout, a.checkpoint, plain=form == "bf16")
     between = {index: merging.between(layer) for index, layer in a.layers.items()}
+    held = Held()
 
     def point(at: float) -> EncodedStream:
         layers = {
             index: between[index](index, a.layers[index], acted[index], at) if index in a.layers and index in acted else layer
             for index, layer in model.layers.items()
         }
-        blocks = ModelBlocks(model, layers, template.storage, layout.stored)
+        blocks = ModelBlocks(model, layers, template.storage, layout.stored, held)
         sides = _sides(a.checkpoint, b.checkpoint, at, form)
-        outside = merging.outside(Interpolated(a.checkpoint, b.checkpoint, (at,)))
+        outside = merging.outside(Interpolated(a.checkpoint, b.checkpoint, (at,), held))
         return EncodedStream(template, layout.stored, sides, outside, blocks, _side(form))
 
-    return EncodedStreams(template, tuple(map(point, t)))
+    return EncodedStreams(template, tuple(map(point, t)), held)
 
 
 def model_moved(b: MoEModel, elements: Elements, form: OutputFormat) -> TensorStream:

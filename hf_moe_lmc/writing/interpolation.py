@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.errors import InputError, MismatchError
+from hf_moe_lmc.runtime.memory import cast, like
 
 NATIVE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # torch rounds these once
 AT_ONCE = 1 << 19  # elements of one step of `interpolate_into`, whose float32 copies stay in the cache
@@ -26,10 +27,11 @@ def interpolate(a: Tensor, b: Tensor, t: float) -> Tensor:
         return a
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     if t == 0:
-        return a.to(dtype)
+        return cast(a, dtype)
     if t == 1:
-        return b.to(dtype)
-    return torch.lerp(a.to(dtype), b.to(dtype), t)
+        return cast(b, dtype)
+    a, b = cast(a, dtype), cast(b, dtype)
+    return torch.lerp(a, b, t, out=like(a))
 
 
 def interpolate_into(out: Tensor, a: Tensor, b: Tensor, t: float) -> None:

@@ -29,9 +29,12 @@ from hf_moe_lmc.checkpoints.side_files import speaks
 from hf_moe_lmc.checkpoints.untrusted import read_json_object
 from hf_moe_lmc.errors import CheckpointError, OutputError, WriteError
 from hf_moe_lmc.formats.templates import quantization_file
+from hf_moe_lmc.runtime.memory import cast
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar, size_of
+from hf_moe_lmc.writing.records import RECORDS, ShardRecords
 from hf_moe_lmc.writing.results import ResultFolder, sync
+from hf_moe_lmc.writing.rounding import RoundingErrors
 from hf_moe_lmc.writing.shard_file import ShardFile, run_in_parallel
 from hf_moe_lmc.writing.spans import Span
 from hf_moe_lmc.writing.workspace import Workspace, kept_files, open_workspace
@@ -49,6 +52,10 @@ class TensorStream(Protocol):
 
     @property
     def template(self) -> Checkpoint: ...
+
+    @property
+    def tallies(self) -> Sequence[RoundingErrors]:
+        """Of each of them what storing weights anew has added; none where nothing is quantized."""
 
     def spans(self, shard: Shard) -> Iterator[Span]:
         """All bytes of one shard after its header, in any order, for each of the checkpoints."""
@@ -76,6 +83,7 @@ class FolderWriter:
     ) -> None:
         self._workspace = workspace
         self._results: ResultFolder = workspace.output_folder(facts or {})
+        self._records = ShardRecords(workspace.results(RECORDS, facts or {}), durable=durable)
         self._inputs = inputs
         self._allow_nonfinite = allow_nonfinite
         self._durable = durable
@@ -126,12 +134,16 @@ class FolderWriter:
         """
         template = stream.template
         self.check_space(template, folders)
-        left = shards_left(template, folders, self._results.files())
+        whole = self._results.files()
+        left = shards_left(template, folders, whole)
+        self._records.recall(stream.tallies, folders, template.shards, whole)
         every = template.nbytes * len(folders)
         done = every - sum(template.tensors[name].nbytes for shard, _ in left for name in shard.tensors)
         of_shard: dict[str, dict[int, ShardFile]] = {}  # by the number of the checkpoint
         for shard, folder in left:
-            file = ShardFile(self._results, shard, template, folder, durable=self._durable)
+            tallies = stream.tallies[folders.index(folder) :][:1]
+            keep = partial(self._records.keep, tallies, folder, shard.name)
+            file = ShardFile(self._results, shard, template, folder, durable=self._durable, finish=keep)
             of_shard.setdefault(shard.name, {})[folders.index(folder)] = file
         with bar(total=every, initial=done, unit="B", desc="writing", quiet=quiet) as progress:
             files = [file for copies in of_shard.values() for file in copies.values()]
@@ -146,7 +158,7 @@ class FolderWriter:
 
         def write(files: Mapping[int, ShardFile], span: Span) -> None:
             for file, row in zip(files.values(), span.compute(list(files)), strict=True):
-                values = row.to(span.dtype)
+                values = cast(row, span.dtype)
                 if not self._allow_nonfinite and not is_finite(values):
                     raise self._not_finite(file, span, values)
                 file.write(span, values)

@@ -25,15 +25,26 @@ class ShardFile:
 
     Args:
         folder: of the output, relative to the results, in which it stands.
+        finish: is called when all of it is written, before it gets its name.
     """
 
-    def __init__(self, results: ResultFolder, shard: Shard, template: Checkpoint, folder: str = "", *, durable: bool) -> None:
+    def __init__(
+        self,
+        results: ResultFolder,
+        shard: Shard,
+        template: Checkpoint,
+        folder: str = "",
+        *,
+        durable: bool,
+        finish: Callable[[], None],
+    ) -> None:
         self.shard = shard
         self.name = posixpath.join(folder, shard.name)
         self._infos = [template.tensors[name] for name in shard.tensors]
         self._path = results.path(self.name)
         self._unfinished = self._path.with_name(self._path.name + UNFINISHED)
         self._durable = durable
+        self._finish = finish
         self._descriptor = -1
         self._holders = 1  # the generator of its ranges
         self._lock = threading.Lock()
@@ -60,6 +71,7 @@ class ShardFile:
                 if self._durable:
                     os.fsync(self._descriptor)
                 self._close()
+                self._finish()
                 self._unfinished.replace(self._path)
 
     def flush(self) -> None:

@@ -9,9 +9,9 @@ size. So the time depends on the number of bytes, not on the number and the size
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.checkpoints.header import Shard, TensorInfo
 from hf_moe_lmc.errors import MismatchError
 from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
+from hf_moe_lmc.writing.rounding import RoundingErrors
 
 GLANCE = 1 << 14  # elements that are compared first to see whether two tensors are equal
 SPAN = 8 << 20  # most bytes of one range outside the MoE blocks
@@ -112,11 +114,13 @@ class Interpolated:
 
     Attributes:
         t: of each output.
+        held: what `values` shares with other points between the two.
     """
 
     a: Checkpoint
     b: Checkpoint
     t: tuple[float, ...]
+    held: Held = field(default_factory=Held)
 
     def spans(self, names: Sequence[str]) -> Iterator[Span]:
         tensors, partners = ([checkpoint.tensors[name] for name in names] for checkpoint in (self.a, self.b))
@@ -152,14 +156,23 @@ class Interpolated:
     def values(self, name: str, first: int, count: int) -> Tensor:
         (t,) = self.t
         try:
-            return interpolate(self.a.read(name, first, count), self.b.read(name, first, count), t)
+            return interpolate(self._range("a", name, first, count), self._range("b", name, first, count), t)
         except MismatchError as error:
             raise MismatchError(f"{name}: {error}") from error
+
+    def _range(self, side: str, name: str, first: int, count: int) -> Tensor:
+        found, key = self.held.of(side), (name, first, count)
+        if key not in found:
+            found[key] = (self.a if side == "a" else self.b).read(*key)
+        return cast(Tensor, found[key])
 
     def keeps(self, side: str, name: str, ranges: Sequence[tuple[int, int]]) -> bool:
         (t,) = self.t
         if side != "a" or t == 0:
             return (side, t) in (("a", 0), ("b", 1))
+        return self.held.answer(name, lambda: self._are_equal(name, ranges))
+
+    def _are_equal(self, name: str, ranges: Sequence[tuple[int, int]]) -> bool:
         first, count = ranges[0]
         glance = [(first, min(count, GLANCE))]  # most weights differ at once
         return all(torch.equal(self.a.read(name, *one).float(), self.b.read(name, *one).float()) for one in [*glance, *ranges])
@@ -176,6 +189,7 @@ class PlainStream:
     a: Checkpoint
     b: Checkpoint
     t: tuple[float, ...]
+    tallies: ClassVar[tuple[RoundingErrors, ...]] = ()  # nothing is quantized
 
     @property
     def template(self) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from hf_moe_lmc.moe.action import Elements
 from hf_moe_lmc.moe.layer import MoELayer
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.view import LayerSource, Piece
-from hf_moe_lmc.runtime.memory import reused
+from hf_moe_lmc.runtime.memory import like, reused
 from hf_moe_lmc.writing.interpolation import interpolate, interpolate_into
+from hf_moe_lmc.writing.rounding import RoundingErrors
 from hf_moe_lmc.writing.spans import Copied, Interpolated, Span, TensorSource
 
 
@@ -34,6 +35,7 @@ class ModelStream:
     model: MoEModel
     layers: Mapping[int, LayerSource | LayerLine]
     outside: TensorSource
+    tallies: ClassVar[tuple[RoundingErrors, ...]] = ()  # nothing is quantized
 
     @property
     def template(self) -> Checkpoint:
@@ -113,7 +115,7 @@ class InterpolatedLayer:
         try:
             if not (self.rounded and a.dtype == b.dtype):
                 return interpolate(a, b, self.t)
-            out = _like(a)
+            out = like(a)
             interpolate_into(out, a, b, self.t)
             return out
         except MismatchError as error:
@@ -196,13 +198,6 @@ class HeldLayer:
 
 def _shared(source: LayerSource, wanted: Sequence[int]) -> LayerSource:
     return source if len(wanted) == 1 else HeldLayer(source)
-
-
-def _like(values: Tensor) -> Tensor:
-    """Memory for values of this shape, laid out as they are."""
-    if values.ndim == 2 and values.stride(0) < values.stride(1):
-        return reused(values.numel(), values.dtype).view(values.shape[1], values.shape[0]).t()
-    return reused(values.numel(), values.dtype).view(values.shape)
 
 
 def interpolated(

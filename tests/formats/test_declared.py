@@ -18,7 +18,7 @@ from hf_moe_lmc.errors import CheckpointError, FamilyError, InputError, MoELMCWa
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.verbs.merge import merge, plan_merge
-from tests import tiny
+from tests import tiny, zoo
 from tests.formats.published import LAYOUTS, plain
 
 
@@ -177,3 +177,41 @@ def test_integers_that_are_no_codes_pass(copy: Callable[..., Path]) -> None:
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
     with Checkpoint.open(folder) as checkpoint:
         assert checkpoint.quantization is None and not checkpoint.changes
+
+
+@pytest.mark.filterwarnings("ignore:outside the MoE blocks")
+def test_kimi_k25_is_read_in_its_text_tower(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    """As on the Hub: a tower of DeepSeek-V3 under another name, INT4 declared inside, images beside it."""
+    zoo.needs("kimi_k25")
+
+    def composite(seed: int) -> Path:
+        folder = shutil.copytree(quantized("int4", seed), tmp_path / str(seed))
+        text = json.loads((folder / "config.json").read_text())
+
+        def rename(content: dict[str, Tensor]) -> None:
+            for name in list(content):
+                content[f"language_model.{name}"] = content.pop(name)
+            content["vision_tower.patch_embed.proj.weight"] = torch.ones(2, 2)
+
+        tiny.edit(folder, rename)
+        config = {
+            "architectures": ["KimiK25ForConditionalGeneration"],
+            "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
+            "model_type": "kimi_k25",
+            "text_config": {**text, "model_type": "kimi_k2"},
+            "vision_config": {"vt_hidden_size": 8},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    a, b = composite(0), composite(1)
+    model, like = read(a), read(quantized("int4"))
+    assert model.family.name == "deepseek_v3" and model.layers.keys() == like.layers.keys()
+    assert model.storage is not None and like.storage is not None and model.storage.kind == like.storage.kind
+    merge(a, b, tmp_path / "out", 0.5)
+    merge(quantized("int4"), quantized("int4", 1), tmp_path / "alone", 0.5)
+    written, alone = tiny.tensors(tmp_path / "out"), tiny.tensors(tmp_path / "alone")
+    assert written.keys() == {"vision_tower.patch_embed.proj.weight", *(f"language_model.{name}" for name in alone)}
+    assert all(tiny.same_bytes(written[f"language_model.{name}"], values) for name, values in alone.items())
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["quantization_config"] == LAYOUTS["int4"].declared

@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+from hf_moe_lmc.formats import reading
+from hf_moe_lmc.formats.protocol import StoredWeight
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.verbs.apply import apply
 from hf_moe_lmc.verbs.barrier import barrier
 from hf_moe_lmc.verbs.inspect import inspect
 from hf_moe_lmc.verbs.merge import merge, plan_merge
+from hf_moe_lmc.writing.output import FolderWriter
 from tests import tiny
 from tests.formats.published import LAYOUTS, Parts, numbers, plain, save, stored_anew, weights_of
 
@@ -105,6 +108,47 @@ def test_several_points_are_the_merges_of_each(quantized: Callable[..., Path], t
         check(tmp_path / "several" / f"t{t:g}", tiny.tensors(tmp_path / f"t{t:g}"))
     (first, _, last) = (tiny.tensors(tmp_path / "several" / place) for place in ("t0", "t0.3", "t1"))
     assert any(not torch.equal(as_bytes(first[key]), as_bytes(last[key])) for key in first), "the control: points differ"
+
+
+@pytest.mark.parametrize("form", ["a", "bf16"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_several_points_read_and_decode_once(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str
+) -> None:
+    decoded: list[str] = []
+    real = reading.read_rows
+
+    def counted(checkpoint: Checkpoint, weight: StoredWeight, *range_: int) -> Tensor:
+        decoded.append(f"{checkpoint.name}: {weight.name}: {range_}")
+        return real(checkpoint, weight, *range_)
+
+    monkeypatch.setattr(reading, "read_rows", counted)
+    counts = []
+    for number, points in enumerate([0.25, [0.25, 0.5, 0.75]]):
+        decoded.clear()
+        still = read_model(Checkpoint.open(quantized(name, 1))).identity()
+        merge(quantized(name), quantized(name, 1), tmp_path / str(number), points, symmetry=still, format=form)  # type: ignore[arg-type]
+        counts.append(len(decoded))
+    assert 0 < counts[0] <= counts[1] < 1.5 * counts[0]  # a thread that writes scales may come first
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nvfp4, modelopt"])
+def test_a_call_that_continues_reports_on_all_that_was_rounded(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    a, b = quantized(name), quantized(name, 1)
+    merge(a, b, tmp_path / "whole", [0.3, 0.6], align=False)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FolderWriter, "write_checkpoint_files", stop)
+        merge(a, b, tmp_path / "stopped", [0.3, 0.6], align=False)
+    merge(a, b, tmp_path / "stopped", [0.3, 0.6], align=False)
+    for t in ("t0.3", "t0.6"):
+        found, expected = ((tmp_path / one / t / "quantization.json").read_text() for one in ("stopped", "whole"))
+        assert found == expected and json.loads(found)["tensors"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "int4", "fused, halves", "nvfp4, modelopt", "vllm"])
