@@ -210,7 +210,8 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
             merge=MergedAt(0.5, path),
         )
     yield from map(with_repaired, found)
-    for record in (REPAIR, {**REPAIR, **NOT_FINITE}):
+    unknown = {"difference": {"value": math.nan, "interval": [math.nan, math.nan]}}
+    for record in (REPAIR, {**REPAIR, **NOT_FINITE}, {**REPAIR, **unknown}):
         point = {key: record[key] for key in ("t", "chosen", "accepted", "difference")}
         yield replace(first, repair={**record, "points": [point], "calibration": [first.evaluation["text"]]})
     for report in found:
