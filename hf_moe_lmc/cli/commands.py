@@ -118,7 +118,7 @@ def _planned(plan: lmc.Plan) -> Outcome:
 
 
 def _documents(output: Path, name: str) -> dict[str, Any]:
-    """What a merge says of itself, by folder within the output: one document, or one for each point; none if it says nothing."""
+    """What a merge says of itself in files of a name, by folder within the output: one, or one for each point, or none."""
     files = sorted([*output.glob(name), *output.glob(f"t*/{name}")])
     return {file.parent.relative_to(output).as_posix(): json.loads(file.read_text(encoding="utf-8")) for file in files}
 

@@ -101,9 +101,7 @@ class Repairing:
             return None
         if not options.is_calibrated:
             check_gated(pair.a, options.repair)
-            note(
-                f"repair {options.repair} is made without text, so that nothing says whether it is better than the aligned merge"
-            )
+            note(f"repair {options.repair} is made without text: nothing says whether it is better than the aligned merge")
             return cls(pair, options)
         if process_group().count > 1:
             raise InputError("a repair with calibration text works in one process; start it without torchrun")

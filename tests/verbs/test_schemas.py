@@ -52,9 +52,11 @@ REPAIR = {  # a record of `choose`, with what a verb adds to it
     "texts": {"prose": {"aligned": 2.1, "repaired": 2.0}},
     "difference": {"value": -0.1, "interval": [-0.2, -0.05]},
     "clusters": {"prose": 9},
-    "layers": [],
+    "layers": [
+        {"layer": 0, "tokens": 20, "before": 0.2, "after": 0.1},
+        {"layer": None, "maps": 1, "averaged_experts": [2]},
+    ],
     "note": "too few documents to resample",
-    "calibration": [],
 }
 NOT_FINITE = {
     "tried": [{"method": "norms", "loss": math.inf, "difference": math.nan}],
@@ -208,8 +210,10 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
             merge=MergedAt(0.5, path),
         )
     yield from map(with_repaired, found)
-    yield replace(first, repair={**REPAIR, "points": [REPAIR]})
-    yield replace(first, repair={**REPAIR, "points": [], **NOT_FINITE})
+    unknown = {"difference": {"value": math.nan, "interval": [math.nan, math.nan]}}
+    for record in (REPAIR, {**REPAIR, **NOT_FINITE}, {**REPAIR, **unknown}):
+        point = {key: record[key] for key in ("t", "chosen", "accepted", "difference")}
+        yield replace(first, repair={**record, "points": [point], "calibration": [first.evaluation["text"]]})
     for report in found:
         if report.own is not None:
             nan = {"nll": math.nan, "window_nll": [math.nan] * len(report.windows.rows)}
