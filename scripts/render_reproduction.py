@@ -97,6 +97,18 @@ Gated experts without biases, in the same protocol. Here the base has its MoE bl
 """
 
 
+AGAIN = """
+## Again, or larger
+
+`pip install -e '.[reproduce]'`, then the command above from the repository's folder. DIR keeps models and measurements, and a
+stopped run goes on. `--jobs` says how many processes share the work, and `--minutes` stops it cleanly. `--full` measures every
+table for each gating and all data, with three seeds and larger models; with `--device cuda` they are larger still. `--text` and
+`--vision` take the paper's data from the Hub, or from a local copy with NAME=FOLDER: `wikitext103`, `lm1b`, `mnist`, `cifar10`,
+`cifar100`, `imagefolder`. Where a machine has no network, `--prepare` gets the data ready on another. The code is in
+`scripts/reproduce/`.
+"""
+
+
 def markdown() -> str:
     """The page."""
     results = Results(read("reproduction"))
@@ -109,7 +121,7 @@ def markdown() -> str:
     parts += [TABLE_10, tables.skipped(results), *said(words.table_10(results))]
     parts += [SWEEP, tables.sweep(results), *said(words.experts(results))]
     parts += [CLASSES, tables.classes(results)]
-    parts += ["\n## Where ours differ\n\n", *listed(words.differences(results))]
+    parts += ["\n## Where ours differ\n\n", *listed(words.differences(results)), AGAIN]
     return "".join(parts)
 
 

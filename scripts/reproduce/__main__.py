@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -130,13 +131,16 @@ class Here(Executor):
         future = Future[T]()
         try:
             future.set_result(work(*arguments, **named))
-        except OutOfTime as stopped:
-            future.set_exception(stopped)
+        except Exception as error:  # noqa: BLE001  it is the caller's to raise, as with processes
+            future.set_exception(error)
         return future
 
 
 def finished(pool: Executor, place: Place, plan: list[Task], jobs: int) -> Iterator[tuple[Task, float]]:
-    """Tasks with their seconds of CPU as they end; each begins when what it needs is there, none after the deadline."""
+    """Tasks with their seconds of CPU as they end; each begins when what it needs is there, none after the deadline.
+
+    A task that fails is reported with its traceback, and the others go on.
+    """
     waiting = [task for task in plan if not task.makes.exists()]
     running: dict[Future[float], Task] = {}
     while waiting or running:
@@ -147,11 +151,12 @@ def finished(pool: Executor, place: Place, plan: list[Task], jobs: int) -> Itera
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task = running.pop(future)
-            try:
+            task, error = running.pop(future), future.exception()
+            if error is None:
                 yield task, future.result()
-            except OutOfTime:
-                continue
+            elif not isinstance(error, OutOfTime):
+                print(f"{task.kind} {task.name} failed; what needs it is left out:", file=sys.stderr)
+                traceback.print_exception(error)
 
 
 def results(place: Place, settings: dict[str, Setting], spent: dict[str, float], seconds: float, jobs: int) -> dict[str, Any]:

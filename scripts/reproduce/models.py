@@ -9,6 +9,7 @@ The package reads them by FAMILY: a family is data, and these models are no case
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,28 +24,26 @@ from hf_moe_lmc.moe.registry import register
 GATINGS = ("dense", "sparse", "shared")
 BALANCE = 0.02  # weight of the load-balancing loss of a sparse gate
 
-FAMILY = register(
-    MoEFamily(
-        name="paper_moe",
-        model_types=("paper_moe_gpt", "paper_moe_vit"),
-        router="softmax",
-        units="relu",
-        weights={
-            "mlp.router.weight": "router: expert model",
-            "mlp.router.bias": "router_bias: expert",
-            "mlp.experts.up": "up: expert unit model",
-            "mlp.experts.up_bias": "up_bias: expert unit",
-            "mlp.experts.down": "down: expert model unit",
-            "mlp.experts.down_bias": "down_bias: expert model",
-            "mlp.shared_expert.up.weight": "shared_up: shared model",
-            "mlp.shared_expert.up.bias": "shared_up_bias: shared",
-            "mlp.shared_expert.down.weight": "shared_down: model shared",
-            "mlp.shared_expert.down.bias": "shared_down_bias: model",
-        },
-        sizes={"expert": "num_experts", "unit": "expert_size", "shared": "num_shared * expert_size", "model": "hidden_size"},
-        moe_layers="layer in moe_layers",
-        when=dict.fromkeys(("shared_up", "shared_up_bias", "shared_down", "shared_down_bias"), "num_shared"),
-    )
+FAMILY = MoEFamily(
+    name="paper_moe",
+    model_types=("paper_moe_gpt", "paper_moe_vit"),
+    router="softmax",
+    units="relu",
+    weights={
+        "mlp.router.weight": "router: expert model",
+        "mlp.router.bias": "router_bias: expert",
+        "mlp.experts.up": "up: expert unit model",
+        "mlp.experts.up_bias": "up_bias: expert unit",
+        "mlp.experts.down": "down: expert model unit",
+        "mlp.experts.down_bias": "down_bias: expert model",
+        "mlp.shared_expert.up.weight": "shared_up: shared model",
+        "mlp.shared_expert.up.bias": "shared_up_bias: shared",
+        "mlp.shared_expert.down.weight": "shared_down: model shared",
+        "mlp.shared_expert.down.bias": "shared_down_bias: model",
+    },
+    sizes={"expert": "num_experts", "unit": "expert_size", "shared": "num_shared * expert_size", "model": "hidden_size"},
+    moe_layers="layer in moe_layers",
+    when=dict.fromkeys(("shared_up", "shared_up_bias", "shared_down", "shared_down_bias"), "num_shared"),
 )
 
 
@@ -282,9 +281,13 @@ class PaperViT(PaperModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-for config_class, model_class, auto in (
-    (PaperGPTConfig, PaperGPT, AutoModelForCausalLM),
-    (PaperViTConfig, PaperViT, AutoModelForImageClassification),
-):
-    AutoConfig.register(config_class.model_type, config_class)
-    auto.register(config_class, model_class)
+@cache
+def register_models() -> None:
+    """Makes the family known to the package, and both models to transformers' Auto classes; once in a process."""
+    register(FAMILY)
+    for config_class, model_class, auto in (
+        (PaperGPTConfig, PaperGPT, AutoModelForCausalLM),
+        (PaperViTConfig, PaperViT, AutoModelForImageClassification),
+    ):
+        AutoConfig.register(config_class.model_type, config_class)
+        auto.register(config_class, model_class)

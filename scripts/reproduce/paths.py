@@ -79,8 +79,8 @@ def opened(folder_a: Path, folder_b: Path, device: str) -> Iterator[Pair]:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    with quiet_transformers():
-        vision = "vit" in Checkpoint.open(folder).config["model_type"]
+    with quiet_transformers(), Checkpoint.open(folder) as checkpoint:
+        vision = "vit" in checkpoint.config["model_type"]
         auto: Any = AutoModelForImageClassification if vision else AutoModelForCausalLM
         model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info

@@ -12,6 +12,7 @@ from hf_moe_lmc.runtime import tables as text_tables
 from .paper import TABLE_2
 
 Cell = dict[str, Any]
+LEAST = 1e-3  # nats; a share of less is not formed
 ALIGNED = {"gate": "gate order", "expert": "Gram order", "default": "by default"}
 GATINGS = {"dense": "dense", "sparse": "sparse, top-2", "shared": "sparse and shared"}
 KINDS = {
@@ -48,16 +49,22 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
     return f"{text} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else text
 
 
+def percent(shares: Sequence[float | None]) -> str:
+    """Mean and deviation of the shares that are any; a dash where none is."""
+    known = [one for one in shares if one is not None]
+    return f"{spread(known, 2)} %" if known else "-"
+
+
 def share(cell: Cell, path: str, figure: str = "loss_barrier") -> str:
     """The mean of a figure along one path as a percentage of the naive one; a dash where the naive one is nothing."""
     naive = mean(values(cell, "naive", figure))
-    return f"{100 * mean(values(cell, path, figure)) / naive:.0f} %" if naive > 1e-4 else "-"
+    return f"{100 * mean(values(cell, path, figure)) / naive:.0f} %" if naive >= LEAST else "-"
 
 
 def of_block(cell: Cell, path: str) -> str:
     """The mean barrier as a percentage of what the trained blocks contribute to the loss."""
     gains = [pair["without_blocks"] - mean((p := pair["paths"]["naive"]["loss"])[:: len(p) - 1]) for pair in cell["pairs"]]
-    return f"{100 * mean(values(cell, path, 'loss_barrier')) / mean(gains):.1f} %" if mean(gains) > 1e-4 else "-"
+    return f"{100 * mean(values(cell, path, 'loss_barrier')) / mean(gains):.1f} %" if mean(gains) >= LEAST else "-"
 
 
 def model(cell: Cell) -> str:
@@ -96,15 +103,19 @@ def areas(results: Results) -> str:
     return markdown_table(heads, rows)
 
 
-def ranks_of(cell: Cell, method: str) -> list[tuple[int, float, float, float]]:
-    """Of each pair: the rank of the order that a method chose among all, L in percent, its barrier, that of the best order."""
+def ranks_of(cell: Cell, method: str) -> list[tuple[int, float | None, float, float]]:
+    """Of each pair: the rank of the order that a method chose among all, L in percent, its barrier, that of the best order.
+
+    L is None where the naive barrier is not above that of the best order by LEAST: it would be a ratio of noise.
+    """
     found = []
     for pair in cell["pairs"]:
         (order,) = pair["chosen"][method].values()
         own, best = pair["orders"][" ".join(map(str, order))], min(pair["orders"].values())
         naive = pair["paths"]["naive"]["loss_barrier"]
         rank = 1 + sum(other < own - 1e-9 for other in pair["orders"].values())
-        found.append((rank, 100 * (own - best) / (naive - best), own, best))
+        part = 100 * (own - best) / (naive - best) if naive - best >= LEAST else None
+        found.append((rank, part, own, best))
     return found
 
 
@@ -116,10 +127,10 @@ def table_2(results: Results) -> str:
         theirs = [TABLE_2.get((data, layer)) for data in ("CIFAR-10", "CIFAR-100")]
         for number, (method, words) in enumerate((("expert", "Gram"), ("gate", "gate"))):
             rank, part, own, best = zip(*ranks_of(cell, method), strict=True)
-            paper = [f"{one[number][0]:.1f}, {one[number][2]:.2f} %" if one else "-" for one in theirs]
+            paper = [_of_paper(one[number]) if one else "-" for one in theirs]
             rows.append(
                 (
-                    cell["data"], f"{layer} of {cell['layers']}", words, spread(rank, 1), f"{spread(part, 2)} %",
+                    cell["data"], f"{layer} of {cell['layers']}", words, spread(rank, 1), percent(part),
                     spread(values(cell, "naive", "loss_barrier")), spread(own), spread(best), *paper,
                 )
             )  # fmt: skip
@@ -128,6 +139,11 @@ def table_2(results: Results) -> str:
         "paper, CIFAR-10: rank, L", "CIFAR-100",
     )  # fmt: skip
     return markdown_table(heads, rows)
+
+
+def _of_paper(figures: tuple[float, float, float, float]) -> str:
+    rank, rank_spread, part, part_spread = figures
+    return f"{rank:.1f} ± {rank_spread:.1f}, {part:.2f} ± {part_spread:.2f} %"
 
 
 def depths(results: Results) -> str:

@@ -71,13 +71,14 @@ def table_2(results: Results) -> Iterator[str]:
     cells = results.cells("ranks")
     found = [one for cell in cells for method in ("expert", "gate") for one in ranks_of(cell, method)]
     if found:
-        ranks, shares, own, lowest = (list(column) for column in zip(*found, strict=True))
+        ranks, own, lowest = [one[0] for one in found], [one[2] for one in found], [one[3] for one in found]
+        shares = [one[1] for one in found if one[1] is not None]
+        yield f"Over layers, methods and pairs our mean rank is {mean(ranks):.1f} of 24. A random order has 12.5."
+        if shares:
+            yield f"The mean L is {mean(shares):.1f} %."
         yield (
-            f"Over layers, methods and pairs our mean rank is {mean(ranks):.1f} of 24, where a random order has "
-            "12.5. The mean L is "
-            f"{mean(shares):.1f} %. The chosen orders leave {min(own):.3f} to {max(own):.3f} nats, the best ones "
-            f"{min(lowest):.3f} "
-            f"to {max(lowest):.3f}."
+            f"The chosen orders leave {min(own):.3f} to {max(own):.3f} nats, and the best orders {min(lowest):.3f} to "
+            f"{max(lowest):.3f}."
         )
 
 

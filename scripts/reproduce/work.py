@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .data import TEXT_NAMES, load_images, load_text, restore, save
+from .models import register_models
 from .settings import Run, Setting
 from .training import base_model, on, save_model, train, with_fresh_blocks
 
@@ -95,6 +96,7 @@ def do(place: Place, task: Task) -> float:
         OutOfTime: the deadline has come; nothing of the task is kept.
     """
     started = _cpu()
+    register_models()
     task.makes.parent.mkdir(parents=True, exist_ok=True)
     _KINDS[task.kind](place, task)
     return _cpu() - started

@@ -11,18 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from hf_moe_lmc.moe import registry
 from tests.scripts import script
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reproduce() -> Iterator[dict[str, ModuleType]]:
-    """The modules of scripts/reproduce by name."""
+    """The modules of scripts/reproduce by name; what they register is known to these tests alone."""
     names = ("models", "data", "settings", "training", "paths", "claims", "work", "tables", "drawing", "__main__")
     found = {name: script(f"reproduce.{name}") for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(found["training"], "INIT_STD", 0.3)  # so that blocks which were hardly trained matter
+        patch.setattr(registry, "_FAMILIES", dict(registry.families()))
+        mappings = CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        for mapping in mappings:
+            patch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+        found["models"].register_models()
         yield found
+        found["models"].register_models.cache_clear()
 
 
 def tiny_text(data: ModuleType) -> Any:
@@ -40,7 +48,7 @@ def tiny_images(data: ModuleType) -> Any:
     return data.Images(pixels[:40], labels[:40], pixels[40:], labels[40:], 10, facts)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_run(reproduce: dict[str, ModuleType]) -> Any:
     """QUICK with models of 16 units that are trained for a few steps."""
     settings = reproduce["settings"]
@@ -48,7 +56,7 @@ def tiny_run(reproduce: dict[str, ModuleType]) -> Any:
     return replace(settings.QUICK, sizes={"text": size, "vision": size}, deep=size, test_tokens=256)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def place(reproduce: dict[str, ModuleType], tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Its folder, with the data already prepared."""
     root: Path = tmp_path_factory.mktemp("reproduction")

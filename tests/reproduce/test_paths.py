@@ -97,3 +97,10 @@ def test_blocks_that_add_nothing_are_the_base_of_their_worth(
         before = evaluate()
         without = paths.without_blocks(pair, evaluate)
         assert without != before[0] and evaluate() == before
+
+
+def test_barriers_and_areas_of_known_curves(reproduce: dict[str, ModuleType]) -> None:
+    paths = reproduce["paths"]
+    assert paths.barrier_and_area([1.0, 3.0, 2.0], 1) == (1.5, 0.75)  # above the line by 1.5 in the middle
+    assert paths.barrier_and_area([0.5, 0.25, 0.5], -1) == (0.25, 0.125)  # an accuracy that falls
+    assert paths.barrier_and_area([1.0, 0.5, 1.0], 1) == (0.0, -0.25)  # a valley: no barrier, a negative area

@@ -105,6 +105,30 @@ def test_a_stopped_run_goes_on(
     assert json.loads(one.read_text())["pairs"] == before["pairs"]
 
 
+def test_a_task_that_fails_leaves_the_others(
+    results: dict[str, Any],
+    reproduce: dict[str, ModuleType],
+    place: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main, real = reproduce["__main__"], reproduce["__main__"].in_process
+    cell = place.cell("digits-paper-dense-n4-L4-at0")
+    cell.unlink()
+    claims = place.cell("claims-digits-paper-dense-n4-L4-at0_1_2_3")
+    claims.unlink()
+
+    def failing(where: Any, task: Any) -> float:
+        if task.kind == "claims":
+            raise RuntimeError("no such gate")
+        return float(real(where, task))
+
+    monkeypatch.setattr(main, "in_process", failing)
+    assert main.carry_out(place, 1, tmp_path / "out.json", "digits-paper-dense-n4-L4-at0") == 3
+    assert cell.exists() and not claims.exists() and "no such gate" in capsys.readouterr().err
+
+
 def test_time_that_runs_out_within_a_task_keeps_nothing_of_it(reproduce: dict[str, ModuleType], place: Any) -> None:
     training, work = reproduce["training"], reproduce["work"]
     setting = next(reproduce["settings"].places(place.run))
