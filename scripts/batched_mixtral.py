@@ -161,7 +161,7 @@ def loss_of(stacked: Stack, config: MixtralConfig | MistralConfig, ids: Tensor) 
         x = x + _attention(own, config, _norm(x, own["input_layernorm.weight"], config), batch, length)
         inner = _norm(x, own["post_attention_layernorm.weight"], config)
         if "mlp.gate.weight" in own:
-            output, of_tokens, probabilities = _experts(own, config, inner)
+            output, of_tokens, probabilities = _experts(own, routed(config), inner)
             chosen.append(of_tokens)
             likely.append(probabilities)
         else:
@@ -175,7 +175,13 @@ def loss_of(stacked: Stack, config: MixtralConfig | MistralConfig, ids: Tensor) 
     if not chosen:
         return loss
     share, probability = torch.stack(chosen).mean(dim=0), torch.stack(likely).mean(dim=0)
-    return loss + AUXILIARY_LOSS_WEIGHT * config.num_local_experts * (share * probability).sum(dim=1)
+    return loss + AUXILIARY_LOSS_WEIGHT * routed(config).num_local_experts * (share * probability).sum(dim=1)
+
+
+def routed(config: MixtralConfig | MistralConfig) -> MixtralConfig:
+    """The configuration of a model that has experts."""
+    assert isinstance(config, MixtralConfig)
+    return config
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -193,7 +199,9 @@ def _attention(own: Stack, config: MixtralConfig | MistralConfig, x: Tensor, bat
         for role in "qkv"
     )
     half = query.shape[-1] // 2
-    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half, device=x.device) / half)
+    assert config.rope_parameters is not None
+    theta = float(config.rope_parameters["rope_theta"] or 0.0)
+    frequency = theta ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(length, device=x.device)[:, None] * frequency
     cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
     query, key = (y * cos + torch.cat([-y[..., half:], y[..., :half]], dim=-1) * sin for y in (query, key))

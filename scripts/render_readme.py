@@ -111,14 +111,12 @@ def demo_rows(pairs: Mapping[str, str]) -> list[tuple[str, ...]]:
 
 
 def protocol_in_brief() -> str:
-    """What alignment leaves of the barrier on pairs of the paper's protocol and of the demo, and where that comes from."""
+    """What alignment leaves of the barrier on pairs of the paper's protocol, and where the demo's figures come from."""
     left = {name: found["mean_percent_of_naive"]["default"] for name, found in read("paper_protocol")["settings"].items()}
-    shuffled = [run["pairs"]["shuffled"]["aligned_percent_of_naive"] for run in read("demo")["runs"]]
     return paragraph(
-        f"On pairs of the paper's protocol alignment leaves {left['first']:.0f} % of the naive barrier where the first MoE "
-        f"block was trained anew, and {left['last']:.0f} % with the last. It leaves {_span(shuffled, '.1f')} % where B was "
-        "shuffled after it grew from A's initialisation: the demo's last pair. [matching.md](docs/matching.md) has the tables. "
-        f"The demo's figures come from `{read('demo')['command']}`."
+        f"On pairs of the paper's protocol alignment leaves {left['first']:.0f} % of the naive barrier with the first MoE "
+        f"block, and {left['last']:.0f} % with the last: [matching.md](docs/matching.md). The demo's figures come from "
+        f"`{read('demo')['command']}`."
     )
 
 

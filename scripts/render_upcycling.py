@@ -189,6 +189,8 @@ of both parents. Below 0 % a merge is better than that mean, which says nothing 
 def _growth(settings: Sequence[Mapping[str, Any]]) -> str:
     """In words, what the order takes away of the damage in the MoE blocks, after each number of steps."""
     plain = [setting for setting in settings if (setting["method"], setting["mix"]) == ("upcycling", "same")]
+    if not plain:  # a run that was stopped
+        return ""
     most = max(setting["experts"] for setting in plain)
     parts = []
     for setting in plain:

@@ -81,9 +81,9 @@ class Protocol:
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "max_position_embeddings", "bos_token_id", "eos_token_id", "tie_word_embeddings",
         )  # fmt: skip
-        shared = {name: getattr(mixtral, name) for name in names}
-        units = {"moe_intermediate_size": self.units // 2, "shared_expert_intermediate_size": self.units}
-        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**shared, **units, num_experts=8, num_experts_per_tok=2))
+        sizes: dict[str, Any] = {name: getattr(mixtral, name) for name in names}
+        sizes |= {"moe_intermediate_size": self.units // 2, "shared_expert_intermediate_size": self.units}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Models:
 
     def settings(self, experts: int) -> list[Setting]:
         """All pairs of a seed before those of the next, so that a stopped call has all settings."""
-        return [Setting(*parts, experts, seed) for seed, *parts in product(self.scale.seeds, METHODS, MIXES)]
+        return [Setting(method, mix, experts, seed) for seed, method, mix in product(self.scale.seeds, METHODS, MIXES)]
 
     def checkpoint(self, setting: Setting, side: str, steps: int) -> Path:
         return self.root / "models" / f"{setting.name}-{side}-{steps}"

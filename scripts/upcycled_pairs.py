@@ -185,7 +185,7 @@ def parts(job: Job, outside: Collection[str], symmetry: ModelSymmetry) -> dict[s
         outside: names of the tensors outside the MoE blocks.
     """
     a, b = (load_file(path / "model.safetensors") for path in (job.a, job.b))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, ends in (("blocks", a), ("outside", b)):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             moe = b if name == "blocks" else a

@@ -46,6 +46,7 @@ BASE = Training(steps=400, learning_rate=4e-3)
 BLOCK = Training(steps=300, learning_rate=2e-3)
 INIT_STD = 0.02
 HELD_OUT_TOKENS = 8192  # of each text
+CALIBRATION_TOKENS = 8192
 CONTEXT = 64
 DOMAINS = ("prose", "code")
 PAIRS = ("upcycled", "independent", "shuffled")
@@ -171,7 +172,7 @@ class _Stages:
             repair="auto",
             calibration_a=self.held_out("calibration", prose),
             calibration_b=self.held_out("calibration", code),
-            calibration_tokens=HELD_OUT_TOKENS,
+            calibration_tokens=CALIBRATION_TOKENS,
             overwrite=True,
         )
         report = json.loads((self.root / "merge" / "report.json").read_text(encoding="utf-8"))
@@ -273,7 +274,12 @@ def _facts() -> dict[str, Any]:
         "block": asdict(BLOCK),
         "init_std": INIT_STD,
     }
-    text = {"python": platform.python_version(), "context": CONTEXT, "tokens": HELD_OUT_TOKENS}
+    text = {
+        "python": platform.python_version(),
+        "context": CONTEXT,
+        "tokens": HELD_OUT_TOKENS,
+        "calibration_tokens": CALIBRATION_TOKENS,
+    }
     return {"upcycled": UPCYCLED.to_dict(), "config": CONFIG.to_dict(), **recipes, **text}
 
 

@@ -226,11 +226,18 @@ class Paired:
         moves = worthwhile(self.permutation, standing.cost()[0], self.cost()[0])
         if bool((moves | (self.permutation == standing.permutation)).all()):
             return self
-        kept = {
-            name: torch.where(moves, getattr(self, name), getattr(standing, name))
-            for name in ("permutation", "sign", "gate", "up", "down")
-        }
-        return replace(self, **kept)
+
+        def kept(own: Tensor, others: Tensor) -> Tensor:
+            return torch.where(moves, own, others)
+
+        return replace(
+            self,
+            permutation=kept(self.permutation, standing.permutation),
+            sign=kept(self.sign, standing.sign),
+            gate=kept(self.gate, standing.gate),
+            up=kept(self.up, standing.up),
+            down=kept(self.down, standing.down),
+        )
 
     def cost(self) -> tuple[Tensor, Tensor]:
         """The cost of each pair (see `unit_cost`, constants included), and a bound on its error; float64 [unit]."""
