@@ -29,6 +29,7 @@ from hf_moe_lmc.symmetry.banks import qualified
 from hf_moe_lmc.writing.blocks import ModelBlocks
 from hf_moe_lmc.writing.encoded import EncodedStream, EncodedStreams
 from hf_moe_lmc.writing.formats import OutputFormat
+from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.spans import Interpolated
 from hf_moe_lmc.writing.streams import InterpolatedLayer
 
@@ -140,7 +141,7 @@ class Widening:
     def stream(self, elements: Elements, t: Sequence[float]) -> EncodedStreams:
         """The widened merges at some t."""
         acted = self.b.acted(elements)
-        return EncodedStreams(self.template, tuple(self._point(acted, at) for at in t))
+        return EncodedStreams(self.template, tuple(self._point(acted, at) for at in t), Held())
 
     def model(self, elements: Elements, t: float, made_of: str) -> MoEModel:
         """The widened merge at one t, as a model that can be evaluated.
