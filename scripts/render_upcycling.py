@@ -6,6 +6,7 @@ python scripts/render_upcycling.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ calibration text, which the script proves.
 
 All losses are nats per token at t = 0.5, on {tokens:,} held-out tokens of each domain. The mean of the domains is not weighted.
 Figures are means over {seeds} seeds, each with a dense model of its own. What follows ± is half of a 95 % interval over them.
-"""
+{incomplete}"""
 
 
 def markdown() -> str:
@@ -66,9 +67,26 @@ def page(record: Mapping[str, Any]) -> str:
         units=scale["units"],
         tokens=scale["evaluation_tokens_of_each_domain"],
         seeds=max(setting["seeds"] for setting in settings),
+        incomplete=incomplete(settings),
     )
     made = f"`{record['command']}` wrote the figures, with torch {machine['torch']} on {machine['device']}.\n"
     return HEAD + made + words + worth(settings) + domains(settings) + barriers(settings) + causes(settings)
+
+
+def incomplete(settings: Sequence[Mapping[str, Any]]) -> str:
+    """What of the settings has fewer seeds than others, or was not measured at all."""
+    full = max(setting["seeds"] for setting in settings)
+    there = {tuple(setting[key] for key in ("method", "mix", "experts", "steps")) for setting in settings}
+    axes = ([setting[key] for setting in settings] for key in ("method", "mix", "experts", "steps"))
+    missing = sorted(set(product(*(dict.fromkeys(axis) for axis in axes))) - there)
+    few = sorted({setting["seeds"] for setting in settings if setting["seeds"] < full})
+    sentences = []
+    if few:
+        sentences.append(f"The run was stopped by its time: rows without ± are of {' or '.join(map(str, few))} seed.")
+    if missing:
+        names = dict.fromkeys(f"{METHODS[method]} with {experts} experts" for method, _, experts, _ in missing)
+        sentences.append(f"Not measured: {', '.join(names)}.")
+    return "".join(f"{sentence}\n" for sentence in sentences)
 
 
 def worth(settings: Sequence[Mapping[str, Any]]) -> str:
@@ -138,10 +156,10 @@ def causes(settings: Sequence[Mapping[str, Any]]) -> str:
 
 Only some of the weights are averaged here, the others are A's. The figures are losses less that of A. Distances are relative
 to the norm of A's weights. They are those of the experts as they are and in the chosen order, and of all that is outside the
-MoE blocks. What lies outside gains from being averaged: no symmetry stands between two models of one lineage there. In the MoE
-blocks, experts grow apart from their counterparts in the other model, too, and no order brings them back.
+MoE blocks.
 
-""" + _growth(settings)
+""" + "\n".join(map(paragraph, (*_outside(settings), *_growth(settings), *_best_order(settings))))
+    text += "\n"
     rows = []
     for setting in settings:
         if setting["mix"] == "same":
@@ -186,20 +204,67 @@ of both parents. Below 0 % a merge is better than that mean, which says nothing 
     return text + markdown_table(("block", "naive gap, nats", *names), rows)
 
 
-def _growth(settings: Sequence[Mapping[str, Any]]) -> str:
-    """In words, what the order takes away of the damage in the MoE blocks, after each number of steps."""
+def _plain(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Plain upcycling on the same mix, with the number of experts that was measured with most seeds, by steps."""
     plain = [setting for setting in settings if (setting["method"], setting["mix"]) == ("upcycling", "same")]
+    most = max(((setting["seeds"], setting["experts"]) for setting in plain), default=(0, 0))[1]
+    return sorted((setting for setting in plain if setting["experts"] == most), key=lambda setting: int(setting["steps"]))
+
+
+def _of(setting: Mapping[str, Any], name: str) -> float:
+    """What a merge of some of the weights is above A, nats per token."""
+    return float(setting["losses"][name]["mean"]["mean"] - setting["losses"]["a"]["mean"]["mean"])
+
+
+def _growth(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, what alignment takes away of the damage in the MoE blocks, after each number of steps."""
+    plain = _plain(settings)
     if not plain:  # a run that was stopped
-        return ""
-    most = max(setting["experts"] for setting in plain)
-    parts = []
-    for setting in plain:
-        if setting["experts"] == most:
-            losses = {name: setting["losses"][name]["mean"]["mean"] for name in ("a", *PARTS)}
-            damage = losses["blocks naive"] - losses["a"]
-            taken = losses["blocks naive"] - losses["blocks aligned"]
-            parts.append(f"{taken:.3f} of {damage:.3f} nats after {setting['steps']:,} steps")
-    return paragraph(f"With {most} experts, alignment takes away {', '.join(parts)}.") + "\n"
+        return []
+    parts = [f"{_of(one, 'blocks naive') - _of(one, 'blocks aligned'):.3f} of {_of(one, 'blocks naive'):.3f}" for one in plain]
+    steps = [f"{one['steps']:,}" for one in plain]
+    said = f"In the MoE blocks, alignment takes away {listed(parts)} nats after {listed(steps)} steps."
+    said += f" That is plain upcycling with {plain[0]['experts']} experts."
+    return [f"{said} What it takes away grows with training, and so does what it leaves." if _grows(settings) else said]
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words with commas and an `and`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _grows(settings: Sequence[Mapping[str, Any]]) -> bool:
+    left = [_of(one, "blocks aligned") for one in _plain(settings)]
+    taken = [_of(one, "blocks naive") - _of(one, "blocks aligned") for one in _plain(settings)]
+    return len(left) > 1 and all(list(values) == sorted(values) for values in (left, taken))
+
+
+def _outside(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, what averaging does to the weights outside the MoE blocks."""
+    plain = _plain(settings)
+    if not plain:
+        return []
+    parts, steps = [f"{_of(one, 'outside naive'):+.3f}" for one in plain], [f"{one['steps']:,}" for one in plain]
+    return [
+        f"Averaging what lies outside the MoE blocks alone gives {listed(parts)} nats after {listed(steps)} steps. Below 0 it "
+        "gains. No order of experts changes this part."
+    ]
+
+
+def _best_order(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, whether another order would leave less than the default does, in the longest training."""
+    tried = [one for one in _plain(settings) if "best order" in one["percent_of_naive"]]
+    if not tried:
+        return []
+    last = tried[-1]
+    best, default = (last["percent_of_naive"][name]["mean"] for name in ("best order", "aligned"))
+    found = (
+        f"After {last['steps']:,} steps, the order of least loss leaves {best:.0f} % of the naive barrier. The default leaves "
+    )
+    found += f"{default:.0f} %."
+    if best > default - 2:
+        return [f"{found} There is no better order to find: what is left are experts that have grown apart."]
+    return [found]
 
 
 HEADER = ("method", "trained on", "experts", "steps")
