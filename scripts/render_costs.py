@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from render_readme import costs, read
+from render_readme import costs, paragraph, read
 
 from hf_moe_lmc.runtime.tables import markdown_table
 
@@ -50,6 +50,12 @@ Two Mixtral-like checkpoints, from a cold page cache, one thread. All ways give 
 - `offload` lets transformers load each point from disk layer by layer.
 
 Passes are bytes read over the size of both checkpoints. `outside` is what is left of the seconds without the forwards.
+"""
+GPU = """
+## On a GPU
+
+One layer of Mixtral-8x7B's shapes with 8 experts, in bfloat16. Both ends of the path wait on the GPU where they fit, and are
+interpolated there. Matching gains nothing from a GPU: it reads, and solves assignments on the CPU.
 """
 KILLS = """
 ## Killed at any point
@@ -216,6 +222,21 @@ def repairs(record: dict[str, Any]) -> str:
     return REPAIRS + f"\n`{record['command']}`\n\n" + markdown_table(head, rows)
 
 
+def on_gpu(record: dict[str, Any]) -> str:
+    matching = [(f"matching at a noise of {one['noise']}", one["device"], "", one) for one in record["matching"]]
+    path = [
+        (f"path, `{one['way']}`, {one['dtype']}", "cuda", f"{one['points']} of {one['tokens']:,}", one)
+        for one in record["path"]
+    ]
+    rows = [
+        (what, device, points, f"{one['seconds']:.1f}", f"{one['gpu_peak_bytes'] / 1e9:.1f}")
+        for what, device, points, one in (*matching, *path)
+    ]
+    about = f"{record['gpu']}, {record['cpu_cores']} CPU cores. {record['note']}"
+    head = ("work", "device", "points of tokens", "seconds", "peak on the GPU, GB")
+    return GPU + f"\n`{record['command']}`\n\n{paragraph(about)}\n" + markdown_table(head, rows)
+
+
 def markdown() -> str:
     sweep = sweeps(read("sweep_bench"), read("sweep_bench_large"))
     return (
@@ -224,6 +245,7 @@ def markdown() -> str:
         + merges(read("merge_bench"))
         + matches(read("match_bench"), read("match_bench_unrelated"))
         + sweep
+        + on_gpu(read("gpu_bench"))
         + repairs(read("repair_bench"))
         + kills(read("kill_trials"))
         + comparisons(read("compare_bench"))

@@ -84,7 +84,8 @@ def reference(model_class: Any, folder: Path, dtype: torch.dtype = torch.float32
 def test_the_loss_at_a_point_is_that_of_the_written_merge_to_the_bit(case: str, tmp_path: Path) -> None:
     a, b = miniatures(case, tmp_path)
     symmetries = {"aligned": drawn(b), "naive": b.identity()}
-    options = EvaluationOptions(model_class=language_model_class(a), batch_size=2, resident=False)
+    # as the reference runs, whatever is here: other kernels round otherwise
+    options = EvaluationOptions(model_class=language_model_class(a), batch_size=2, resident=False, device="cpu")
     losses, cost = Evaluator(a, b, WINDOWS, options).evaluate(symmetries, POINTS)
     assert losses.dtype == torch.float64 and losses.isfinite().all() and cost.mode == "layers"
     at_once, cost = Evaluator(a, b, WINDOWS, replace(options, resident=True)).evaluate(symmetries, POINTS)
@@ -118,8 +119,8 @@ def run(pair: tuple[MoEModel, MoEModel], symmetries: dict[str, Any]) -> Callable
 
 def test_in_bfloat16_as_well(pair: tuple[MoEModel, MoEModel], run: Callable[..., Any], tmp_path: Path) -> None:
     a, b = pair
-    losses, _ = run(dtype=torch.bfloat16)
-    assert torch.equal(losses, run(dtype=torch.bfloat16, resident=True)[0])
+    losses, _ = run(dtype=torch.bfloat16, device="cpu")
+    assert torch.equal(losses, run(dtype=torch.bfloat16, resident=True, device="cpu")[0])
     # what is written keeps the dtype of the checkpoint, float32: the cast comes last in both
     merged = write(interpolated(a, b, b.identity().layers, 0.5), tmp_path / "merge")
     expected = window_losses(reference(language_model_class(a), merged, torch.bfloat16), WINDOWS, batch_size=2)
@@ -194,7 +195,7 @@ def test_one_layer_alone_is_interpolated(
     pair: tuple[MoEModel, MoEModel], symmetries: dict[str, Any], run: Callable[..., Any]
 ) -> None:
     a, b = pair
-    losses, _ = run([Point("aligned", 0.5, frozenset({1}))])
+    losses, _ = run([Point("aligned", 0.5, frozenset({1}))], device="cpu")
     model_class = language_model_class(a)
     folder, other = (Path(model.checkpoint.name) for model in (a, b))
     expected = reference(model_class, folder)
