@@ -226,10 +226,10 @@ def report(text: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("text", [TEXTS, DATASET, {**DATASET, "name": "/home/me/wikitext"}], ids=["files", "hub", "folder"])
 def test_a_measured_barrier_is_told_and_becomes_results(pair: tuple[Path, Path], text: dict[str, Any]) -> None:
     measured = Measured(report=report(text), t=0.5, plot="barrier.png")
-    found = card(*map(Checkpoint.open, pair), measured=measured, calibration="Matched on 4,096 tokens of held_out.txt.")
+    found = card(*map(Checkpoint.open, pair), measured=measured, repair="ridge, fitted on 4,096 tokens.")
     assert "Barrier on the naive path: 3.5000 nats per token" in found.text and "![" in found.text
     assert "| this checkpoint | 1.0000 | [0.7500, 1.2500] | 2.72 |" in found.text
-    assert "Matched on 4,096 tokens" in found.text and "/home/me" not in found.content
+    assert "## Repair\n\nRidge, fitted on 4,096 tokens." in found.text and "/home/me" not in found.content
     assert found.data.model_name == "merged"
     results = {one.metric_type: one for one in found.data.eval_results}
     assert results.keys() == {"perplexity", "nll"} and results["nll"].metric_value == 1.0

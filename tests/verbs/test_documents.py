@@ -82,6 +82,7 @@ def test_the_key_paths_of_plans_are_those_of_the_schema(saved: Callable[..., Pat
         plan_merge(a, b, tmp_path / "out", [0.3, 0.5]),
         plan_merge(a, b, tmp_path / "out", "best", text=text_file, points=3),
         plan_merge(a, b, tmp_path / "out", align=False),
+        plan_merge(a, b, tmp_path / "out", repair="norms"),
     ]
     found = paths(PLAN, *plans, replace(plans[0], problem="no room", read_rate=None, seconds=None))
     assert found == declared(PLAN), (found - declared(PLAN), declared(PLAN) - found)
