@@ -34,6 +34,7 @@ from hf_moe_lmc.matching.options import WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path import evaluation
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.runtime.memory import CPU
@@ -63,13 +64,13 @@ def matched(a: str, b: str) -> dict[str, Any]:
 def evaluated(way: str, a: str, b: str, points: int, dtype: str) -> dict[str, Any]:
     """Losses on two paths: B as it is, and B with its experts in another order."""
     if way == "from_cpu":
-        evaluation._home = lambda device, plan: CPU
+        evaluation.home_of = lambda device, plan: CPU
     grid = [i / (points - 1) for i in range(points)]
     rows = torch.randint(3, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     windows = Windows(tuple(rows), (0,) * WINDOWS, context=LENGTH, bos=False, tokens_read=rows.numel())
     with Checkpoint.open(Path(a)) as of_a, Checkpoint.open(Path(b)) as of_b:
         model_a, model_b = read_model(of_a), read_model(of_b)
-        options = evaluation.EvaluationOptions(
+        options = EvaluationOptions(
             model_class=language_model_class(model_a),
             batch_size=4,
             dtype=getattr(torch, dtype),

@@ -27,7 +27,7 @@ from transformers import MixtralConfig
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
-from hf_moe_lmc.path.evaluation import EvaluationOptions
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
 from hf_moe_lmc.repair.methods import ALIGNED, Method

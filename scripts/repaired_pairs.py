@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.ensemble import Ensemble
-from hf_moe_lmc.path.evaluation import EvaluationOptions
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.path.tokenizer import common_tokenizer
 from hf_moe_lmc.perplexity.by_text import TextMeans

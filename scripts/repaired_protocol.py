@@ -44,8 +44,9 @@ from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import WeightMatching
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.runtime.progress import silenced
 from hf_moe_lmc.verbs.inputs import Inputs
 

@@ -35,8 +35,9 @@ from transformers import MixtralConfig
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Endpoints, Point, conversions
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
 from hf_moe_lmc.proof.checks import write

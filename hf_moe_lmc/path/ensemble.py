@@ -18,16 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.path.cost import Cost, EvaluationOptions, compute_device, planned, rounds_of
 from hf_moe_lmc.path.endpoints import Endpoints, Part, conversion, groups
-from hf_moe_lmc.path.evaluation import (
-    Cost,
-    EvaluationOptions,
-    compute_device,
-    planned,
-    predictions,
-    rounds_of,
-    stages,
-)
+from hf_moe_lmc.path.evaluation import predictions, stages
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.references import KINDS

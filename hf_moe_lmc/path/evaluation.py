@@ -1,4 +1,4 @@
-"""The loss at the points of a path: which weights stand where, when, and what that costs."""
+"""The loss at the points of a path: which weights stand where, and when."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import foreign, text_reader
+from hf_moe_lmc.path.cost import Cost, EvaluationOptions, compute_device, home_of, plan_of, rounds_of
 from hf_moe_lmc.path.endpoints import Endpoints, Part, Point, conversions
 from hf_moe_lmc.path.skeleton import Skeleton, warn_of_unused
 from hf_moe_lmc.path.sweep import Lane, Sweep
 from hf_moe_lmc.perplexity.scores import Scores, token_scores
 from hf_moe_lmc.perplexity.windows import Windows, batches_of
-from hf_moe_lmc.runtime.memory import CPU, available_memory, memory_on
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.runtime.progress import bar
@@ -29,53 +29,6 @@ from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.results import ResultFolder
 from hf_moe_lmc.writing.streams import ModelStream
 from hf_moe_lmc.writing.workspace import Workspace
-
-LANES = 4096  # at most at once
-IN_FLIGHT = 6  # hidden states that a paused forward holds, about
-SHARE = 0.5  # of the available memory, for all weights at once or for the activations
-FULL = 0.8  # of an accelerator's memory, for weights and activations together
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """How points are evaluated.
-
-    Attributes:
-        model_class: of transformers, predicts the next token.
-        dtype: in which the models run.
-        device: where; None: a GPU if there is one.
-        batch_size: windows per forward pass.
-        activation_memory: bytes for the hidden states of all windows and points that are on their way; None: half of the
-            memory that is free.
-        resident: whether to hold all weights; None: decided from the memory that is free.
-        masked: token ids whose logits do not count, bool [rows]; None: all count.
-    """
-
-    model_class: type[PreTrainedModel]
-    batch_size: int
-    dtype: torch.dtype = torch.float32
-    device: str | None = None
-    activation_memory: int | None = None
-    resident: bool | None = None
-    masked: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an evaluation took.
-
-    Attributes:
-        mode: `resident` (all weights of both models in memory at once) or `layers` (those of one decoder layer).
-        passes: how often both models were read.
-        bytes_of_both: one pass.
-        weights, activations: bytes planned for.
-    """
-
-    mode: str
-    passes: int
-    bytes_of_both: int
-    weights: int
-    activations: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +108,7 @@ class Evaluator:
     def cost(self, paths: Collection[str], points: int) -> Cost:
         """What so many points on these paths would take, with the memory that is free now."""
         ends = self._ends({path: self.b.identity() for path in paths})
-        return _plan(ends, points, self.windows, self.options, len(self._layers(ends)))
+        return plan_of(ends, points, self.windows, self.options, len(self._layers(ends)))
 
     def evaluate(self, symmetries: Mapping[str, ModelSymmetry], points: Sequence[Point], **how: Any) -> tuple[Tensor, Cost]:
         """The losses of `score` alone: float64 [point, window], nats."""
@@ -199,8 +152,8 @@ class Evaluator:
         check_points([point for point in points if (point.path, point.t) not in merged.streams], symmetries)
         ends = self._ends(symmetries, merged.streams)
         layers = self._layers(ends)
-        plan = _plan(ends, len(points), self.windows, self.options, len(layers))
-        ends.home = _home(self._skeleton.device, plan)
+        plan = plan_of(ends, len(points), self.windows, self.options, len(layers))
+        ends.home = home_of(self._skeleton.device, plan)
         batches = batches_of(self.windows.rows, self.options.batch_size)
         job = _Job(ends, points, self.windows, batches, stages(ends, plan.mode), self.options.masked)
         facts = {**_facts(job, self.options, observers), **({"merged": merged.facts} if merged.streams else {})}
@@ -380,18 +333,6 @@ def _fill_in(scores: Tensor, batches: Sequence[list[int]], found: Mapping[str, T
     return places
 
 
-def rounds_of(batches: Sequence[int], plan: Cost, size: int | None = None) -> list[Sequence[int]]:
-    """The batches of each pass; with `size`, at most so many where all weights are in place at once."""
-    if size is None or plan.mode == "layers":
-        size = math.ceil(len(batches) / plan.passes) or 1
-    return [batches[first : first + size] for first in range(0, len(batches), size)]
-
-
-def compute_device(device: str | None) -> torch.device:
-    """The device that was asked for, or a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _run(
     job: _Job,
     todo: Sequence[int],
@@ -445,59 +386,6 @@ def _same_weights(points: Sequence[Point], parts: Sequence[Part]) -> dict[tuple[
         at = tuple(point.at(part.layer) for part in parts)
         found.setdefault((point.path if any(at) else points[0].path, at), []).append(i)  # A is on every path
     return found
-
-
-def _plan(ends: Endpoints, points: int, windows: Windows, options: EvaluationOptions, layers: int) -> Cost:
-    """Decides how much is in memory at once."""
-    of_a, of_b = ends.a.checkpoint.nbytes, ends.b.checkpoint.nbytes
-    stored = ends.a.checkpoint.stored.nbytes + ends.b.checkpoint.stored.nbytes
-    everything = of_a + len(ends.symmetries) * of_b + ends.skeleton.nbytes
-    hidden = int(ends.a.text_config.hidden_size)
-    return planned(ends.skeleton.device, everything, points, windows, options, stored=stored, hidden=hidden, layers=layers)
-
-
-def planned(
-    device: torch.device,
-    everything: int,
-    points: int,
-    windows: Windows,
-    options: EvaluationOptions,
-    *,
-    stored: int,
-    hidden: int,
-    layers: int,
-) -> Cost:
-    """Decides whether all weights are in memory at once, and how many passes the activations take.
-
-    An accelerator with memory of its own decides in the place of the CPU: the model and the activations are there.
-
-    Args:
-        everything: bytes of all weights at once.
-        points: forward passes of each batch.
-        stored: bytes that one pass reads.
-        hidden: size of a hidden state.
-        layers: decoder layers.
-    """
-    processes, there = process_group(), memory_on(device)
-    if there is None:
-        free = available_memory() // processes.local_count
-    else:
-        free = there // math.ceil(processes.local_count / torch.cuda.device_count())
-    longest = max(len(row) for row in windows.rows)
-    per_token = IN_FLIGHT * hidden * options.dtype.itemsize
-    if everything < SHARE * free if options.resident is None else options.resident:
-        return Cost("resident", 1, stored, everything, per_token * longest)
-    needed = math.ceil(points * sum(len(row) for row in windows.rows) * per_token / processes.count)
-    budget = options.activation_memory or int(SHARE * free)
-    lanes = math.ceil(points * len(windows.rows) / processes.count)
-    passes = min(max(math.ceil(needed / budget), math.ceil(lanes / LANES), 1), len(windows.rows))
-    return Cost("layers", passes, stored, everything // max(layers, 1), needed // passes)
-
-
-def _home(device: torch.device, plan: Cost) -> torch.device:
-    """Where the weights of both ends wait: beside the model, unless its memory is too small for that."""
-    there = memory_on(device)
-    return CPU if there is None or plan.weights + plan.activations > FULL * there else device
 
 
 def check_points(points: Sequence[Point], symmetries: Mapping[str, ModelSymmetry]) -> None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from hf_moe_lmc.checkpoints.pair import origins
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.path.cost import Cost, EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import Cost, EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_moe_lmc.errors import CheckpointError, listing
 from hf_moe_lmc.moe.model_class import foreign, language_model_class
-from hf_moe_lmc.path.evaluation import compute_device
+from hf_moe_lmc.path.cost import compute_device
 from hf_moe_lmc.path.skeleton import warn_of_unused
 from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.writing.streams import (

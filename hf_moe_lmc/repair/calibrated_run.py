@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.view import LayerSource
+from hf_moe_lmc.path.cost import IN_FLIGHT, SHARE, EvaluationOptions, compute_device
 from hf_moe_lmc.path.endpoints import Endpoints, conversions
-from hf_moe_lmc.path.evaluation import IN_FLIGHT, SHARE, EvaluationOptions, compute_device
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.repair.fitted import Fitted
 from hf_moe_lmc.repair.fitting_pass import Pass

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from hf_moe_lmc.moe.model import MoEModel
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Endpoints
-from hf_moe_lmc.path.evaluation import EvaluationOptions
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.repair.sites import Site, sites_of

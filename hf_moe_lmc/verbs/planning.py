@@ -28,7 +28,7 @@ from hf_moe_lmc.writing.workspace import kept_files
 if TYPE_CHECKING:
     from hf_moe_lmc.moe.layer import MoELayer
     from hf_moe_lmc.moe.model import MoEModel
-    from hf_moe_lmc.path.evaluation import Cost
+    from hf_moe_lmc.path.cost import Cost
 
 PROBE = 32 << 20  # bytes read and written to see how fast that goes here
 PRODUCT = 1024  # rows of the matrix product that is timed

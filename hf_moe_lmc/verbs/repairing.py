@@ -12,7 +12,7 @@ import torch
 
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model_class import language_model_class
-from hf_moe_lmc.path.evaluation import EvaluationOptions
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.measurement import evaluation_options
 from hf_moe_lmc.path.options import ComputeOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length

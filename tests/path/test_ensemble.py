@@ -16,9 +16,10 @@ from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.path import ensemble
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.path.ensemble import Ensemble, combined
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.sweep import Sweep
 from hf_moe_lmc.perplexity.references import KINDS
 from hf_moe_lmc.perplexity.windows import Windows

@@ -20,9 +20,11 @@ from hf_moe_lmc.errors import CheckpointError, ForeignError, InputError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path import cost as costs
 from hf_moe_lmc.path import evaluation
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Endpoints, Point, conversions
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator, check_points
+from hf_moe_lmc.path.evaluation import Evaluator, check_points
 from hf_moe_lmc.path.skeleton import Skeleton
 from hf_moe_lmc.path.sweep import Lane
 from hf_moe_lmc.perplexity.windows import Windows, window_losses
@@ -167,7 +169,7 @@ def test_bytes_read_do_not_depend_on_the_number_of_points(
 
 def test_passes_do_not_change_the_losses(run: Callable[..., Any]) -> None:
     one, _ = run(batch_size=1)
-    per_token = evaluation.IN_FLIGHT * 16 * 4
+    per_token = costs.IN_FLIGHT * 16 * 4
     several, cost = run(batch_size=1, activation_memory=len(POINTS) * 17 * per_token * 2)
     assert cost.passes == 2 and cost.activations <= len(POINTS) * 17 * per_token * 2
     assert torch.equal(one, several)
@@ -282,11 +284,11 @@ def test_points_on_unknown_paths_are_refused(symmetries: dict[str, Any]) -> None
 
 def test_the_mode_follows_the_memory_that_is_free(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run([POINTS[0]], resident=None)[1].mode == "resident"
-    monkeypatch.setattr(evaluation, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(costs, "available_memory", lambda: 100_000)
     losses, cost = run(resident=None, device="cpu")
     assert cost.mode == "layers" and cost.passes > 1
     assert torch.allclose(losses, run(device="cpu")[0], rtol=1e-6)
-    assert evaluation.available_memory() == 100_000
+    assert costs.available_memory() == 100_000
 
 
 @pytest.mark.parametrize(
@@ -296,17 +298,17 @@ def test_an_accelerator_of_its_own_memory_decides(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, memory: int, mode: str, home: str
 ) -> None:
     """Where both ends wait, and whether all of them do; the CPU's memory has no say."""
-    monkeypatch.setattr(evaluation, "available_memory", lambda: 1)
-    monkeypatch.setattr(evaluation, "memory_on", lambda device: memory)
+    monkeypatch.setattr(costs, "available_memory", lambda: 1)
+    monkeypatch.setattr(costs, "memory_on", lambda device: memory)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     waiting: list[torch.device] = []
-    decide = evaluation._home
+    decide = costs.home_of
 
-    def decided(device: torch.device, plan: evaluation.Cost) -> torch.device:
+    def decided(device: torch.device, plan: costs.Cost) -> torch.device:
         waiting.append(decide(torch.device("meta"), plan))
         return torch.device("cpu")
 
-    monkeypatch.setattr(evaluation, "_home", decided)
+    monkeypatch.setattr(evaluation, "home_of", decided)
     assert run(resident=None, device="cpu")[1].mode == mode and [str(one) for one in waiting] == [home]
 
 

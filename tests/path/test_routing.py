@@ -9,8 +9,9 @@ import torch
 
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.model_class import language_model_class
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.routing import RoutingObserver, _distribution
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.verbs.apply import apply

@@ -16,7 +16,7 @@ from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.moe.view import LayerSource
-from hf_moe_lmc.path.evaluation import EvaluationOptions
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.repair.calibrated_run import Calibrated, Calibration
 from hf_moe_lmc.repair.choice import accept, choose

@@ -15,7 +15,7 @@ from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.errors import InputError, OutputError
 from hf_moe_lmc.matching import alignment
 from hf_moe_lmc.matching.records import matchings
-from hf_moe_lmc.path import evaluation
+from hf_moe_lmc.path import cost as costs
 from hf_moe_lmc.plots import style
 from hf_moe_lmc.runtime.processes import ProcessGroup, check_launch, process_group
 from hf_moe_lmc.verbs.align import align
@@ -62,7 +62,7 @@ def pair(saved: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 BOTH = """
 import sys
 from hf_moe_lmc.cli import main
-from hf_moe_lmc.path import evaluation
+from hf_moe_lmc.path import cost
 from hf_moe_lmc.plots import style
 from hf_moe_lmc.runtime import processes
 a, b, out, text = sys.argv[1:]
@@ -71,7 +71,7 @@ def job():
     draw, style.save = style.save, lambda *_: None  # drawing takes longer than measuring: once
     code += main(["barrier", a, b, "-o", f"{out}/resident", "--text", text, *OPTIONS])
     style.save = draw
-    evaluation.available_memory = lambda: 400_000  # layer by layer, in several passes
+    cost.available_memory = lambda: 400_000  # layer by layer, in several passes
     options = ["--symmetry", f"{out}/aligned", *OPTIONS]
     return code + main(["barrier", a, b, "-o", f"{out}/layers", "--text", text, *options])
 processes.close, close = lambda: None, processes.close  # one meeting for all
@@ -99,7 +99,7 @@ def test_two_processes_find_what_one_finds(
     with monkeypatch.context() as patch:
         patch.setattr(style, "save", lambda *_: None)
         assert main([*barrier, "-o", f"{out}/resident"]) == 0
-    monkeypatch.setattr(evaluation, "available_memory", lambda: 400_000)
+    monkeypatch.setattr(costs, "available_memory", lambda: 400_000)
     assert main([*barrier, "-o", f"{out}/layers", "--symmetry", f"{out}/aligned"]) == 0
     assert done.output == capsys.readouterr().out.replace(f"{tmp_path}/one", f"{tmp_path}/two")  # one process speaks
     for found in out.rglob("report.json"):  # the path of the symmetry is in it
@@ -280,7 +280,7 @@ def test_barrier_continues_after_a_kill(
 ) -> None:
     arguments = ["barrier", *map(str, pair), "--text", str(text_file), *OPTIONS]
     out = tmp_path / "out"
-    monkeypatch.setattr(evaluation, "available_memory", lambda: memory)
+    monkeypatch.setattr(costs, "available_memory", lambda: memory)
     assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
     stop_in(
         "hf_moe_lmc.path.evaluation._fill_in",

@@ -79,7 +79,7 @@ def test_the_ensemble_is_that_of_the_parents_by_themselves(
 ) -> None:
     a, b, common = pair
     if memory:
-        monkeypatch.setattr("hf_moe_lmc.path.evaluation.available_memory", lambda: 400_000)
+        monkeypatch.setattr("hf_moe_lmc.path.cost.available_memory", lambda: 400_000)
     report = barrier(a, b, tmp_path / "out", text=texts, points=4, context=48, ensemble=True, activation_memory=memory)
     assert report.evaluation["mode"] == ("layers" if memory else "resident")
     content = json.loads((tmp_path / "out" / "report.json").read_text())

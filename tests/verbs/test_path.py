@@ -12,8 +12,9 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import CheckpointError, InputError, MismatchError
 from hf_moe_lmc.moe.model_class import language_model_class, text_reader
 from hf_moe_lmc.moe.reading import read_model
+from hf_moe_lmc.path.cost import EvaluationOptions
 from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import EvaluationOptions, Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator
 from hf_moe_lmc.path.point_model import load_point
 from hf_moe_lmc.perplexity.windows import Windows, cut_texts, cut_windows, window_losses
 from hf_moe_lmc.proof.miniature import build, shrink
