@@ -24,7 +24,7 @@ from hf_moe_lmc.perplexity.least import LeastLoss
 from hf_moe_lmc.perplexity.references import Beside, References, Shares, references
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.scores import Scores
-from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
+from hf_moe_lmc.perplexity.verdict import MIDPOINT, REPAIRED, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.documents import as_json
@@ -133,7 +133,7 @@ class BarrierReport:
 
     def grid(self, path: str) -> tuple[float, ...]:
         """The t at which a path was measured."""
-        return self.t if path != "repaired" or self.repaired_t is None else self.repaired_t
+        return self.t if path != REPAIRED or self.repaired_t is None else self.repaired_t
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
@@ -168,19 +168,31 @@ class BarrierReport:
         about: dict[str, Any] = {
             "floor": max(ROUNDING, self.relabelling_floor or 0.0),
             "remarks": [*self.not_finite, *self.warnings],
+            "left": self.left,
         }
         merge = self.merge
         if merge is None:
-            return self._of_paths(self.decides or ("repaired" if "repaired" in self.losses else "aligned"), about)
+            return self._of_paths(self.decides or (REPAIRED if REPAIRED in self.losses else "aligned"), about)
         if merge.chosen:
-            found = self._of_paths(merge.path, about)
-            if found.t == merge.t:
+            line = self.searched
+            found = self._of_paths(line, about)
+            if found.t == merge.t and line == merge.path:
                 return replace(found, references=found.compared)
-            here = references(self._at(merge.t, merge.path), self.windows, t=merge.t, beside=self._beside(merge.t, merge.path))
+            here = references(self._at(merge.t, line), self.windows, t=merge.t, beside=self._beside(merge.t, line))
             here = replace(here, means=found.compared.means)
-            return replace(found, references=here, compared=here)
+            return replace(found, references=here, compared=here, merge=merge.path, searched=line)
         models, beside = self._at(merge.t, merge.path), self._beside(merge.t, merge.path)
         return merge_verdict(models, self.windows, t=merge.t, merge=merge.path, beside=beside, **about)
+
+    @property
+    def searched(self) -> str:
+        """The straight line on which the t of a merge is looked for."""
+        return "aligned" if "aligned" in self.losses else "naive"
+
+    @property
+    def left(self) -> str:
+        """What merges that have left the straight line are called: `repaired` or `widened`."""
+        return "widened" if self.repair is not None and self.repair.get("asked") == "widen" else REPAIRED
 
     @property
     def _parents(self) -> dict[str, Tensor]:
@@ -220,22 +232,17 @@ class BarrierReport:
         return TextMeans(self.windows)
 
     def _of_paths(self, merge: str, about: Mapping[str, Any]) -> Verdict:
-        grid = self.grid(merge)
-        least = LeastLoss(grid, self.losses[merge], self.means).chosen
+        least = LeastLoss(self.grid(merge), self.losses[merge], self.means).chosen
         named = {MIDPOINT} | ({least} if least is not None else set())
-        losses = {
-            path: torch.stack([values[self.grid(path).index(t)] for t in grid])
-            for path, values in self.losses.items()
-            if set(grid) <= set(self.grid(path))
-        }
         return path_verdict(
-            losses,
-            grid,
+            self.losses,
+            self.t,
             self.windows,
             halfway=self._halfway(),
             parents=self._parents,
             merge=merge,
             beside={t: self._beside(t, merge) for t in named},
+            repaired_t=self.repaired_t,
             **about,
         )
 
@@ -334,7 +341,7 @@ class BarrierReport:
         return found + [
             f"{name} path: the barrier may be higher than measured: {reason}; --refine adds points there"
             for name, reason in reasons.items()
-            if reason
+            if reason and name != REPAIRED
         ]
 
     def to_dict(self) -> dict[str, Any]:

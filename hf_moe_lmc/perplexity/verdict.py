@@ -24,6 +24,8 @@ from hf_moe_lmc.perplexity.references import PARENTS, Beside, Comparison, Differ
 from hf_moe_lmc.perplexity.windows import Windows
 
 MIDPOINT = 0.5  # t of the references of a path
+REPAIRED = "repaired"  # the path of merges that have left the straight line
+LineLosses = tuple[tuple[float, ...], Tensor]  # t ascending, and float64 [point, window]
 ROUNDING = 1e-4  # nats per token; smaller differences are no finding in any dtype
 STANDINGS = {
     "below_both": "below both parents",
@@ -60,9 +62,12 @@ class Verdict:
         compared: losses at the t that the sentences name.
         merge: the merge that the sentences are about, one of MERGES.
         floor: nats per token; a difference of at most so much is no finding.
-        least: the point of the least loss on the aligned path; None: t was given.
-        paths: by name, float64 [point, window], nats summed over each window; empty: t was given.
+        least: the point of the least loss on the path `searched`; None: t was given.
+        paths: the straight lines by name, each on its grid: float64 [point, window], nats summed over each window; empty: t
+            was given.
         remarks: further reasons for caution, in words.
+        searched: the path of `least`; None: that of `merge`.
+        left: what `repaired` is called in words, `repaired` or `widened`.
 
     Example:
         >>> import torch
@@ -79,8 +84,10 @@ class Verdict:
     merge: str = "aligned"
     floor: float = ROUNDING
     least: LeastLoss | None = None
-    paths: Mapping[str, Tensor] | None = None
+    paths: Mapping[str, LineLosses] | None = None
     remarks: Sequence[str] = ()
+    searched: str | None = None
+    left: str = REPAIRED
 
     @property
     def t(self) -> float:
@@ -112,6 +119,8 @@ class Verdict:
         """
         if self.least is None or self.least.chosen != self.t or self.least.cross_fitted is None or self.itself:
             return None
+        if self.searched not in (None, self.merge):
+            return None  # another path has chosen t
         models = {**{side: self.compared.models[side] for side in PARENTS}, "chosen": self.least.cross_fitted}
         found = differences_on(None, self.compared.means, models, [("chosen", side) for side in PARENTS])
         return dict(zip(PARENTS, found, strict=True))
@@ -143,12 +152,11 @@ class Verdict:
 
     @cached_property
     def barriers(self) -> dict[str, tuple[BarrierCurve, Interval | None]]:
-        """Curve on the mean of the texts, and interval of its barrier, of each path; empty where t was given."""
+        """Curve on the mean of the texts, and interval of its barrier, of each straight line; empty where t was given."""
         found = {}
         means, paths = self.compared.means, self.paths or {}
-        for name, losses in paths.items():
-            assert self.least is not None
-            curve = BarrierCurve(self.least.t, tuple(means.of(None, losses.numpy()).tolist()))
+        for name, (t, losses) in paths.items():
+            curve = BarrierCurve(t, tuple(means.of(None, losses.numpy()).tolist()))
             resampled = curves.barrier(curve.t, means.resampled(None, losses.numpy()))
             found[name] = curve, means.interval(None, resampled)
         return found
@@ -162,17 +170,22 @@ class Verdict:
     @cached_property
     def sentences(self) -> list[str]:
         """The t of the least loss, the merge there against both parents, and the barriers; each where it applies."""
-        found = [] if self.least is None else [wording.least_loss(self.least, self.references, self.merge)]
+        found = []
+        if self.least is not None:
+            found = [wording.least_loss(self.least, self.references, self._called(self.searched or self.merge))]
         if self.standing == "parent":
             assert self.itself is not None
             found.append(self._of_parent(self.itself))
         else:
-            subject = f"The {'repaired ' if self.merge == 'repaired' else ''}merge at {wording.place(self.t)}"
+            subject = f"The {f'{self.left} ' if self.merge == REPAIRED else ''}merge at {wording.place(self.t)}"
             held_out = self.held_out if self._standing() == "below_both" and self._fails_held_out else None
             found.append(
                 wording.of_merge(subject, self.merge, self.standing, self.mean, held_out, several=self.references.several)
             )
         return [*found, wording.barriers(self.barriers)] if self.barriers else found
+
+    def _called(self, merge: str) -> str:
+        return self.left if merge == REPAIRED else merge
 
     def _of_parent(self, parent: str) -> str:
         """Of a merge that is a parent itself: the best merge between the ends, or where t was given the other parent."""
@@ -203,7 +216,7 @@ class Verdict:
         naive = self.mean.differences.get(self.merge, {}).get("naive")
         if naive is None or naive.sign(self.floor) <= 0:
             return []
-        return [f"the {self.merge} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the naive one"]
+        return [f"the {self._called(self.merge)} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the naive one"]
 
     def to_dict(self) -> dict[str, Any]:
         """The `verdict` of report.json."""
@@ -234,6 +247,7 @@ def merge_verdict(
     floor: float = ROUNDING,
     remarks: Sequence[str] = (),
     beside: Beside | None = None,
+    left: str = REPAIRED,
 ) -> Verdict:
     """References and verdict of a merge at its own t.
 
@@ -243,11 +257,11 @@ def merge_verdict(
         windows: what was evaluated on; they know their texts.
         t: of the merge; 0 is A, 1 is B.
         merge: the one that was made, `aligned` or `naive`, say.
-        floor, remarks: as in `Verdict`.
+        floor, remarks, left: as in `Verdict`.
         beside: right answers and ensembles at this t.
     """
     found = references(models, windows, t=t, beside=beside)
-    return Verdict(found, found, merge, floor, remarks=remarks)
+    return Verdict(found, found, merge, floor, remarks=remarks, left=left)
 
 
 def path_verdict(
@@ -261,6 +275,8 @@ def path_verdict(
     floor: float = ROUNDING,
     remarks: Sequence[str] = (),
     beside: Mapping[float, Beside] | None = None,
+    repaired_t: tuple[float, ...] | None = None,
+    left: str = REPAIRED,
 ) -> Verdict:
     """References and verdict of the paths from A to B.
 
@@ -274,17 +290,20 @@ def path_verdict(
         halfway: by the names of MERGES, float64 [window]: losses at t = 0.5.
         parents: `a`, `b` or both by themselves, float64 [window], where they are not the ends of the paths.
         merge: the path that decides.
-        floor, remarks: as in `Verdict`.
+        floor, remarks, left: as in `Verdict`.
         beside: right answers and ensembles, by t: halfway and at the t of the least loss.
+        repaired_t: where `repaired` was measured, ends included; None: at `t`.
     """
+    grids = {name: repaired_t if name == REPAIRED and repaired_t is not None else t for name in paths}
     ends = {"a": paths[merge][0], "b": paths.get("naive", paths[merge])[-1], **(parents or {})}
     beside = beside or {}
     found = references({**ends, **halfway}, windows, t=MIDPOINT, beside=beside.get(MIDPOINT))
-    least = LeastLoss(t, paths[merge], found.means)
+    least = LeastLoss(grids[merge], paths[merge], found.means)
     compared = found
     if least.chosen is not None and 0 < least.chosen < 1:
-        assert least.index is not None
-        at_least = {name: losses[least.index] for name, losses in paths.items()}
-        here = references({**ends, **at_least}, windows, t=least.chosen, beside=beside.get(least.chosen))
+        chosen = least.chosen
+        at_least = {name: losses[grids[name].index(chosen)] for name, losses in paths.items() if chosen in grids[name]}
+        here = references({**ends, **at_least}, windows, t=chosen, beside=beside.get(chosen))
         compared = replace(here, means=found.means)
-    return Verdict(found, compared, merge, floor, least, paths, remarks)
+    lines = {name: (grids[name], losses) for name, losses in paths.items() if name != REPAIRED}
+    return Verdict(found, compared, merge, floor, least, lines, remarks, left=left)
