@@ -13,6 +13,7 @@ from hf_moe_lmc.perplexity import curve as curves
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Floats
 from hf_moe_lmc.perplexity.by_text import TextMeans
 from hf_moe_lmc.perplexity.curve import BarrierCurve
+from hf_moe_lmc.perplexity.references import REPAIRED
 from hf_moe_lmc.perplexity.results import PathResult, Span
 from hf_moe_lmc.plots import page, style
 from hf_moe_lmc.plots.layerwise import draw_layers
@@ -62,6 +63,7 @@ def plots(
     routing: Records,
     measured: str,
     finding: str | None = None,
+    left: str = REPAIRED,
 ) -> Plots:
     """The plots of a measurement.
 
@@ -73,6 +75,7 @@ def plots(
         routing: as in report.json.
         measured: texts and tokens.
         finding: what the plots say, in one short sentence; None: the models are their title.
+        left: what merges that have left the straight line are called.
     """
     a, b = short_names(*names)
     heading = Heading(title=finding or f"{a} to {b}", models=(a, b), measured=measured)
@@ -83,14 +86,16 @@ def plots(
     bootstrap = next(iter(paths.values())).bootstrap
     return Plots(
         losses=Losses(
-            heading=on_mean, lines={name: _line(paths[name], means) for name in named}, sure=_sure_of_losses(bootstrap, means)
+            heading=on_mean,
+            lines={left if name == REPAIRED else name: _line(name, paths[name], means) for name in named},
+            sure=_sure_of_losses(bootstrap, means),
         ),
         layers=_layers(layers, pooled, paths["aligned"].curve.barrier, bootstrap) if layers else None,
         routing=list(_routing(routing, heading)),
     )
 
 
-def _line(path: PathResult, means: TextMeans) -> Line:
+def _line(name: str, path: PathResult, means: TextMeans) -> Line:
     """A path on the mean of the texts. Each resample has its own line between the ends, so the band is paired."""
     losses = path.losses.numpy()
     curve = BarrierCurve(path.t, tuple(means.of(None, losses).tolist()))
@@ -103,6 +108,7 @@ def _line(path: PathResult, means: TextMeans) -> Line:
         band=[bounds for bounds in band if bounds is not None],
         barrier=curve.barrier,
         interval=means.interval(None, curves.barrier(path.t, resampled)),
+        straight=name != REPAIRED,
     )
 
 

@@ -22,6 +22,7 @@ from hf_moe_lmc.perplexity.windows import Windows
 
 PARENTS = ("a", "b")
 MERGES = ("naive", "aligned", "repaired", "ensemble")  # what is compared with the parents
+REPAIRED = "repaired"  # a merge that has left the straight line; a path of these
 MODELS = (*PARENTS, *MERGES)
 KINDS = ("logits", "probabilities")  # what is averaged in the ensembles of both parents
 BY_TEXT = "by_text"  # where the lower ensemble is another on another text

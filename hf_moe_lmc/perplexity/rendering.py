@@ -9,10 +9,10 @@ from typing import Any
 from hf_moe_lmc.perplexity.bootstrap import Bootstrap, Interval
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.drawing import POOLED, path_names
-from hf_moe_lmc.perplexity.references import MEASURES, MERGES, Comparison, Difference, References
+from hf_moe_lmc.perplexity.references import MEASURES, MERGES, REPAIRED, Comparison, Difference, References
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.verdict import MIDPOINT, MergedAt, Verdict
-from hf_moe_lmc.perplexity.wording import capital, no_barrier
+from hf_moe_lmc.perplexity.wording import capital, no_barrier, of_excess
 from hf_moe_lmc.plots.values import layers_in_words
 from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
@@ -44,9 +44,14 @@ def verdict(found: Verdict, disagreement: str | None = None) -> list[str]:
     ]
 
 
-def by_text(found: References) -> list[str]:
+def called(name: str, left: str) -> str:
+    """A path or a merge in words; `left`: what merges that have left the straight line are called."""
+    return left if name == REPAIRED else name
+
+
+def by_text(found: References, left: str = REPAIRED) -> list[str]:
     """The models on each text and on their mean, then how far merges are from the better parent, for a terminal."""
-    figures, differences = figure_rows(found), difference_rows(found)
+    figures, differences = figure_rows(found, left), difference_rows(found, left)
     return [
         f"at t = {found.t:.3g}: losses in nats per token{_of_shares(found)}{_of_ensemble(found)}",
         *aligned(figures, align=">"),
@@ -88,10 +93,10 @@ def _merges(found: References) -> list[str]:
     return [name for name in MERGES if found.mean.values[name] is not None]
 
 
-def figure_rows(found: References) -> list[list[str]]:
+def figure_rows(found: References, left: str = REPAIRED) -> list[list[str]]:
     """Parents, their mean, the better one and merges, with a head; a row for each text, and one for their mean."""
     merges = _merges(found)
-    rows = [["text", "A", "B", "mean of A, B", "better", *merges]]
+    rows = [["text", "A", "B", "mean of A, B", "better", *(called(merge, left) for merge in merges)]]
     for title, on in _compared(found):
         form = _percent if on.higher else _nats
         values = [on.loss("a"), on.loss("b"), on.parents]
@@ -99,10 +104,10 @@ def figure_rows(found: References) -> list[list[str]]:
     return rows
 
 
-def difference_rows(found: References) -> list[list[str]]:
+def difference_rows(found: References, left: str = REPAIRED) -> list[list[str]]:
     """How far merges are from the better parent, with paired intervals and a head; rows as in `figure_rows`."""
     merges = _merges(found)
-    rows = [["text", *merges]]
+    rows = [["text", *(called(merge, left) for merge in merges)]]
     for title, on in _compared(found):
         scale, form = (100, "+.1f") if on.higher else (1, "+.4f")
         differences = [on.differences.get(merge) for merge in merges]
@@ -129,19 +134,20 @@ def _percent(share: float) -> str:
     return "" if math.isnan(share) else f"{100 * share:.1f}"
 
 
-def table(paths: Paths, summary: Summary, *, several: bool = False) -> list[str]:
+def table(paths: Paths, summary: Summary, *, several: bool = False, left: str = REPAIRED) -> list[str]:
     """Losses at each point in columns, then a sentence for each path; nats per token.
 
     Args:
         several: whether the losses are over several texts.
+        left: what merges that have left the straight line are called.
     """
     curves = [path.curve for path in paths.values()]
-    rows = [["t", *(title for name in paths for title in (f"{name} nll", "perplexity"))]]
+    rows = [["t", *(title for name in paths for title in (f"{called(name, left)} nll", "perplexity"))]]
     for t in curves[0].t:
         rows.append([f"{t:.3f}", *(cell for curve in curves for cell in _loss_cells(curve, t))])
     lines = [POOLED] if several else []
     lines += [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
-    lines += [sentence(name, path, summary) for name, path in paths.items()]
+    lines += [sentence(name, path, summary, left) for name, path in paths.items()]
     bootstrap = _bootstrap(paths)
     if summary.difference is not None and bootstrap.count > 1:
         lines.append(f"naive - aligned: {summary.difference:.4f}{_brackets(summary.difference_interval, '.4f')}")
@@ -179,9 +185,11 @@ def own_losses(own: Own) -> list[str]:
     ]
 
 
-def sentence(name: str, path: PathResult, summary: Summary) -> str:
-    """The barrier of one path."""
+def sentence(name: str, path: PathResult, summary: Summary, left: str = REPAIRED) -> str:
+    """The barrier of one path; of merges that lie on no straight line, how far they are above it."""
     curve, percent = path.curve, summary.aligned_percent_of_naive
+    if name == REPAIRED:
+        return of_excess(left, curve, path.barrier_interval)
     if (none := no_barrier(curve)) is not None:
         return f"barrier, {name} path: {none}; area {round(curve.area, 4) + 0.0:+.4f}"
     text = f"barrier, {name} path: {curve.barrier:.4f} nats per token{_brackets(path.barrier_interval, '.4f')}"
@@ -201,6 +209,7 @@ def markdown(
     disagreement: str | None = None,
     own: Own,
     merged_at: MergedAt | None = None,
+    repair: Sequence[str] = (),
 ) -> str:
     """The content of report.md.
 
@@ -212,6 +221,7 @@ def markdown(
         disagreement: what makes the figures void.
         own: losses of the models by themselves, by side.
         merged_at: the merge that the report is about; where its t was given there is no curve, and no plot.
+        repair: what was done to leave the straight line, in sentences; empty: nothing.
     """
     a, b = names
     title = f"Perplexity barrier between {a} and {b}" if merged_at is None else f"Merge of {a} and {b} at t = {merged_at.t:.6g}"
@@ -226,7 +236,13 @@ def markdown(
         *(f"**Mind:** {line}.\n" for line in verdict.cautions if line != disagreement),
     ]
     if merged_at is not None and not merged_at.chosen:
-        parts += [_references(verdict), *_own_lines(own), "## What is measured\n", f"{_tokens(path, evaluation)}\n"]
+        parts += [
+            _references(verdict),
+            *_repair(repair),
+            *_own_lines(own),
+            "## What is measured\n",
+            f"{_tokens(path, evaluation)}\n",
+        ]
         return "\n".join([*parts, _uncertainty(_bootstrap(paths))])
     parts += [
         "![loss along the path](barrier.png)\n",
@@ -235,6 +251,7 @@ def markdown(
         *([f"Of {POOLED}.\n"] if verdict.references.several else []),
         _table_of_barriers(paths),
         *_comparison(summary),
+        *_repair(repair, paths, verdict.left),
         *_own_lines(own),
         _measurement(path, evaluation),
         _uncertainty(_bootstrap(paths)),
@@ -244,6 +261,17 @@ def markdown(
     if routing:
         parts.append(_routing(routing))
     return "\n".join(parts)
+
+
+def _repair(said: Sequence[str], paths: Paths | None = None, left: str = REPAIRED) -> Iterator[str]:
+    """What was done to leave the straight line and, where there is a curve, how far the merges are above that line."""
+    if not said:
+        return
+    yield f"## {'Widening' if left != REPAIRED else 'Repair'}\n"
+    yield "\n".join(f"- {capital(sentence)}." for sentence in said) + "\n"
+    if paths is not None and REPAIRED in paths:
+        found = of_excess(left, paths[REPAIRED].curve, paths[REPAIRED].barrier_interval)
+        yield f"{capital(found)}. They lie on no straight line, so this is not the barrier above.\n"
 
 
 def _own_lines(own: Own) -> Iterator[str]:
@@ -258,7 +286,10 @@ def _references(verdict: Verdict) -> str:
         f"its own vocabulary.{mean}\nDifferences are from the better parent on that text, with paired intervals.\n"
     ]
     for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
-        for title, (header, *rows) in (("", figure_rows(found)), (", less the better parent", difference_rows(found))):
+        for title, (header, *rows) in (
+            ("", figure_rows(found, verdict.left)),
+            (", less the better parent", difference_rows(found, verdict.left)),
+        ):
             parts.append(f"At t = {found.t:.3g}{title}:\n\n{markdown_table(header, rows)}")
         if found.ensemble_of:
             parts.append(f"{capital(_of_ensemble(found).removeprefix('; '))}.\n")
@@ -278,7 +309,7 @@ def _of_measures(found: References) -> list[str]:
 
 def _table_of_barriers(paths: Paths) -> str:
     rows = []
-    for name in reversed(list(paths)):
+    for name in reversed([name for name in paths if name != REPAIRED]):
         path, curve = paths[name], paths[name].curve
         rows.append(
             [

@@ -21,10 +21,10 @@ from hf_moe_lmc.perplexity.by_text import TextMeans
 from hf_moe_lmc.perplexity.cloze import Cloze
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.least import LeastLoss
-from hf_moe_lmc.perplexity.references import Beside, References, Shares, references
+from hf_moe_lmc.perplexity.references import REPAIRED, Beside, References, Shares, references
 from hf_moe_lmc.perplexity.results import PathResult, Span, Summary
 from hf_moe_lmc.perplexity.scores import Scores
-from hf_moe_lmc.perplexity.verdict import MIDPOINT, REPAIRED, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
+from hf_moe_lmc.perplexity.verdict import MIDPOINT, ROUNDING, MergedAt, Verdict, merge_verdict, path_verdict
 from hf_moe_lmc.perplexity.windows import Windows
 from hf_moe_lmc.plots.options import PlotKind, PlotOptions
 from hf_moe_lmc.runtime.documents import as_json
@@ -425,8 +425,9 @@ class BarrierReport:
         """The verdict, then losses by text, along the paths and of single layers, for a terminal."""
         parts = [
             rendering.verdict(self.verdict, self.disagreement),
-            rendering.by_text(self.verdict.compared),
-            rendering.table(self.paths, self.summary, several=self.references.several),
+            [f"{said}." for said in self._repair_said],
+            rendering.by_text(self.verdict.compared, self.left),
+            rendering.table(self.paths, self.summary, several=self.references.several, left=self.left),
             rendering.own_losses(self.own or {}),
             rendering.layer_rows(self.layers) if self.layers else [],
         ]
@@ -434,7 +435,19 @@ class BarrierReport:
 
     def sentence(self, path: str) -> str:
         """The barrier of one path, for a terminal."""
-        return rendering.sentence(path, self.paths[path], self.summary)
+        return rendering.sentence(path, self.paths[path], self.summary, self.left)
+
+    @property
+    def _repair_said(self) -> list[str]:
+        """What was done to leave the straight line, a sentence for each t."""
+        if self.repair is None:
+            return []
+        if self.left != REPAIRED:
+            return [self.repair["sentence"]]
+        points = self.repair.get("points") or [self.repair]
+        if len({one["sentence"] for one in points}) == 1:
+            return [f"repair: {self.repair['sentence']}"]
+        return [f"repair at t = {one['t']:.3g}: {one['sentence']}" for one in points]
 
     def to_markdown(self) -> str:
         """The content of report.md, which shows the files that `plot` writes."""
@@ -449,6 +462,7 @@ class BarrierReport:
             disagreement=self.disagreement,
             own=self.own or {},
             merged_at=self.merge,
+            repair=self._repair_said,
         )
 
     def plot(self, path: Path, kind: PlotKind = "static") -> None:
@@ -468,6 +482,7 @@ class BarrierReport:
             routing=self.routing or (),
             measured=self.subtitle,
             finding=wording.capital(VOID if self.disagreement else self.verdict.title),
+            left=self.left,
         ).write(path, kind)
 
 

@@ -20,11 +20,19 @@ from hf_moe_lmc.perplexity import wording
 from hf_moe_lmc.perplexity.bootstrap import Interval
 from hf_moe_lmc.perplexity.curve import BarrierCurve
 from hf_moe_lmc.perplexity.least import LeastLoss
-from hf_moe_lmc.perplexity.references import PARENTS, Beside, Comparison, Difference, References, differences_on, references
+from hf_moe_lmc.perplexity.references import (
+    PARENTS,
+    REPAIRED,
+    Beside,
+    Comparison,
+    Difference,
+    References,
+    differences_on,
+    references,
+)
 from hf_moe_lmc.perplexity.windows import Windows
 
 MIDPOINT = 0.5  # t of the references of a path
-REPAIRED = "repaired"  # the path of merges that have left the straight line
 LineLosses = tuple[tuple[float, ...], Tensor]  # t ascending, and float64 [point, window]
 ROUNDING = 1e-4  # nats per token; smaller differences are no finding in any dtype
 STANDINGS = {
@@ -216,7 +224,10 @@ class Verdict:
         naive = self.mean.differences.get(self.merge, {}).get("naive")
         if naive is None or naive.sign(self.floor) <= 0:
             return []
-        return [f"the {self._called(self.merge)} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the naive one"]
+        return [
+            f"the {self._called(self.merge)} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the "
+            "naive one"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The `verdict` of report.json."""

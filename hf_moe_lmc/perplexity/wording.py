@@ -240,8 +240,33 @@ def of_path(name: str, curve: BarrierCurve, interval: Interval | None) -> str:
     return found if area >= 0 else f"{found}, though more of the path lies below the line (area {number(area, sign=True)})"
 
 
+def of_excess(left: str, curve: BarrierCurve, interval: Interval | None) -> str:
+    """How far merges that lie on no straight line are above the line between the losses of the ends.
+
+    Args:
+        left: what they are called.
+
+    Example:
+        >>> of_excess("repaired", BarrierCurve((0.0, 0.5, 1.0), (3.0, 3.7, 3.2)), (0.55, 0.65))
+        'repaired merges: at most 0.600 nats per token [0.550, 0.650] above the line between the ends, at t = 0.5'
+        >>> of_excess("widened", BarrierCurve((0.0, 0.5, 1.0), (3.0, 2.9, 3.2)), None)
+        'widened merges: below the line between the ends everywhere, at most 0.200 nats per token, at t = 0.5'
+    """
+    start, inner = f"{left} merges:", curve.excess[1:-1]
+    if not math.isfinite(curve.barrier):
+        return f"{start} a loss is not finite"
+    if not inner or all(abs(excess) <= FLAT for excess in inner):
+        return f"{start} on the line between the ends"
+    if max(inner) < 0:
+        lowest = min(range(len(inner)), key=inner.__getitem__)
+        below = f"at most {number(-inner[lowest])} nats per token, at t = {curve.t[1 + lowest]:.3g}"
+        return f"{start} below the line between the ends everywhere, {below}"
+    found = f"{number(curve.barrier)} nats per token{brackets(interval, curve.barrier)}"
+    return f"{start} at most {found} above the line between the ends, at t = {curve.barrier_t:.3g}"
+
+
 def barriers(found: Mapping[str, tuple[BarrierCurve, Interval | None]]) -> str:
-    """The barriers of all paths."""
+    """The barriers of all straight lines."""
     return f"Barrier in nats per token: {'; '.join(of_path(name, *found[name]) for name in reversed(list(found)))}."
 
 

@@ -41,6 +41,7 @@ class Line:
         excess: of the loss over the straight line between the ends.
         band: pointwise intervals of the excess; empty where there are none.
         barrier, interval: the largest excess and its interval.
+        straight: the points lie on a straight line of weights, so that the largest excess is a barrier.
     """
 
     t: Sequence[float]
@@ -49,6 +50,7 @@ class Line:
     band: Sequence[tuple[float, float]]
     barrier: float
     interval: Bounds
+    straight: bool = True
 
     @property
     def missing(self) -> list[float]:
@@ -77,13 +79,16 @@ class Line:
         if self.missing:
             return f"the loss is not finite at {_listed(self.missing)}"
         if self.peak is not None:
-            return f"barrier {self.barrier:.3g}{_brackets(self.interval)} at t = {self.t[self.peak]:.3g}"
+            found = f"{self.barrier:.3g}{_brackets(self.interval)}"
+            at = f"at t = {self.t[self.peak]:.3g}"
+            return f"barrier {found} {at}" if self.straight else f"{found} above the line {at}"
         lowest = int(np.argmin(self.excess))
         if not self.excess[lowest] < -ROUNDING:
-            return "no barrier"
+            return "no barrier" if self.straight else "on the line"
         low, high = self.band[lowest] if self.band else (np.nan, np.nan)
         below = _brackets((-high, -low) if self.band else None)
-        return f"no barrier, {-self.excess[lowest]:.3g} below the line{below} at t = {self.t[lowest]:.3g}"
+        none = "no barrier, " if self.straight else ""
+        return f"{none}{-self.excess[lowest]:.3g} below the line{below} at t = {self.t[lowest]:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,8 @@ class Measured:
 
     def _beside(self, found: Mapping[str, Any]) -> str:
         """A row for each text, and one for their mean where there are several; with shares of right answers if counted."""
-        others = [name for name in OTHERS if name != self.path and found["mean"].get(name) is not None]
+        same = {self.path} if (self.report.get("repair") or {"accepted": True})["accepted"] else {self.path, "repaired"}
+        others = [name for name in OTHERS if name not in same and found["mean"].get(name) is not None]
         head = ["", "A", "B", "mean of A, B", "better", "this checkpoint", "less the better", *others]
         scopes = {**found["texts"], **({"mean": found["mean"]} if len(found["texts"]) > 1 else {})}
         rows = []

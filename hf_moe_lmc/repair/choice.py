@@ -57,13 +57,13 @@ class Choice:
         """What came of it, in words."""
         tried = len(self.record["tried"])
         if self.difference is None:
-            return f"repair: none of {tried} candidates was below the aligned merge on the first half; the aligned merge stays"
+            return f"none of {tried} candidates was below the aligned merge on the first half; the aligned merge stays"
         found = f"{self.difference.value:+.4f} nats per token"
         if self.difference.interval is not None:
             found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)
         if self.accepted:
-            return f"repair: {self.method}, {found} against the aligned merge on calibration text that it was not fitted on"
-        return f"repair: {self.method} refused, {found} against the aligned merge, not clearly below; the aligned merge stays"
+            return f"{self.method}, {found} against the aligned merge on calibration text that it was not fitted on"
+        return f"{self.method} refused, {found} against the aligned merge, not clearly below; the aligned merge stays"
 
     def stream(self, run: Calibrated) -> ModelStream:
         """The merge as a checkpoint: repaired where that was accepted, else the aligned one."""
@@ -110,7 +110,7 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
         found = Choice(method, False, None, None, {**record, "accepted": False})
     else:
         found = accept(run, method, first, second, folder, record)
-    note(found.sentence)
+    note(f"repair: {found.sentence}")
     return found
 
 

@@ -136,7 +136,9 @@ class Widening:
 
     def record(self, t: float) -> dict[str, Any]:
         """The `repair` of report.json."""
-        return {"asked": "widen", "t": t, "accepted": 0 < t < 1, "chosen": "widened", "tried": [], "note": self.sentence()}
+        return {
+            "asked": "widen", "t": t, "accepted": 0 < t < 1, "chosen": "widened", "sentence": self.sentence(), "tried": [],
+        }  # fmt: skip
 
     def stream(self, elements: Elements, t: Sequence[float]) -> EncodedStreams:
         """The widened merges at some t."""

@@ -33,9 +33,7 @@ def with_repaired(
     repaired: Mapping[float, Repaired],
     workspace: Workspace | None,
 ) -> BarrierReport:
-    """The report with the path of repaired merges; without it where none was accepted.
-
-    Where a repair was refused, the merge is that of the straight line.
+    """The report with the path of repaired merges. Where a repair was refused, the merge is that of the straight line.
 
     Args:
         path: that the merges are repairs of, to B in the coordinates of `symmetry`.
@@ -46,7 +44,7 @@ def with_repaired(
     report = replace(report, repair=main if len(records) == 1 else {**main, "points": [_in_short(one) for one in records]})
     accepted = {t: one for t, one in repaired.items() if one.accepted}
     if not accepted:
-        return replace(report, decides=path)
+        return _with_path(replace(report, decides=path), path, {}, repaired, passes=0)
     a, b = subject.pair.a, subject.pair.b
     streams = {(PATH, t): interpolated(a, b, symmetry.layers, t, merging=one.merging) for t, one in accepted.items()}
     facts = {"symmetry": digest(symmetry), "path": path, "repairs": {str(t): one.facts() for t, one in accepted.items()}}
@@ -109,7 +107,7 @@ def _with_path(
 
 
 def _in_short(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("t", "chosen", "accepted", "difference") if key in record}
+    return {key: record[key] for key in ("t", "chosen", "accepted", "sentence", "difference") if key in record}
 
 
 def repaired_t(repairing: Repairing, report: BarrierReport, path: str) -> list[float]:

@@ -47,14 +47,22 @@ class Repaired:
     Attributes:
         merging: how it is made; that of the straight line where no repair was accepted.
         record: the `repair` of report.json.
-        sentence: what was done, for terminal and card.
         options: words of the command line that ask for it; files are named as they are on a card.
     """
 
     merging: Merging
     record: Mapping[str, Any]
-    sentence: str
     options: Sequence[str]
+
+    @classmethod
+    def of(cls, merging: Merging, record: Mapping[str, Any], sentence: str, options: Sequence[str]) -> Repaired:
+        """With the sentence in the record as well."""
+        return cls(merging, {**record, "sentence": sentence}, options)
+
+    @property
+    def sentence(self) -> str:
+        """What was done."""
+        return str(self.record["sentence"])
 
     @property
     def accepted(self) -> bool:
@@ -62,7 +70,7 @@ class Repaired:
 
     def card(self) -> tuple[str, Sequence[str]]:
         """What a card says of it, and the options of the command that made it."""
-        return self.sentence.removeprefix("repair: "), self.options
+        return self.sentence, self.options
 
     def facts(self) -> dict[str, Any]:
         """What the written weights depend on besides the options."""
@@ -195,20 +203,16 @@ class Repairing:
         if t in ENDS:
             end = "A" if t == 0 else "B'"
             record = {"asked": self.name, "t": t, "accepted": False, "chosen": "aligned", "tried": []}
-            return Repaired(
-                STRAIGHT, record, f"repair: t = {t:g} is {end} itself, of which there is nothing to repair", self.words
-            )
+            return Repaired.of(STRAIGHT, record, f"t = {t:g} is {end} itself, of which there is nothing to repair", self.words)
         if self.calibration is None:
             record = {"asked": self.name, "t": t, "accepted": True, "chosen": self.name, "tried": []}
-            sentence = (
-                f"repair: {self.name}, made without text, so that nothing says whether it is better than the aligned merge"
-            )
-            return Repaired(REPAIRS[self.name], record, sentence, self.words)
+            sentence = f"{self.name}, made without text, so that nothing says whether it is better than the aligned merge"
+            return Repaired.of(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)
         choice = choose(run, self.name, workspace.results("repair", {**run.facts(), "repair": self.name}))
         record = {**choice.record, "calibration": [text.describe() for text in self.texts]}
-        return Repaired(merging_of(choice, self.pair.a), record, choice.sentence, self.words)
+        return Repaired.of(merging_of(choice, self.pair.a), record, choice.sentence, self.words)
 
     def _run(self, symmetry: ModelSymmetry, t: float) -> Calibrated:
         assert self.calibration is not None and self.evaluation is not None
