@@ -147,13 +147,22 @@ def table(paths: Paths, summary: Summary, *, several: bool = False, left: str = 
         rows.append([f"{t:.3f}", *(cell for curve in curves for cell in _loss_cells(curve, t))])
     lines = [POOLED] if several else []
     lines += [*aligned(rows, align=">", least=(6, *[12] * (len(rows[0]) - 1))), ""]
-    lines += [sentence(name, path, summary, left) for name, path in paths.items()]
+    lines += [sentence(name, path, summary, left) for name, path in paths.items() if name != REPAIRED or _differ(paths)]
     bootstrap = _bootstrap(paths)
     if summary.difference is not None and bootstrap.count > 1:
         lines.append(f"naive - aligned: {summary.difference:.4f}{_brackets(summary.difference_interval, '.4f')}")
     if bootstrap.count > 1:
         lines.append(f"brackets: {100 * bootstrap.level:g} % intervals over {bootstrap.count} {bootstrap.unit}s")
     return lines
+
+
+def _differ(paths: Paths) -> bool:
+    """Whether any merge has left the straight line: where all repairs were refused, none has."""
+    path = paths.get(REPAIRED)
+    lines = [each for name, each in paths.items() if name == "aligned" or (name == "naive" and "aligned" not in paths)]
+    if path is None:
+        return False
+    return any(path.curve.nll != tuple(line.curve.nll[line.curve.t.index(t)] for t in path.curve.t) for line in lines)
 
 
 def _loss_cells(curve: BarrierCurve, t: float) -> tuple[str, str]:
@@ -243,7 +252,7 @@ def markdown(
             "## What is measured\n",
             f"{_tokens(path, evaluation)}\n",
         ]
-        return "\n".join([*parts, _uncertainty(_bootstrap(paths))])
+        return "\n".join([*parts, _uncertainty(_bootstrap(paths), drawn=False)])
     parts += [
         "![loss along the path](barrier.png)\n",
         _references(verdict),
@@ -269,7 +278,7 @@ def _repair(said: Sequence[str], paths: Paths | None = None, left: str = REPAIRE
         return
     yield f"## {'Widening' if left != REPAIRED else 'Repair'}\n"
     yield "\n".join(f"- {capital(sentence)}." for sentence in said) + "\n"
-    if paths is not None and REPAIRED in paths:
+    if paths is not None and _differ(paths):
         found = of_excess(left, paths[REPAIRED].curve, paths[REPAIRED].barrier_interval)
         yield f"{capital(found)}. They lie on no straight line, so this is not the barrier above.\n"
 
@@ -362,7 +371,11 @@ def _tokens(path: PathResult, evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _uncertainty(bootstrap: Bootstrap) -> str:
+def _uncertainty(bootstrap: Bootstrap, *, drawn: bool = True) -> str:
+    band = (
+        " The band in the plot is the pointwise interval of the excess: each resample has its own line between the ends, so "
+        "the band has no width there."
+    )
     caveat = f" Mind: {bootstrap.caveat}." if bootstrap.caveat else ""
     if bootstrap.count < 2:
         return f"## How sure\n\nNo intervals.{caveat}\n"
@@ -371,9 +384,7 @@ def _uncertainty(bootstrap: Bootstrap) -> str:
         f"Intervals in brackets hold {100 * bootstrap.level:g} %: a paired bootstrap over {bootstrap.count} {bootstrap.unit}s "
         f"({bootstrap.replicates} resamples, seed {bootstrap.seed}), the same resample at all points of all paths, means "
         "weighted by token, percentiles. They tell how figures would vary with other text of the same kind, not with other "
-        "models. "
-        "The band in the plot is the pointwise interval of the excess: each resample has its own line between the ends, so "
-        f"the band has no width there.{caveat}\n"
+        f"models.{band if drawn else ''}{caveat}\n"
     )
 
 

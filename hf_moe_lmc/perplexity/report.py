@@ -339,7 +339,7 @@ class BarrierReport:
         if self.merge is not None and not self.merge.chosen:  # there is no curve: t was given
             return found
         return found + [
-            f"{name} path: the barrier may be higher than measured: {reason}; --refine adds points there"
+            f"{name} path: the barrier may be higher than measured: {reason}; `barrier --refine` adds points there"
             for name, reason in reasons.items()
             if reason and name != REPAIRED
         ]

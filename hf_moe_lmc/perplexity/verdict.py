@@ -218,15 +218,18 @@ class Verdict:
     @property
     def cautions(self) -> list[str]:
         """What a reader has to know before relying on the sentences, in words."""
-        return [*self.compared.means.caveats, *self._without_alignment(), *self.remarks]
+        return [*self.compared.means.caveats, *self._above_simpler(), *self.remarks]
 
-    def _without_alignment(self) -> list[str]:
-        naive = self.mean.differences.get(self.merge, {}).get("naive")
-        if naive is None or naive.sign(self.floor) <= 0:
-            return []
+    def _above_simpler(self) -> list[str]:
+        """Which merges that took less are measurably better."""
+        models, simpler = self.compared.models, {"aligned": ["naive"], REPAIRED: ["naive", "aligned"]}
+        others = [name for name in simpler.get(self.merge, ()) if name in models]
+        found = differences_on(None, self.compared.means, models, [(self.merge, other) for other in others])
         return [
-            f"the {self._called(self.merge)} merge at {wording.place(self.t)} is {wording.size(naive, unit=True)} above the "
-            "naive one"
+            f"the {self._called(self.merge)} merge at {wording.place(self.t)} is {wording.size(above, unit=True)} above the "
+            f"{other} one"
+            for other, above in zip(others, found, strict=True)
+            if above.sign(self.floor) > 0
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class Choice:
         """What came of it, in words."""
         tried = len(self.record["tried"])
         if self.difference is None:
-            return f"none of {tried} candidates was below the aligned merge on the first half; the aligned merge stays"
+            one = self.record["tried"][0]["method"] if tried == 1 else f"none of {tried} candidates"
+            was = "was not below" if tried == 1 else "was below"
+            return f"{one} {was} the aligned merge on the first half of the calibration text; the aligned merge stays"
         found = f"{self.difference.value:+.4f} nats per token"
         if self.difference.interval is not None:
             found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)

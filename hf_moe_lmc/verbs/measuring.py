@@ -143,7 +143,7 @@ class Subject:
         """
         measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
         report = measurement.report(self.asked.source.describe(), matching, started, self._own())
-        _warn(report)
+        _warn(report, along=self.asked.grid.halfway)
         return self._with_additions(report, symmetries, workspace, started)
 
     def _with_additions(
@@ -188,13 +188,17 @@ def check_ids(windows: Windows, pair: Pair) -> None:
             )
 
 
-def _warn(report: BarrierReport) -> None:
-    """Warns of what the reader of a report should know."""
+def _warn(report: BarrierReport, *, along: bool) -> None:
+    """Warns of what the reader of a report should know.
+
+    Args:
+        along: a path was measured; otherwise its ends and the t that were given, between which nothing is missed.
+    """
     for problem in report.not_finite:
         warn(problem)
     if "routing_unavailable" in report.evaluation:
         warn(f"{report.a['source']}: the routing cannot be watched: {report.evaluation['routing_unavailable']}")
-    for warning in report.warnings:
+    for warning in report.warnings if along else [report.disagreement] if report.disagreement else []:
         warn(warning)
 
 

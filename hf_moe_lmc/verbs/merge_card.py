@@ -31,6 +31,7 @@ def merge_card(
     symmetry_name: str = "SYMMETRY",
     measured: Measured | None = None,
     repair: tuple[str, Sequence[str]] | None = None,
+    repaired: bool = False,
     widened: str | None = None,
 ) -> str:
     """The model card of a merge, with what B was aligned by: an alignment, a saved symmetry, or nothing.
@@ -42,6 +43,7 @@ def merge_card(
         widened: how much the model has grown by the experts of both, as a sentence.
         measured: a barrier between A and B, on whose path the merge lies.
         repair: what was done to leave the straight line, and the words of the command line that ask for it.
+        repaired: the repair was accepted.
     """
     how, options = "B as it is.", ["--no-align"]
     if alignment:
@@ -53,11 +55,15 @@ def merge_card(
     options += ["--tokenizer", "b"] if tokenizer == "b" else []
     options += format_option(form, "a")
     options += [*(repair[1] if repair else []), *(["--widen"] if widened else [])]
-    how += f" The merge is {widened}." if widened else ""
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
+    point = f"The point t = {exact(t)} of the straight line (1 - t) A + t B' between two {kind}."
+    if widened:
+        point = f"A merge of two {kind} at t = {exact(t)}, {widened}. All else is (1 - t) A + t B'."
+    elif repair and repaired:
+        point = f"A repaired merge of two {kind} at t = {exact(t)}: its weights have left the straight line (1 - t) A + t B'."
     return model_card(
         title=f"Merge of {{A}} and {{B}} at t = {exact(t)}",
-        summary=f"The point t = {exact(t)} of the straight line (1 - t) A + t B' between two {kind}. B' is {how}",
+        summary=f"{point} B' is {how}",
         inputs={"A": a, "B": b},
         base="AB",
         relation="merge",

@@ -349,6 +349,7 @@ class Merge(Job["Alignment | None"]):
             symmetry_name=self.file or "SYMMETRY",
             measured=self._for_card(writer, folder, t, made),
             repair=repaired.card() if repaired else None,
+            repaired=repaired is not None and repaired.accepted,
             widened=self.widening.sentence() if self.widening else None,
         )
         writer.write_text(within(folder, "README.md"), card)
