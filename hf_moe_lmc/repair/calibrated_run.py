@@ -126,9 +126,34 @@ class Calibrated:
                 fits.append(runner.facts)
         return Outcome(losses, fits)
 
+    def memory(self, methods: Sequence[Method], windows: int) -> int:
+        """Bytes, about, but for the equations of a ridge fit: a layer of A, of B' and of a candidate, and activations.
+
+        With RegMean also a merged layer, and what it knows of the inputs of that layer's maps.
+
+        Args:
+            windows: that candidates are fitted and compared on.
+        """
+        ends, skeleton = self._models.ends, self._models.skeleton
+        parts, beside = ends.parts()
+        averaged = any(method.fit == "regmean" for method in methods)
+        sizes = [sum(skeleton.state[name].numel() * skeleton.dtype_of(name).itemsize for name in part.names) for part in parts]
+        outside = sum(skeleton.state[name].numel() * skeleton.dtype_of(name).itemsize for name in beside.names)
+        widths = [
+            [skeleton.state[name].shape[-1] for name in part.names if skeleton.state[name].ndim == 2]
+            for part in (parts if averaged else ())
+        ]
+        grams = max((sum(2 * 4 * width**2 for width in of_layer) for of_layer in widths), default=0)
+        going = min(1 + len(methods), self.together(windows)) + (2 if averaged else 0)
+        return (4 if averaged else 3) * max(sizes) + 3 * outside + grams + going * self._activations(windows)
+
+    def _activations(self, windows: int) -> int:
+        """Bytes of one candidate."""
+        tokens = windows * self.calibration.windows.context
+        return tokens * IN_FLIGHT * int(self.a.text_config.hidden_size) * self._models.options.dtype.itemsize
+
     def together(self, windows: int) -> int:
         """How many candidates go through the model at once."""
-        tokens = windows * self.calibration.windows.context
-        each = tokens * IN_FLIGHT * int(self.a.text_config.hidden_size) * self._models.options.dtype.itemsize
+        each = self._activations(windows)
         budget = self._models.options.activation_memory or int(SHARE * available_memory())
         return max(1, budget // each)

@@ -151,6 +151,7 @@ class Merge(Job["Alignment | None"]):
             matched=self.method is not None,
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
             repair=self._leaving,
+            fitting=self.repairing.memory() if self.repairing else 0,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
 

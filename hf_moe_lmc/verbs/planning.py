@@ -71,6 +71,7 @@ class Work:
             MoE blocks, which are compared in the end, are read twice.
         evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
         repair: what is done to leave the straight line, in words; None: nothing.
+        fitting: bytes of memory that this takes before anything is written.
         facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
             known only when something has been measured.
     """
@@ -82,6 +83,7 @@ class Work:
     matched: bool = False
     evaluated: Evaluation | None = None
     repair: str | None = None
+    fitting: int = 0
     facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
@@ -203,7 +205,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
-        peak_memory=max(_memory(work), evaluating),
+        peak_memory=max(_memory(work), evaluating, work.fitting),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,

@@ -168,6 +168,16 @@ class Repairing:
             words += f", {size_of(self._equations(tokens))} of memory for equations"
         return f"{words}; reads both models {passes} times{f' for each of {count} t' if count > 1 else ''}"
 
+    def memory(self) -> int:
+        """Bytes that fitting and choosing take, about; 0 where nothing is fitted."""
+        if self.calibration is None:
+            return 0
+        methods, windows = methods_of(self.name), self.calibration.windows
+        first, _ = halves_of(windows)
+        fits = any(method.fit == "ridge" for method in methods)
+        equations = self._equations(sum(len(row) for row in windows.rows)) if fits else 0
+        return self._run(self.pair.b.identity(), 0.5).memory(methods, len(first)) + equations
+
     def _equations(self, tokens: int) -> int:
         """Bytes for the ridge regression of a block on half of the calibration text, about."""
         columns = max(

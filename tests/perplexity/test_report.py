@@ -130,6 +130,12 @@ def test_a_repaired_path_is_what_the_verdict_is_about_unless_it_was_refused() ->
     assert {"a", "b", "naive", "better"} == mean["differences"]["repaired"].keys()
     assert "aligned  repaired" in report.table() and "| aligned | repaired |" in report.to_markdown()
     assert content["summary"] == json.loads(plain.to_json())["summary"]  # of Eq. 1, without the repair
+    assert content["verdict"]["barriers"] == json.loads(plain.to_json())["verdict"]["barriers"]
+    worse = replace(report, losses={**report.losses, "repaired": plain.losses["naive"]})
+    assert any("above the aligned one" in caution for caution in worse.verdict.cautions)
+    assert not any("above the aligned one" in caution for caution in report.verdict.cautions)
+    few = replace(report, losses={**report.losses, "repaired": repaired[[0, 4, 8]]}, right={}, repaired_t=(0.0, 0.5, 1.0))
+    assert few.verdict.sentences[-1] == plain.verdict.sentences[-1] and few.verdict.least.t == (0.0, 0.5, 1.0)
     refused = replace(report, decides="aligned")
     assert refused.verdict.merge == "aligned" and refused.verdict.sentences[1].startswith("The merge at")
     merged = replace(report, merge=MergedAt(0.25, "repaired"))

@@ -141,8 +141,39 @@ def test_a_refused_repair_leaves_the_aligned_merge(
     assert all(tiny.same_bytes(one[name], two[name]) for name in two)
     found = content(tmp_path / "out")
     assert not found["repair"]["accepted"] and found["repair"]["tried"][0]["method"] == "crossover"
-    assert found["merge"]["path"] == "aligned" and found["references"]["mean"]["repaired"] is None
-    assert "the aligned merge stays" in capsys.readouterr().err
+    # what is made with the repair is the aligned merge
+    for on in (*found["references"]["texts"].values(), found["references"]["mean"]):
+        assert on["repaired"] == on["aligned"] != on["naive"]
+    assert found["merge"]["path"] == "aligned" == found["verdict"]["merge"]
+    printed = capsys.readouterr()
+    assert "the aligned merge stays" in printed.err and "repaired" not in printed.out and "--refine" not in printed.err
+    sentence = found["repair"]["sentence"]
+    card, text = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.md"))
+    assert sentence[1:] in card and sentence in text and "of the straight line" in card and "| repaired" not in card
+    assert "Repaired merges:" not in text and "in the plot" not in text
+
+
+@pytest.mark.parametrize("how", [{"repair": "crossover"}, {"widen": True}])
+def test_the_best_point_is_that_of_the_straight_line_and_the_merge_there_is_what_was_asked(
+    saved: Callable[..., Path], tmp_path: Path, rows: Path, how: dict[str, Any]
+) -> None:
+    a, b = saved("mixtral", "per-expert", 0), saved("mixtral", "fused", 1)
+    merge(a, b, tmp_path / "out", "best", text=rows, points=5, context=32, **how)
+    found = content(tmp_path / "out")
+    word = "widened" if "widen" in how else "repaired"
+    assert found["merge"]["path"] == found["verdict"]["merge"] == "repaired" and found["merge"]["t"] == found["references"]["t"]
+    assert found["verdict"]["least"]["t"] == found["merge"]["t"] and found["verdict"]["held_out"] is None
+    least, of_merge, barriers = found["verdict"]["sentences"]
+    assert least.startswith("Least loss on the aligned path") and of_merge.startswith(f"The {word} merge at t = ")
+    assert barriers.count(";") == 1 and "naive" in barriers and "aligned" in barriers
+    mean = found["references"]["mean"]
+    index = found["paths"]["aligned"]["t"].index(found["merge"]["t"])
+    assert mean["aligned"] == pytest.approx(found["paths"]["aligned"]["nll"][index]) and mean["repaired"] != mean["aligned"]
+    card, text = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.md"))
+    assert f"The {word} merge at" in card and "The point t =" not in card and f"| aligned | {word} |" in text
+    assert found["repair"]["sentence"] in text
+    if word == "widened":
+        assert "repaired" not in card and "repaired" not in text
 
 
 def test_auto_without_text_does_nothing_and_says_so(
@@ -191,6 +222,10 @@ def test_the_repaired_path_of_barrier_is_that_of_the_merges(saved: Callable[...,
     path, aligned = document["paths"]["repaired"], document["paths"]["aligned"]
     assert path["t"] == aligned["t"] and path["nll"][0] == aligned["nll"][0] and path["nll"][-1] == aligned["nll"][-1]
     assert "repaired" not in document["summary"] and found.aligned.barrier == aligned["barrier"]
+    assert document["verdict"]["barriers"].keys() == {"aligned", "naive"}
+    assert "repaired" not in document["verdict"]["sentences"][-1] and "repaired merges: " in found.table()
+    section = found.to_markdown().split("## The barrier")[1].split("## Repair")
+    assert "| aligned |" in section[0] and "repaired" not in section[0] and "Repaired merges: " in section[1]
     merge(a, b, tmp_path / "merges", [path["t"][1], 0.5], repair="norms", text=rows, context=32)
     of_merges = [content(folder)["references"]["mean"]["repaired"] for folder in sorted((tmp_path / "merges").iterdir())]
     assert of_merges[0] == pytest.approx(path["nll"][1], rel=1e-6)
@@ -206,6 +241,11 @@ def test_a_fitted_path_has_the_middle_and_the_least_loss(
     aligned = found["paths"]["aligned"]
     least = aligned["t"][aligned["nll"].index(min(aligned["nll"]))]
     assert {0.0, 0.25, 0.5, 0.75, 1.0, least} == set(found["paths"]["repaired"]["t"])
+    assert [path["t"] for path in (aligned, found["paths"]["naive"])] == [[i / 8 for i in range(9)]] * 2
+    for name in ("aligned", "naive"):  # each on its own grid, not on that of the few repaired merges
+        on_grid = found["verdict"]["barriers"][name]
+        assert on_grid["barrier"] == pytest.approx(found["paths"][name]["barrier"])
+        assert on_grid["t"] == found["paths"][name]["barrier_t"]
     assert [one["t"] for one in found["repair"]["points"]] == sorted({0.25, 0.5, 0.75, least})
     assert found["repair"]["t"] == 0.5 and found["references"]["mean"]["repaired"] is not None
 
@@ -214,7 +254,12 @@ def test_a_dry_run_says_what_a_repair_takes(saved: Callable[..., Path], tmp_path
     a, b = saved("mixtral", "per-expert", 0), saved("mixtral", "per-expert", 1)
     plan = plan_merge(a, b, tmp_path / "out", repair="auto", calibration=rows, **RUN)
     assert plan.repair is not None and "13 candidates" in plan.repair and "memory for equations" in plan.table()
-    assert "without text" in (plan_merge(a, b, tmp_path / "out", repair="norms").repair or "")
+    without = plan_merge(a, b, tmp_path / "out", repair="norms")
+    assert "without text" in (without.repair or "")
+    more = plan_merge(a, b, tmp_path / "out", repair="ridge", calibration=rows, context=32, calibration_tokens=20000)
+    fewer = plan_merge(a, b, tmp_path / "out", repair="ridge", calibration=rows, context=32, calibration_tokens=500)
+    works = [one.peak_memory for one in (without, fewer, more)]
+    assert works == sorted(works)
     assert "for each of 4 t" in (
         plan_barrier(a, b, tmp_path / "out", text=prose, repair="ridge", calibration=rows, **RUN).repair or ""
     )

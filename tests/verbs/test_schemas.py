@@ -44,6 +44,7 @@ REPAIR = {  # a record of `choose`, with what a verb adds to it
     "t": 0.5,
     "accepted": True,
     "chosen": "ridge (lambda 0.1)",
+    "sentence": "what came of it",
     "tried": [{"method": "ridge", "lambda": 0.1, "loss": 2.0, "difference": -0.1}],
     "skipped": {"regmean": "a reason"},
     "tokens": {"fitted": 20, "compared": 10, "accepted": 30},
@@ -212,7 +213,7 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
     yield from map(with_repaired, found)
     unknown = {"difference": {"value": math.nan, "interval": [math.nan, math.nan]}}
     for record in (REPAIR, {**REPAIR, **NOT_FINITE}, {**REPAIR, **unknown}):
-        point = {key: record[key] for key in ("t", "chosen", "accepted", "difference")}
+        point = {key: record[key] for key in ("t", "chosen", "accepted", "sentence", "difference")}
         yield replace(first, repair={**record, "points": [point], "calibration": [first.evaluation["text"]]})
     for report in found:
         if report.own is not None:
