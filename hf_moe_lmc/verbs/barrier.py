@@ -193,6 +193,7 @@ class _Barrier(Job[BarrierReport]):
             matched=pair.symmetry is None,
             evaluated=self.subject.plan(self.paths),
             repair=self.repairing.plan(len(CALIBRATED) + 1) if self.repairing else None,
+            repair_passes=self.repairing.passes(len(CALIBRATED) + 1) if self.repairing else 0,
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:

@@ -151,6 +151,7 @@ class Merge(Job["Alignment | None"]):
             matched=self.method is not None,
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
             repair=self._leaving,
+            repair_passes=self.repairing.passes(self._count) if self.repairing else 0,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
 
@@ -159,7 +160,12 @@ class Merge(Job["Alignment | None"]):
         """What is done to leave the straight line, in words."""
         if self.widening:
             return self.widening.sentence()
-        return self.repairing.plan(len(self.points.t) or 1) if self.repairing else None
+        return self.repairing.plan(self._count) if self.repairing else None
+
+    @property
+    def _count(self) -> int:
+        """Merges that are written; where t is looked for, one."""
+        return len(self.points.t) or 1
 
     @property
     def template(self) -> Checkpoint:
