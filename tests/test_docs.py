@@ -114,7 +114,7 @@ class StandIn:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples take: model-a, model-b (a relative of A, shuffled), held_out.txt, sample.jsonl, dataset."""
+    """What the examples take: model-a, model-b (a relative of A, shuffled), held_out.txt, sample.jsonl, dataset."""
     folder = tmp_path_factory.mktemp("inputs")
     model = tiny.make_model("mixtral")
     tiny.save(model, folder / "model-a", "per-expert")
