@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +58,30 @@ def own_memory(kind: str) -> int:
     """Bytes of this process: `RssAnon`, what it holds of anonymous memory, or `VmHWM`, its peak."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[kind].split()[0]) * 1024
+
+
+class Watched:
+    """What runs within a `with`: `seconds`, and `peak_bytes` of memory of its own above what there was before."""
+
+    def __init__(self) -> None:
+        self._done = Event()
+        self._thread = Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._base = self._peak = own_memory("RssAnon")
+        self._started = time.perf_counter()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._done.set()
+        self._thread.join()
+        self.peak_bytes = self._peak - self._base
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._peak = max(self._peak, own_memory("RssAnon"))
 
 
 def result_of(script: str, arguments: Iterable[object], environment: Mapping[str, str]) -> dict[str, Any]:

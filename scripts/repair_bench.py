@@ -15,8 +15,6 @@ import json
 import math
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +63,9 @@ def measure(folder_a: Path, folder_b: Path, tokens: int, device: str) -> dict[st
         options = EvaluationOptions(
             model_class=language_model_class(a), dtype=torch.bfloat16, device=device, batch_size=2, resident=False
         )
-        peak, done = [0], threading.Event()
-
-        def watch() -> None:
-            while not done.is_set():
-                peak[0] = max(peak[0], bench.own_memory("RssAnon"))
-                time.sleep(0.01)
-
-        base, started = bench.own_memory("RssAnon"), time.perf_counter()
-        threading.Thread(target=watch, daemon=True).start()
-        run = Calibrated(a, b, b.identity(), 0.5, Calibration(windows, (everything, everything)), options, {})
-        found = run.run([ALIGNED, Method(fit="ridge", strength=STRENGTH)], range(COMPARED, count), range(COMPARED))
-        done.set()
+        with bench.Watched() as watched:
+            run = Calibrated(a, b, b.identity(), 0.5, Calibration(windows, (everything, everything)), options, {})
+            found = run.run([ALIGNED, Method(fit="ridge", strength=STRENGTH)], range(COMPARED, count), range(COMPARED))
         (fit,) = found.fits[1]
         layer = next(iter(a.layers.values()))
         experts = sum(a.checkpoint.tensors[name].nbytes for name in layer.claims)
@@ -84,10 +73,10 @@ def measure(folder_a: Path, folder_b: Path, tokens: int, device: str) -> dict[st
             "tokens": tokens,
             "hidden_units": layer.experts * layer.sizes["unit"],
             "expert_bytes_of_a_layer": experts,
-            "peak_bytes": peak[0] - base,
-            "peak_in_layers": (peak[0] - base) / experts,
+            "peak_bytes": watched.peak_bytes,
+            "peak_in_layers": watched.peak_bytes / experts,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
-            "seconds": time.perf_counter() - started,
+            "seconds": watched.seconds,
             "residual_before": fit["before"],
             "residual_after": fit["after"],
             "finite": bool(found.losses.isfinite().all()) and math.isfinite(fit["after"]),

@@ -13,8 +13,6 @@ import argparse
 import math
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +53,9 @@ def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
         shuffled = b.random(torch.Generator().manual_seed(0))
         paths = {"naive": b.identity(), "aligned": shuffled}
         grid = [Point(path, i / (points - 1)) for path in paths for i in range(points)]
-        peak, done = [0], threading.Event()
-
-        def watch() -> None:
-            while not done.is_set():
-                peak[0] = max(peak[0], bench.own_memory("RssAnon"))
-                time.sleep(0.01)
-
-        base, started = bench.own_memory("RssAnon"), time.perf_counter()
-        threading.Thread(target=watch, daemon=True).start()
         options = EvaluationOptions(model_class=language_model_class(a), dtype=torch.bfloat16, batch_size=2, resident=False)
-        losses, cost = Evaluator(a, b, windows, options).evaluate(paths, grid)
-        done.set()
+        with bench.Watched() as watched:
+            losses, cost = Evaluator(a, b, windows, options).evaluate(paths, grid)
         layer = next(iter(a.layers.values()))
         experts = sum(a.checkpoint.tensors[name].nbytes for name in layer.claims)
         return {
@@ -74,9 +63,9 @@ def measure(folder_a: Path, folder_b: Path, points: int) -> dict[str, Any]:
             "checkpoint_bytes": a.checkpoint.nbytes,
             "expert_bytes_of_a_layer": experts,
             "points": len(grid),
-            "peak_bytes": peak[0] - base,
-            "peak_in_layers": (peak[0] - base) / experts,
-            "seconds": time.perf_counter() - started,
+            "peak_bytes": watched.peak_bytes,
+            "peak_in_layers": watched.peak_bytes / experts,
+            "seconds": watched.seconds,
             "mode": cost.mode,
             "finite": bool(losses.isfinite().all()),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -113,7 +114,7 @@ class StandIn:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples take: model-a, model-b (a relative of A, shuffled), held_out.txt, dataset."""
+    """What the examples take: model-a, model-b (a relative of A, shuffled), held_out.txt, sample.jsonl, dataset."""
     folder = tmp_path_factory.mktemp("inputs")
     model = tiny.make_model("mixtral")
     tiny.save(model, folder / "model-a", "per-expert")
@@ -128,6 +129,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(folder / "sibling")
     text = "The expert that answers is the one the router picked. "
     (folder / "held_out.txt").write_text(text * 6, encoding="utf-8")
+    rows = [json.dumps({"text": f"Row {number}. {text}"}) for number in range(20)]
+    (folder / "sample.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (folder / "dataset").mkdir()
     (folder / "dataset" / "test.txt").write_text(f"{text}\n" * 4, encoding="utf-8")
     return folder

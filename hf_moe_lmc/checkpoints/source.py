@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.constants import ENDPOINT, HF_HUB_DOWNLOAD_TIMEOUT
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_DOWNLOAD_TIMEOUT
 from huggingface_hub.errors import (
     BadRequestError,
     EntryNotFoundError,
@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -123,11 +124,21 @@ class Repository:
         return "the Hub is not reached, so only its cache is read; repeat the call with a connection"
 
     def path(self, file: str) -> Path:
-        new = not self.cached and not self.is_cached(file)
+        before = self.blobs()
         with hub_errors(self.repo_id):
             found = Path(hf_hub_download(self.repo_id, file, revision=self.commit, local_files_only=self.cached))
-        self.traffic.add(found.stat().st_size if new else 0)
+        self.count([found], before)
         return found
+
+    def blobs(self) -> set[str]:
+        """Names of the contents in the cache, of this commit and of others."""
+        folder = Path(HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=self.repo_id, repo_type="model") / "blobs"
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def count(self, files: Iterable[Path], before: Collection[str]) -> None:
+        """Counts the contents that were not in the cache before; each file there is a link to its content."""
+        new = {path.resolve() for path in files}
+        self.traffic.add(sum(path.stat().st_size for path in new if path.name not in before))
 
     def is_cached(self, file: str) -> bool:
         """Whether a file is in the cache."""
@@ -149,10 +160,10 @@ class Repository:
     def download(self, files: Sequence[str]) -> None:
         if self.cached:
             return
-        new = [file for file in files if not self.is_cached(file)]
+        before = self.blobs()
         with hub_errors(self.repo_id):
             folder = snapshot_download(self.repo_id, revision=self.commit, allow_patterns=[_literally(file) for file in files])
-        self.traffic.add(sum((Path(folder) / file).stat().st_size for file in new))
+        self.count([Path(folder) / file for file in files], before)
 
     def fetch(self, file: str, first: int, count: int) -> tuple[bytes, int]:
         """`count` bytes of a file from byte `first` on, fewer where it ends, by an HTTP range; and the size of the file.
@@ -235,9 +246,9 @@ def _on_hub(text: str, repo_id: str, revision: str) -> Repository:
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     found = Repository(repo_id, info.sha, files)
     if "config.json" in files and not COMMIT.fullmatch(revision):
-        new = not found.is_cached("config.json")
+        before = found.blobs()
         path = hf_hub_download(repo_id, "config.json", revision=revision)  # the cache now knows the branch: for calls offline
-        found.traffic.add(Path(path).stat().st_size if new else 0)
+        found.count([Path(path)], before)
     return found
 
 

@@ -37,6 +37,7 @@ class ExpertFinding:
     Attributes:
         partners: for each sampled expert of A that is related to one of B, the number of that: its own where it is as good.
         in_order: the hidden units of all these have the places that they have in A.
+        apart: each of them is better than all others that were compared; copies of one expert are not.
         cosine: mean cosine of the units of these experts and of the best they were compared with.
         log10_chance: bound of the probability that unrelated ones do as well.
     """
@@ -45,13 +46,18 @@ class ExpertFinding:
     why: str = ""
     partners: Mapping[int, int] = field(default_factory=dict)
     in_order: bool = True
+    apart: bool = True
     cosine: float | None = None
     log10_chance: float = 0.0
 
 
-def is_sampled(layer: MoELayer) -> bool:
-    """Whether the first bank has experts with hidden units of their own."""
-    return FIRST in layer.banks and layer.banks[FIRST].unit_count > 0
+def are_sampled(a: MoELayer, b: MoELayer) -> bool:
+    """Whether experts of both have hidden units, as many, of which the same weights can be read."""
+    if FIRST not in a.banks or FIRST not in b.banks:
+        return False
+    banks = a.banks[FIRST], b.banks[FIRST]
+    first, second = ((bank.unit_count, bank.width, _role(bank)) for bank in banks)
+    return first == second and banks[0].unit_count > 0
 
 
 def pairs_to_compare(order: Sequence[int], *, sure: bool) -> list[tuple[int, int]]:
@@ -120,7 +126,8 @@ def judge_experts(
             if (i, i) in found and found[i, i].cosine >= found[pair].cosine - CLEARLY:
                 best[i] = i, i
         in_order = all(found[pair].in_order for pair in best.values())
-        return ExpertFinding("related", "", dict(best.values()), in_order, cosine, chance)
+        apart = all(found[pair].cosine < found[best[pair[0]]].cosine - CLEARLY for pair in pairs if pair not in best.values())
+        return ExpertFinding("related", "", dict(best.values()), in_order, apart, cosine, chance)
     if any(related.values()):
         return ExpertFinding(
             "undecided", "some sampled experts are related, others are not", cosine=cosine, log10_chance=chance

@@ -11,7 +11,7 @@ from hf_moe_lmc.checkpoints.checkpoint import reads_at_once
 from hf_moe_lmc.lineage.experts import (
     ExpertFinding,
     all_units,
-    is_sampled,
+    are_sampled,
     judge_experts,
     pairs_to_compare,
     read_units,
@@ -48,6 +48,8 @@ def judge_all_routers(
     common = {(i, j): set(layers_in_common(models[i], models[j])) for i, j in pairs}
     found: dict[tuple[int, int], Findings] = {pair: {} for pair in pairs}
     indices = sorted(set().union(*common.values()))
+    if not indices:
+        return found
 
     def read(index: int) -> dict[int, Mapping[str, Tensor]]:
         return {i: router_rows(model.layers[index]) for i, model in enumerate(models) if index in model.layers}
@@ -67,7 +69,7 @@ def judge_layers(a: MoEModel, b: MoEModel, routers: Findings) -> list[LayerVerdi
     verdicts: dict[int, LayerVerdict] = {}
     for kind in kinds:
         of_kind = [index for index, finding in routers.items() if finding.says == kind]
-        sampled = [index for index in spread(of_kind) if is_sampled(a.layers[index]) and is_sampled(b.layers[index])]
+        sampled = [index for index in spread(of_kind) if are_sampled(a.layers[index], b.layers[index])]
         samples = _sample(a, b, routers, sampled)
         said = {(finding.says, finding.in_order) for finding in samples.values()}
         alike = next(iter(samples.values())) if len(said) == 1 and not any(one == "undecided" for one, _ in said) else None

@@ -14,6 +14,8 @@ from hf_moe_lmc.lineage.routers import RouterFinding, Says
 Lineage = Literal["in place", "shuffled", "unrelated", "undecided"]
 By = Literal["routers", "experts", "experts of other layers"]
 
+MEASURE = "align first, measure the barrier"
+
 
 @dataclass(frozen=True)
 class LayerVerdict:
@@ -65,7 +67,7 @@ def layer_verdict(
         experts=experts,
         routers=router.says,
         why=_why(router, sample, said),
-        moved=_moved(router, sample) if said in ("in place", "shuffled") else None,
+        moved=_moved(router, sample, said) if said in ("in place", "shuffled") else None,
         cosine=found.cosine if found else None,
         margin=found.gap if found else None,
         least_margin=float(found.gaps.min()) if found else None,
@@ -88,12 +90,14 @@ def _said(router: RouterFinding, sample: ExpertFinding | None, elsewhere: bool) 
     return "in place" if own and sample.in_order else "shuffled", by
 
 
-def _moved(router: RouterFinding, sample: ExpertFinding | None) -> int | None:
+def _moved(router: RouterFinding, sample: ExpertFinding | None, said: Lineage) -> int | None:
     """Experts that have another place, as far as that is known."""
     if router.moved is not None:
         return router.moved
-    if sample is None or router.resemblance is None or router.says == "unlike":
+    if sample is None or router.resemblance is None or router.says == "unlike" or not sample.apart:
         return None
+    if said == "in place":
+        return 0
     order = router.resemblance.order.tolist()
     return router.resemblance.moved if all(order[i] == j for i, j in sample.partners.items()) else None
 
@@ -105,6 +109,8 @@ def _why(router: RouterFinding, sample: ExpertFinding | None, said: Lineage) -> 
     facts = []
     if router.says == "unlike" and said != "unrelated":
         facts.append("the experts are of one lineage, the routers are not")
+    if router.says == "undecided" and said != "unrelated" and sample and not sample.apart:
+        facts.append("the experts are of one lineage, and too much alike to tell their order")
     if router.says == "alike" and said == "unrelated":
         facts.append("the routers are the same byte for byte, the experts are unrelated")
     if sample and sample.says == "related" and not sample.in_order and said == "shuffled":
@@ -120,39 +126,51 @@ def counted(layers: Sequence[LayerVerdict]) -> dict[Lineage, int]:
 
 
 def sentence(layers: Sequence[LayerVerdict], outside: OutsideSample | None, other: str = "B", first: str = "A") -> str:
-    """The verdict on two models in one sentence.
+    """The verdict on two models in one sentence: what was found, and what to do; see `finding_and_advice`.
+
+    Example:
+        >>> layers = [LayerVerdict(i, "shuffled" if i < 2 else "in place", "routers", 8, moved=0) for i in range(4)]
+        >>> sentence(layers, None)
+        'B is of the same lineage as A, 2 of 4 layers shuffled: align first'
+    """
+    return ": ".join(finding_and_advice(layers, outside, other, first))
+
+
+def finding_and_advice(
+    layers: Sequence[LayerVerdict], outside: OutsideSample | None, other: str = "B", first: str = "A"
+) -> tuple[str, str]:
+    """What was found of two models, and what to do with them.
 
     Args:
         outside: None: nothing is known of what stands outside the MoE blocks.
         other, first: letters of the two models.
-
-    Example:
-        >>> layers = [LayerVerdict(i, "shuffled" if i < 2 else "in place", "routers", 8) for i in range(4)]
-        >>> sentence(layers, None)
-        'B is of the same lineage as A, 2 of 4 layers shuffled: align first'
     """
     counts, total = counted(layers), len(layers)
     related = counts["in place"] + counts["shuffled"]
     if outside is not None and outside.unrelated:
         inside = ", in the MoE blocks too" if total and counts["unrelated"] == total else ""
-        return f"outside the MoE blocks {first} and {other} are unrelated{inside}: a merge makes no sense"
+        return f"outside the MoE blocks {first} and {other} are unrelated{inside}", "a merge makes no sense"
     if not total:
-        return f"{first} and {other} resemble each other; they have no MoE blocks to align: merge without alignment"
+        return f"{first} and {other} resemble each other; they have no MoE blocks to align", "merge without alignment"
     own = sum(layer.routers == "unlike" for layer in layers if layer.verdict in ("in place", "shuffled"))
+    untold = sum(layer.routers == "undecided" and layer.moved is None for layer in layers if layer.verdict == "in place")
     if own and related == total:
-        where = "" if own == total else f" in {own} of {total} layers"
-        return (
-            f"{other} grew from the same experts as {first}, with routers of its own{where}: align first, measure the barrier"
-        )
+        return f"{other} grew from the same experts as {first}, with routers of its own{_where(own, total)}", MEASURE
+    if untold and related == total:
+        return f"{other} grew from the same experts as {first}, and nothing tells their order{_where(untold, total)}", MEASURE
     if counts["in place"] == total:
-        return f"{other} is a fine-tune of the same model as {first}, experts in place: merge without alignment"
+        return f"{other} is a fine-tune of the same model as {first}, experts in place", "merge without alignment"
     if related == total:
-        return f"{other} is of the same lineage as {first}, {counts['shuffled']} of {total} layers shuffled: align first"
+        return f"{other} is of the same lineage as {first}, {counts['shuffled']} of {total} layers shuffled", "align first"
     if counts["unrelated"] == total:
         shared = "" if outside is None else f"{first} and {other} share what stands outside their MoE blocks, "
         blocks = "the MoE blocks" if outside is None else "the blocks"
-        return f"{shared}{blocks} are unrelated: align first, measure the barrier"
+        return f"{shared}{blocks} are unrelated", MEASURE
     if counts["undecided"] == total:
-        return f"the lineage of the MoE blocks of {first} and {other} cannot be told: align first, measure the barrier"
+        return f"the lineage of the MoE blocks of {first} and {other} cannot be told", MEASURE
     parts = [f"{counts[kind]} {kind}" for kind in ("in place", "shuffled", "unrelated", "undecided") if counts[kind]]
-    return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}: align first, measure the barrier"
+    return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}", MEASURE
+
+
+def _where(count: int, total: int) -> str:
+    return "" if count == total else f" in {count} of {total} layers"

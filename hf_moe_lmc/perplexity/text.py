@@ -233,7 +233,8 @@ class TextFiles:
         files = cls(every, column, join, tuple(map(stem, every) if names is None else names))
         for path in files.paths:
             if not path.is_file():
-                raise InputError(f"{path}: no such text file")
+                found = "a text file, found a folder; give the files in it" if path.is_dir() else None
+                raise InputError(f"{path}: expected {found}" if found else f"{path}: no such text file")
         for path in files.paths:
             blocks = (block for document in files._read(path) for block in document.blocks())
             if not any(block.strip() for block in blocks):

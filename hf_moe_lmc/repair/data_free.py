@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from hf_moe_lmc.symmetry.banks import in_bank, qualified
 from hf_moe_lmc.writing.spans import TensorSource
 from hf_moe_lmc.writing.streams import Between, InterpolatedLayer, MadeLayer, Merging
 
-DataFree = Literal["norms", "crossover"]
 OF_UNITS = (*MATRICES, "gate_bias", "up_bias")  # roles with a row for each hidden unit
 SHARED = "shared_"
 

@@ -113,7 +113,7 @@ class Widening:
         """Raises CannotWidenError, or FamilyError: what is in the way."""
         storage = storage_of(a.checkpoint)
         if form == "b" or (storage is not None and form != "bf16"):
-            kind = "B's layout" if storage is None else storage.kind
+            kind = "B's" if form == "b" or storage is None else storage.kind
             raise CannotWidenError(f"--widen writes plain numbers in A's layout, not {kind}; take --format {_plain(storage)}")
         narrow = output_template(a.checkpoint, a.checkpoint, plain=True)
         found = cls(a, b, narrow, widened(a, narrow))

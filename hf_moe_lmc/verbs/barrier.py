@@ -194,6 +194,7 @@ class _Barrier(Job[BarrierReport]):
             evaluated=self.subject.plan(self.paths),
             repair=self.repairing.plan(len(CALIBRATED) + 1) if self.repairing else None,
             fitting=self.repairing.memory() if self.repairing else 0,
+            repair_passes=self.repairing.passes(len(CALIBRATED) + 1) if self.repairing else 0,
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:

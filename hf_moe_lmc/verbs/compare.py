@@ -17,9 +17,9 @@ from hf_moe_lmc.checkpoints.source import Repository
 from hf_moe_lmc.errors import InputError, MoELMCWarning
 from hf_moe_lmc.lineage.judging import Findings, judge_all_routers, judge_layers
 from hf_moe_lmc.lineage.outside import OutsideSample, sample_outside
-from hf_moe_lmc.lineage.verdict import LayerVerdict, sentence
+from hf_moe_lmc.lineage.verdict import LayerVerdict, finding_and_advice
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.verbs.comparison import Closeness, Compared, Comparison, Difference, Outlook, PairVerdict, letters
+from hf_moe_lmc.verbs.comparison import SECOND, Closeness, Compared, Comparison, Difference, Outlook, PairVerdict, letters
 from hf_moe_lmc.verbs.inputs import Model
 from hf_moe_lmc.verbs.inspect import bytes_by_dtype, layouts_of
 from hf_moe_lmc.verbs.outlook import SharedOpener, outlooks
@@ -113,12 +113,14 @@ def _pair(
     merges = [outlook for outlook in verbs if outlook.verb.startswith("merge")]
     possible = any(outlook.possible for outlook in merges)
     fitting = any(outlook.possible for outlook in verbs)
-    said = sentence(layers, outside, letter)
+    finding, advice = finding_and_advice(layers, outside, letter)
+    said = f"{finding}: {advice}"
     if same_weights(checkpoints[0], checkpoints[number]):
         said = f"A and {letter} are the same checkpoint: a merge changes nothing"
     elif not possible and not (fitting and outside.unrelated):
-        refused = _in_one_line(merges[0].reasons[0])
-        said = f"{said}; but no merge is possible: {refused}" if fitting else f"A and {letter} cannot be merged: {refused}"
+        refused = _in_one_line(merges[0].reasons[0], letter)
+        found = f"{finding}; but no merge is possible" if fitting else f"A and {letter} cannot be merged"
+        said = f"{found}: {refused}"
     return PairVerdict(
         a="A",
         b=letter,
@@ -131,10 +133,11 @@ def _pair(
     )
 
 
-def _in_one_line(reason: str) -> str:
-    """A reason of several lines in one: its heading, and the first of what it lists."""
+def _in_one_line(reason: str, letter: str) -> str:
+    """A reason of several lines in one: its heading, and the first of what it lists. Verbs call the other model B."""
     head, *more = [line.strip() for line in reason.splitlines()]
-    return f"{head} {more[0]}" if more else head
+    renamed = "" if letter == SECOND else f"with {letter} for {SECOND}, "
+    return renamed + (f"{head} {more[0]}" if more else head)
 
 
 def _differences(a: Checkpoint, b: Checkpoint, model_a: MoEModel | None, model_b: MoEModel | None) -> list[Difference]:

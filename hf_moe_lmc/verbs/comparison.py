@@ -13,6 +13,7 @@ from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.runtime.tables import aligned
 from hf_moe_lmc.verbs.planning import Plan, time_of
 
+SECOND = "B"  # the letter that a verb has for the other of its two models
 SHOWN = 8  # layers out of the ordinary, differences of one kind
 VERSION = 1  # of the document: later versions add keys and keep these
 
@@ -218,7 +219,8 @@ def _model_row(model: Compared) -> tuple[str, str]:
 
 
 def _pair_lines(pair: PairVerdict, named: bool) -> list[str]:
-    lines = [f"{pair.a} and {pair.b}"] if named else []
+    renamed = "" if pair.b == SECOND else f", which verbs call {SECOND}"
+    lines = [f"{pair.a} and {pair.b}{renamed}"] if named else []
     rows: list[tuple[str, str]] = []
     for verdict, count in counted(pair.layers).items():
         if count:
@@ -229,7 +231,12 @@ def _pair_lines(pair: PairVerdict, named: bool) -> list[str]:
         matrices = f"median over {len(pair.outside.cosines)} matrices"
         rows.append(("outside the blocks", f"cosine {pair.outside.median_cosine:.3f}, {matrices}"))
     rows += [(one.what, f"{pair.a} has {one.a}, {pair.b} has {one.b}") for one in pair.differences]
+    said: dict[tuple[str, ...], str] = {}  # refusals, by the first verb that has them
     for outlook in pair.verbs:
+        first = said.setdefault(outlook.reasons, outlook.verb)
+        if outlook.reasons and first != outlook.verb:
+            rows.append((outlook.verb, f"refused, as {first}"))
+            continue
         rows.append((outlook.verb, _outlook_in_words(outlook)))
         rows += [("", reason.replace("\n", "\n  ")) for reason in outlook.reasons]
     width = max(len(name) for name, _ in rows)

@@ -152,6 +152,7 @@ class Merge(Job["Alignment | None"]):
             evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
             repair=self._leaving,
             fitting=self.repairing.memory() if self.repairing else 0,
+            repair_passes=self.repairing.passes(self._count) if self.repairing else 0,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
 
@@ -160,7 +161,12 @@ class Merge(Job["Alignment | None"]):
         """What is done to leave the straight line, in words."""
         if self.widening:
             return self.widening.sentence()
-        return self.repairing.plan(len(self.points.t) or 1) if self.repairing else None
+        return self.repairing.plan(self._count) if self.repairing else None
+
+    @property
+    def _count(self) -> int:
+        """Merges that are written; where t is looked for, one."""
+        return len(self.points.t) or 1
 
     @property
     def template(self) -> Checkpoint:

@@ -72,6 +72,7 @@ class Work:
         evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
         repair: what is done to leave the straight line, in words; None: nothing.
         fitting: bytes of memory that this takes before anything is written.
+        repair_passes: how often that reads both models.
         facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
             known only when something has been measured.
     """
@@ -84,6 +85,7 @@ class Work:
     evaluated: Evaluation | None = None
     repair: str | None = None
     fitting: int = 0
+    repair_passes: int = 0
     facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
@@ -185,8 +187,8 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
     both = sum(checkpoint.stored.nbytes for checkpoint in work.inputs)
     reading = both if work.matched or template or not work.evaluated else 0
     if work.matched and template:  # what is evaluated in between is not in the page cache any more
-        reading += both if work.evaluated else outside
-    reading += work.evaluated.nbytes if work.evaluated else 0
+        reading += both if work.evaluated or work.repair_passes else outside
+    reading += (work.evaluated.nbytes if work.evaluated else 0) + work.repair_passes * both
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)
     nearest = _nearest(output)

@@ -85,6 +85,7 @@ class Repairing:
         calibration: text to fit and to decide on; None: the repair is made whatever it gives.
         evaluation: how the models run on it.
         texts: as they were read.
+        measured: the repaired merge is measured on another text.
     """
 
     pair: Pair
@@ -92,6 +93,7 @@ class Repairing:
     calibration: Calibration | None = None
     evaluation: EvaluationOptions | None = None
     texts: Sequence[Text] = field(default=())
+    measured: bool = False
 
     @classmethod
     def of(cls, pair: Pair, options: RepairOptions, given: Mapping[str, Any]) -> Repairing | None:
@@ -109,8 +111,10 @@ class Repairing:
             return None
         if not options.is_calibrated:
             check_gated(pair.a, options.repair)
-            note(f"repair {options.repair} is made without text: nothing says whether it is better than the aligned merge")
-            return cls(pair, options)
+            measured = bool(given.get("text") or given.get("dataset"))
+            if not measured:
+                note(f"repair {options.repair} is made without text: nothing says whether it is better than the aligned merge")
+            return cls(pair, options, measured=measured)
         if process_group().count > 1:
             raise InputError("a repair with calibration text works in one process; start it without torchrun")
         compute = filled(ComputeOptions, given)
@@ -157,16 +161,19 @@ class Repairing:
         """What so many repairs take, in words."""
         if self.calibration is None:
             return f"{self.name}, without text: made while the weights are read, at no further cost"
-        windows = self.calibration.windows
-        first, _ = halves_of(windows)
-        run = self._run(self.pair.b.identity(), 0.5)
-        candidates = len(methods_of(self.name))
-        passes = math.ceil((candidates + 1) / run.together(len(first))) + 1
-        tokens = sum(len(row) for row in windows.rows)
-        words = f"{self.name}: {candidates} candidates on {tokens:,} tokens of calibration text"
+        tokens = sum(len(row) for row in self.calibration.windows.rows)
+        words = f"{self.name}: {len(methods_of(self.name))} candidates on {tokens:,} tokens of calibration text"
         if any(method.fit == "ridge" for method in methods_of(self.name)):
             words += f", {size_of(self._equations(tokens))} of memory for equations"
-        return f"{words}; reads both models {passes} times{f' for each of {count} t' if count > 1 else ''}"
+        return f"{words}; reads both models {self.passes(1)} times{f' for each of {count} t' if count > 1 else ''}"
+
+    def passes(self, count: int) -> int:
+        """How often so many repairs read both models before anything is written."""
+        if self.calibration is None:
+            return 0
+        first, _ = halves_of(self.calibration.windows)
+        together = self._run(self.pair.b.identity(), 0.5).together(len(first))
+        return count * (math.ceil((len(methods_of(self.name)) + 1) / together) + 1)
 
     def memory(self) -> int:
         """Bytes that fitting and choosing take, about; 0 where nothing is fitted."""
@@ -216,7 +223,10 @@ class Repairing:
             return Repaired.of(STRAIGHT, record, f"t = {t:g} is {end} itself, of which there is nothing to repair", self.words)
         if self.calibration is None:
             record = {"asked": self.name, "t": t, "accepted": True, "chosen": self.name, "tried": []}
-            sentence = f"{self.name}, made without text, so that nothing says whether it is better than the aligned merge"
+            because = (
+                "whatever it gives" if self.measured else "so that nothing says whether it is better than the aligned merge"
+            )
+            sentence = f"{self.name}, made without calibration text, {because}"
             return Repaired.of(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)

@@ -26,7 +26,12 @@ def test_text_files_are_checked(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     assert list(TextFiles.of([good, good]).documents()) == ["grüße", "grüße"]
     assert TextFiles.of([good]).describe()["files"][0]["name"] == "good"
-    for path, message in ((tmp_path / "none", "no such text file"), (empty, "empty"), (binary, "not UTF-8")):
+    for path, message in (
+        (tmp_path / "none", "no such text file"),
+        (tmp_path, "found a folder"),
+        (empty, "empty"),
+        (binary, "not UTF-8"),
+    ):
         with pytest.raises(InputError, match=message):
             TextFiles.of([good, path])
 

@@ -63,6 +63,20 @@ def test_little_is_fetched_from_the_hub_and_all_of_it_is_counted(
     assert not list((home / "hub").rglob("*.safetensors"))
 
 
+def test_what_another_revision_has_brought_into_the_cache_is_not_counted_again(
+    hub: HubServer, run: Callable[..., Ran], home: Path, large: list[Path]
+) -> None:
+    shutil.rmtree(home / "hub", ignore_errors=True)
+    for revision, folder in (("main", large[0]), ("other", large[1])):
+        hub.publish("tester/a", contents(folder), revision=revision)
+    assert run("compare", "tester/a", large[0], "--json").code == 0
+    before = len(hub.log)
+    ran = run("compare", "tester/a@other", large[0], "--json")
+    assert ran.code == 0, ran.errors
+    answered = [one for one in hub.log[before:] if "/resolve/" in one.path and one.method == "GET" and one.status < 300]
+    assert json.loads(ran.output)["bytes_fetched"] == sum(one.sent for one in answered)
+
+
 def test_a_merge_says_what_the_routers_tell_before_it_fetches_and_then_the_cache_will_do(
     hub: HubServer,
     run: Callable[..., Ran],

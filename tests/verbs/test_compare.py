@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM, MixtralConfig
 
 import hf_moe_lmc as lmc
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.cli.command_line import main
+from hf_moe_lmc.example.upcycling import dense_config, upcycle
 from hf_moe_lmc.lineage.outside import OutsideSample
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.runtime.documents import as_json
@@ -103,7 +104,7 @@ def test_a_tokenizer_that_differs_is_said_by_the_verbs_that_mind(relatives: dict
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (b / "tokenizer.json").write_text(json.dumps(content))
     found = lmc.compare(relatives["base"], b)
-    assert found.sentence.startswith(f"{IN_PLACE}; but no merge is possible: A (") and not found.makes_sense
+    assert found.sentence.startswith(f"{IN_PLACE.partition(':')[0]}; but no merge is possible: A (") and not found.makes_sense
     verbs = {one.verb: one for one in found.pairs[0].verbs}
     assert [name for name, verb in verbs.items() if verb.possible] == ["align"]
     assert any("tokenizers" in warning for warning in verbs["align"].warnings)
@@ -138,6 +139,33 @@ def test_of_several_models_the_closest_come_first(relatives: dict[str, Path], sa
     assert len(distances) == 6 and distances == sorted(distances) and [one.related for one in found.closest[:3]] == [3, 3, 3]
     assert "closest by their routers" in found.table()
     check(found.to_dict(), COMPARISON)
+
+
+def test_a_third_model_is_not_taken_for_the_second(relatives: dict[str, Path], saved: Callable[..., Path]) -> None:
+    """The verbs know two models, and call the other one B."""
+    found = lmc.compare(relatives["base"], saved("olmoe"), saved("qwen3_moe"))
+    first, second = (pair.sentence for pair in found.pairs)
+    assert first.startswith("A and B cannot be merged: A (")
+    assert second.startswith("A and C cannot be merged: with C for B, A (")
+    table = found.table()
+    assert "\nA and B\n" in table and "\nA and C, which verbs call B\n" in table
+    assert table.count("Take two checkpoints of one model") == 2 and table.count("refused, as align") == 6
+
+
+def test_copies_of_one_mlp_are_not_said_to_be_in_order(tmp_path: Path) -> None:
+    """With few experts routers decide nothing, and any copy of an expert is as good as its own."""
+    config = MixtralConfig(**{**tiny.COMMON, "hidden_size": 32}, num_local_experts=4)
+    torch.manual_seed(0)
+    dense = MistralForCausalLM(dense_config(config))
+    for seed, name in enumerate("ab"):
+        tiny.save(upcycle(dense, config, seed=seed), tmp_path / name, "per-expert")
+    found = lmc.compare(tmp_path / "a", tmp_path / "b")
+    assert found.sentence == (
+        "B grew from the same experts as A, and nothing tells their order: align first, measure the barrier"
+    )
+    assert all(layer.moved is None and "too much alike" in layer.why for layer in found.pairs[0].layers)
+    same = lmc.compare(tmp_path / "a", Path(shutil.copytree(tmp_path / "a", tmp_path / "copy")))
+    assert same.sentence == IN_PLACE  # the control: equal routers tell
 
 
 def test_the_key_paths_of_comparisons_are_those_of_the_schema(

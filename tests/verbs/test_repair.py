@@ -260,10 +260,26 @@ def test_a_dry_run_says_what_a_repair_takes(saved: Callable[..., Path], tmp_path
     fewer = plan_merge(a, b, tmp_path / "out", repair="ridge", calibration=rows, context=32, calibration_tokens=500)
     works = [one.peak_memory for one in (without, fewer, more)]
     assert works == sorted(works)
+    assert "reads both models 2 times" in plan.repair
+    both = sum((folder / "model.safetensors").stat().st_size for folder in (a, b))
+    assert plan.bytes_to_read == pytest.approx(4 * both, rel=0.1)  # besides these, once to match and once to write
+    assert "without text" in (plan_merge(a, b, tmp_path / "out", repair="norms").repair or "")
     assert "for each of 4 t" in (
         plan_barrier(a, b, tmp_path / "out", text=prose, repair="ridge", calibration=rows, **RUN).repair or ""
     )
     assert plan_merge(a, b, tmp_path / "out").repair is None and not (tmp_path / "out").exists()
+
+
+def test_only_a_repair_that_nothing_measures_is_said_to_be_unmeasured(
+    saved: Callable[..., Path], tmp_path: Path, prose: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = saved("mixtral", "per-expert", 0), saved("mixtral", "per-expert", 1)
+    with caplog.at_level("INFO", "hf_moe_lmc"):
+        plan_merge(a, b, tmp_path / "out", repair="norms", text=prose)
+        plan_barrier(a, b, tmp_path / "out", repair="norms", text=prose)
+        assert "nothing says whether" not in caplog.text
+        plan_merge(a, b, tmp_path / "out", repair="norms")
+    assert "nothing says whether it is better" in caplog.text
 
 
 @pytest.mark.parametrize(
