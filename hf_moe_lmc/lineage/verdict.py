@@ -169,7 +169,7 @@ def finding_and_advice(
     if counts["undecided"] == total:
         return f"the lineage of the MoE blocks of {first} and {other} cannot be told", MEASURE
     parts = [f"{counts[kind]} {kind}" for kind in ("in place", "shuffled", "unrelated", "undecided") if counts[kind]]
-    return f"of the {total} MoE layers of {first} and {other} are {', '.join(parts)}", MEASURE
+    return f"the {total} MoE layers of {first} and {other} are not all alike ({', '.join(parts)})", MEASURE
 
 
 def _where(count: int, total: int) -> str:
