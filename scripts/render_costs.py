@@ -51,6 +51,13 @@ Two Mixtral-like checkpoints, from a cold page cache, one thread. All ways give 
 
 Passes are bytes read over the size of both checkpoints. `outside` is what is left of the seconds without the forwards.
 """
+QUANTIZED = """
+## Quantized merges
+
+Two FP8 checkpoints with layers of Qwen3-30B-A3B-FP8, from a cold page cache, on two cores. The bound is the larger of two: the
+disk alone, and decoding and encoding alone, in memory. Both were measured in the same rounds. Peaks are of resident memory
+above that of a process that imports torch.
+"""
 GPU = """
 ## On a GPU
 
@@ -222,6 +229,23 @@ def repairs(record: dict[str, Any]) -> str:
     return REPAIRS + f"\n`{record['command']}`\n\n" + markdown_table(head, rows)
 
 
+def quantized(record: dict[str, Any]) -> str:
+    medians, ratios = record["medians"], record["ratios"]
+    rows = [
+        (
+            f"`{way}`",
+            f"{medians[way]['seconds']:.1f}",
+            f"{medians[way]['cpu_seconds']:.1f}",
+            *(f"{ratios[way][key]:.2f}" for key in ("to_the_bound", "to_the_bound_without_imports")),
+            f"{ratios[way]['peak_above_torch'] / 1e6:.0f}",
+        )
+        for way in ("fp8", "bf16")
+    ]
+    size = f"{record['checkpoint_bytes']['fp8'] / 1e9:.1f} GB each:"
+    head = ("output", "seconds", "seconds of the cores", "ours : bound", "the same without imports", "peak memory, MB")
+    return QUANTIZED + f"\n`{record['command']}`\n\n{size}\n\n" + markdown_table(head, rows)
+
+
 def on_gpu(record: dict[str, Any]) -> str:
     matching = [(f"matching at a noise of {one['noise']}", one["device"], "", one) for one in record["matching"]]
     path = [
@@ -245,6 +269,7 @@ def markdown() -> str:
         + merges(read("merge_bench"))
         + matches(read("match_bench"), read("match_bench_unrelated"))
         + sweep
+        + quantized(read("quantized_bench"))
         + on_gpu(read("gpu_bench"))
         + repairs(read("repair_bench"))
         + kills(read("kill_trials"))
