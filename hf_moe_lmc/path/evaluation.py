@@ -206,22 +206,21 @@ class _Job:
         """What the windows of a batch score with the weights that stand in the model: float64 [window, 2], see `Scores`."""
         rows = self.batches[batch]
         ids = torch.stack([self.windows.rows[i] for i in rows])
-        logits = predictions(self.ends.skeleton, ids)
-        if self.masked is not None:
-            logits = logits.masked_fill(self.masked.to(logits.device), -math.inf)
+        logits = predictions(self.ends.skeleton, ids, self.masked)
         found = token_scores(logits, ids[:, 1:])
         return torch.stack([self.windows.sums(rows, values) for values in found], dim=1).cpu()
 
 
-def predictions(skeleton: Skeleton, ids: Tensor) -> Tensor:
+def predictions(skeleton: Skeleton, ids: Tensor, masked: Tensor | None = None) -> Tensor:
     """Logits of all tokens but the first, from the weights that stand in a model: [window, length - 1, vocabulary].
 
     Args:
         ids: int64 [window, length].
+        masked: token ids whose logits are -inf, bool [vocabulary]; None: none are.
     """
     with foreign(type(skeleton.module), "cannot run on token ids alone"):
-        logits: Tensor = text_reader(skeleton.module)(input_ids=ids.to(skeleton.device), use_cache=False).logits
-    return logits[:, :-1]
+        logits: Tensor = text_reader(skeleton.module)(input_ids=ids.to(skeleton.device), use_cache=False).logits[:, :-1]
+    return logits if masked is None else logits.masked_fill(masked.to(logits.device), -math.inf)
 
 
 def stages(ends: Endpoints, mode: str) -> list[tuple[Part, ...]]:

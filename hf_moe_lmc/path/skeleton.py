@@ -77,7 +77,10 @@ class Skeleton:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all its weights once they are in place."""
-        names = [name for name in self.state if name not in self.tied]
+        return self.nbytes_of(name for name in self.state if name not in self.tied)
+
+    def nbytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of some weights once they are in place."""
         return sum(self.state[name].numel() * self.dtype_of(name).itemsize for name in names)
 
     def place(self, values: Mapping[str, Tensor]) -> None:

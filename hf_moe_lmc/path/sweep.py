@@ -69,12 +69,10 @@ class Sweep:
         self._lanes = []
 
     def start(self, points: Sequence[int], batches: Sequence[int]) -> list[Lane]:
-        """A lane for each batch at each point, standing before the model."""
-        for point in points:
-            for batch in batches:
-                lane = Lane(point, batch, greenlet(self._through))
-                self._lanes.append(lane)
-        return self._lanes
+        """A new lane for each batch at each point, standing before the model."""
+        started = [Lane(point, batch, greenlet(self._through)) for point in points for batch in batches]
+        self._lanes += started
+        return started
 
     def advance(self, lane: Lane, expected: int | None) -> None:
         """Lets a lane run to the decoder layer `expected`, or with None to its end.

@@ -152,16 +152,22 @@ def _streamed(document: str, size: int) -> Iterator[tuple[Hashes, list[tuple[int
         words.append(hash(match[0].lower()))
         spans.append(match.span())
         if len(words) == AT_ONCE + size:
-            yield _passages(words, size), spans
+            yield hashes_in_a_row(np.array(words, dtype=np.int64), size), spans
             words, spans = words[AT_ONCE + 1 :], spans[AT_ONCE + 1 :]
     if len(words) >= size:
-        yield _passages(words, size), spans
+        yield hashes_in_a_row(np.array(words, dtype=np.int64), size), spans
 
 
-def _passages(words: Sequence[int], size: int) -> Hashes:
-    """The hash of each `size` words in a row."""
-    each = np.array(words, dtype=np.int64).view(np.uint64)
-    count = len(each) - size + 1
+def hashes_in_a_row(numbers: NDArray[np.int64], size: int) -> Hashes:
+    """The hash of each `size` numbers in a row, such as those of words, or token ids; none where there are fewer.
+
+    Example:
+        >>> found = hashes_in_a_row(np.array([1, 2, 3, 1, 2]), 2)
+        >>> len(found), found[0] == found[3], found[0] == found[1]
+        (4, np.True_, np.False_)
+    """
+    each = numbers.view(np.uint64)
+    count = max(0, len(each) - size + 1)
     total = np.zeros(count, dtype=np.uint64)
     for place in range(size):  # products and sums modulo 2**64
         total = total * BASE + each[place : place + count]

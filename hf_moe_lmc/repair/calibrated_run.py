@@ -25,7 +25,7 @@ from hf_moe_lmc.repair.run_models import PATH, Calibration, RunModels
 from hf_moe_lmc.runtime.memory import available_memory
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.writing.spans import Interpolated
-from hf_moe_lmc.writing.streams import InterpolatedLayer, ModelStream
+from hf_moe_lmc.writing.streams import ModelStream, layers_at
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ class Calibrated:
         """The MoE layers that a repair starts from."""
         if start in self.starts:
             return dict(self.starts[start])
-        acted = self.b.acted(self._models.ends.symmetries[PATH].layers)
-        return {
-            index: InterpolatedLayer(index, layer, acted[index], self.t) if index in acted else layer
-            for index, layer in self.a.layers.items()
-        }
+        return layers_at(self.a, self.b.acted(self._models.ends.symmetries[PATH].layers), self.t)
 
     def facts(self) -> dict[str, Any]:
         """All that fitted weights depend on, but for the candidates."""
@@ -137,15 +133,14 @@ class Calibrated:
         ends, skeleton = self._models.ends, self._models.skeleton
         parts, beside = ends.parts()
         averaged = any(method.fit == "regmean" for method in methods)
-        sizes = [sum(skeleton.state[name].numel() * skeleton.dtype_of(name).itemsize for name in part.names) for part in parts]
-        outside = sum(skeleton.state[name].numel() * skeleton.dtype_of(name).itemsize for name in beside.names)
+        largest, outside = max(skeleton.nbytes_of(part.names) for part in parts), skeleton.nbytes_of(beside.names)
         widths = [
             [skeleton.state[name].shape[-1] for name in part.names if skeleton.state[name].ndim == 2]
             for part in (parts if averaged else ())
         ]
         grams = max((sum(2 * 4 * width**2 for width in of_layer) for of_layer in widths), default=0)
         going = min(1 + len(methods), self.together(windows)) + (2 if averaged else 0)
-        return (4 if averaged else 3) * max(sizes) + 3 * outside + grams + going * self._activations(windows)
+        return (4 if averaged else 3) * largest + 3 * outside + grams + going * self._activations(windows)
 
     def _activations(self, windows: int) -> int:
         """Bytes of one candidate."""

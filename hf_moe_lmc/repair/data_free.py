@@ -1,13 +1,14 @@
 """Repairs that need no text: what they make of each hidden unit of a gated expert, from A's and B''s alone.
 
-Averaging two unrelated units leaves one that is shorter than both. `Norms` gives each averaged unit the length that it should
-have; `Crossover` averages no units at all, but takes each of them whole from one parent.
+Averaging two unrelated units leaves one that is shorter than both. `norms` gives each averaged unit the length that it should
+have; `crossover` averages no units at all, but takes each of them whole from one parent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.symmetry.banks import in_bank, qualified
 from hf_moe_lmc.writing.spans import TensorSource
-from hf_moe_lmc.writing.streams import Between, InterpolatedLayer, MadeLayer, Merging
+from hf_moe_lmc.writing.streams import Between, InterpolatedLayer, MadeLayer, Merging, layers_at
 
 OF_UNITS = (*MATRICES, "gate_bias", "up_bias")  # roles with a row for each hidden unit
 SHARED = "shared_"
@@ -33,18 +34,21 @@ class UngatedError(InputError):
 
 
 @dataclass(frozen=True)
-class Norms:
-    """Each hidden unit's rows of gate and up and its column of down get the interpolated norm (1 - t)|a| + t|b'|.
+class OfUnits:
+    """A repair of the hidden units of gated experts: the ends of the path, and all else, are those of the straight line.
 
-    Biases are averaged, as the router and all else.
+    Attributes:
+        maker: gives, for the roles of a block that hold such units, what makes the points of the block.
     """
 
+    maker: Callable[[frozenset[str]], Callable[[InterpolatedLayer], MadeLayer]]
+
     def between(self, layer: MoELayer) -> Between:
-        gated = frozenset(gated_roles(layer))
+        make = self.maker(frozenset(gated_roles(layer)))
 
         def point(index: int, a: LayerSource, b: LayerSource, t: float, rounded: bool = False) -> MadeLayer:
             straight = InterpolatedLayer(index, a, b, t, rounded)
-            return straight if t in (0, 1) else NormedLayer(straight, gated)
+            return straight if t in (0, 1) else make(straight)
 
         return point
 
@@ -54,7 +58,9 @@ class Norms:
 
 @dataclass(frozen=True)
 class NormedLayer:
-    """A block on the straight line whose units have interpolated norms.
+    """A block on the straight line whose units have interpolated norms, (1 - t)|a| + t|b'|.
+
+    That is each unit's rows of gate and up, and its column of down. Biases are averaged, as the router and all else.
 
     Attributes:
         gated: roles of gated experts that hold their units.
@@ -80,32 +86,13 @@ class NormedLayer:
 
 
 @dataclass(frozen=True)
-class Crossover:
-    """Of each pair of hidden units one comes whole, gate, up and down with their biases; router and all else are averaged.
+class CrossedLayer:
+    """A block on the straight line whose hidden units come whole from A or from B', gate, up and down with their biases.
 
     Of each expert's h units, those round((1 - t) h) are A's whose product of norms |gate| |up| |down| is largest beside that
-    of B''s, and all others are B''s.
+    of B''s, and all others are B''s. Router and all else are averaged.
 
     Memory: the order of the units of each expert that has been asked for, 2 or 4 bytes a unit.
-    """
-
-    def between(self, layer: MoELayer) -> Between:
-        gated = frozenset(gated_roles(layer))
-        orders: dict[tuple[str, int | None], Tensor] = {}
-
-        def point(index: int, a: LayerSource, b: LayerSource, t: float, rounded: bool = False) -> MadeLayer:
-            straight = InterpolatedLayer(index, a, b, t, rounded)
-            return straight if t in (0, 1) else CrossedLayer(straight, gated, orders)
-
-        return point
-
-    def outside(self, start: TensorSource) -> TensorSource:
-        return start
-
-
-@dataclass(frozen=True)
-class CrossedLayer:
-    """A block on the straight line whose hidden units come whole from A or from B'.
 
     Attributes:
         gated: roles of gated experts that hold their units.
@@ -114,7 +101,7 @@ class CrossedLayer:
 
     straight: InterpolatedLayer
     gated: frozenset[str]
-    orders: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    orders: dict[tuple[str, int | None], Tensor]
 
     @property
     def parents(self) -> tuple[LayerSource, ...]:
@@ -196,16 +183,13 @@ def check_gated(model: MoEModel, repair: str) -> None:
         note(f"repair {repair}: the {words} of {count} layers have no gate and stay averaged")
 
 
-REPAIRS: Mapping[str, Merging] = {"norms": Norms(), "crossover": Crossover()}
+REPAIRS: Mapping[str, Merging] = {
+    "norms": OfUnits(lambda gated: partial(NormedLayer, gated=gated)),
+    "crossover": OfUnits(lambda gated: partial(CrossedLayer, gated=gated, orders={})),
+}
 
 
 def starts(a: MoEModel, b: MoEModel, elements: Elements, t: float) -> dict[str, dict[int, LayerSource]]:
     """The MoE layers that each repair without data gives between A and B' at t, by its name."""
     acted = b.acted(elements)
-    return {
-        name: {
-            index: repair.between(layer)(index, layer, acted[index], t) if index in acted else layer
-            for index, layer in a.layers.items()
-        }
-        for name, repair in REPAIRS.items()
-    }
+    return {name: layers_at(a, acted, t, repair) for name, repair in REPAIRS.items()}

@@ -6,7 +6,6 @@ weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_lmc.moe.model_class import foreign, text_reader
+from hf_moe_lmc.moe.model_class import text_reader
 from hf_moe_lmc.path.endpoints import Part
+from hf_moe_lmc.path.evaluation import predictions
 from hf_moe_lmc.path.sweep import Lane, Sweep
-from hf_moe_lmc.perplexity.windows import batches_of, token_losses
+from hf_moe_lmc.perplexity.scores import token_losses
+from hf_moe_lmc.perplexity.windows import batches_of
 from hf_moe_lmc.repair.block_map import Call
 from hf_moe_lmc.repair.fitted import Fitted
 from hf_moe_lmc.repair.methods import Method
@@ -120,12 +121,9 @@ class Pass:
 
     def forward(self, batch: int) -> list[tuple[int, float]]:
         """(place among those that are compared, summed loss) of each window of a batch."""
-        rows, skeleton = self.batches[batch], self.of.skeleton
-        ids = torch.stack([self.windows.rows[i] for i in rows]).to(skeleton.device)
-        with foreign(type(skeleton.module), "cannot run on token ids alone"):
-            logits = text_reader(skeleton.module)(input_ids=ids, use_cache=False).logits[:, :-1]
-        if self.of.options.masked is not None:
-            logits = logits.masked_fill(self.of.options.masked.to(logits.device), -math.inf)
+        rows = self.batches[batch]
+        ids = torch.stack([self.windows.rows[i] for i in rows])
+        logits = predictions(self.of.skeleton, ids, self.of.options.masked)
         sums = self.windows.sums(rows, token_losses(logits, ids[:, 1:])).tolist()
         return [(self.place[i], value) for i, value in zip(rows, sums, strict=True) if i in self.place]
 
@@ -185,20 +183,16 @@ class Pass:
         """All lanes, up to the first layer."""
         for runner in self.runners:
             fits = runner.method is not None and runner.method.fit == "ridge"
-            runner.fitting = self._lanes(runner, self.fitting if fits else [])
-            runner.compared = self._lanes(runner, self.comparing)
+            runner.fitting = self.sweep.start([runner.number], self.fitting if fits else [])
+            runner.compared = self.sweep.start([runner.number], self.comparing)
         for runner, batches in zip(self.parents, self.of_parents, strict=True):
-            runner.fitting = self._lanes(runner, batches)
+            runner.fitting = self.sweep.start([runner.number], batches)
         self.ends.load(self.beside.names)
         for runners in (self.runners, *([parent] for parent in self.parents)):
             self.ends.place(self.beside.names, PATH, runners[0].t)
             for runner in runners:
                 self._advance(runner.lanes, 0)
         self.ends.drop(self.beside.names)
-
-    def _lanes(self, runner: Runner, batches: Sequence[int]) -> list[Lane]:
-        already = {id(lane) for lane in self.sweep._lanes}
-        return [lane for lane in self.sweep.start([runner.number], batches) if id(lane) not in already]
 
     def _advance(self, lanes: Sequence[Lane], stop: int | None) -> None:
         for lane in lanes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -127,7 +128,7 @@ class Repairing:
         evaluation = evaluation_options(model_class, compute, context, masked)
         found = cls(pair, options, calibration, evaluation, texts)
         if options.repair != "auto" and all(method.fit is not None for method in methods_of(options.repair)):
-            found._run(pair.b.identity(), 0.5).check_sites()
+            found._outline.check_sites()
         return found
 
     def check_apart(self, evaluation: Windows) -> None:
@@ -172,7 +173,7 @@ class Repairing:
         if self.calibration is None:
             return 0
         first, _ = halves_of(self.calibration.windows)
-        together = self._run(self.pair.b.identity(), 0.5).together(len(first))
+        together = self._outline.together(len(first))
         return count * (math.ceil((len(methods_of(self.name)) + 1) / together) + 1)
 
     def memory(self) -> int:
@@ -183,7 +184,7 @@ class Repairing:
         first, _ = halves_of(windows)
         fits = any(method.fit == "ridge" for method in methods)
         equations = self._equations(sum(len(row) for row in windows.rows)) if fits else 0
-        return self._run(self.pair.b.identity(), 0.5).memory(methods, len(first)) + equations
+        return self._outline.memory(methods, len(first)) + equations
 
     def _equations(self, tokens: int) -> int:
         """Bytes for the ridge regression of a block on half of the calibration text, about."""
@@ -233,6 +234,11 @@ class Repairing:
         choice = choose(run, self.name, workspace.results("repair", {**run.facts(), "repair": self.name}))
         record = {**choice.record, "calibration": [text.describe() for text in self.texts]}
         return Repaired.of(merging_of(choice, self.pair.a), record, choice.sentence, self.words)
+
+    @cached_property
+    def _outline(self) -> Calibrated:
+        """A run on B as it is: what a run takes, and whether it can be, do not depend on the symmetry."""
+        return self._run(self.pair.b.identity(), 0.5)
 
     def _run(self, symmetry: ModelSymmetry, t: float) -> Calibrated:
         assert self.calibration is not None and self.evaluation is not None

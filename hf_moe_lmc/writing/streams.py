@@ -200,6 +200,18 @@ def _shared(source: LayerSource, wanted: Sequence[int]) -> LayerSource:
     return source if len(wanted) == 1 else HeldLayer(source)
 
 
+def layers_at(a: MoEModel, acted: Mapping[int, LayerSource], t: float, merging: Merging = STRAIGHT) -> dict[int, LayerSource]:
+    """The MoE layers of the point at one t, in A's layout, not rounded.
+
+    Args:
+        acted: those of B'. Layers for multi-token prediction that B lacks are A's.
+    """
+    return {
+        index: merging.between(layer)(index, layer, acted[index], t) if index in acted else layer
+        for index, layer in a.layers.items()
+    }
+
+
 def interpolated(
     a: MoEModel,
     b: MoEModel,

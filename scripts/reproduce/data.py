@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.example.protocol import VOCABULARY, standard_library_text, token_stream, train_tokenizer
+from hf_moe_lmc.perplexity.overlap import Hashes, hashes_in_a_row
 from hf_moe_lmc.runtime.progress import quiet_datasets, silenced
 
 WINDOW = 16  # tokens; no window of so many stands in both texts
-_FACTOR = 1_000_003  # of the rolling hash; odd, so that it is a unit modulo 2**64
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,9 @@ def _hub_text(known: HubText, split: str, folder: str | None, characters: int) -
     return [document for document in documents if document.strip()]
 
 
-def hashes(tokens: Tensor, window: int = WINDOW) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A hash of each window of `window` tokens, uint64 [window]; equal windows have equal hashes."""
-    values = tokens.numpy().astype(np.uint64) + np.uint64(1)
-    count = max(0, len(values) - window + 1)
-    found = np.zeros(count, dtype=np.uint64)
-    for place in range(window):
-        found = found * np.uint64(_FACTOR) + values[place : place + count]
-    return found
+def hashes(tokens: Tensor) -> Hashes:
+    """A hash of each window of WINDOW tokens, uint64 [window]; equal windows have equal hashes."""
+    return hashes_in_a_row(tokens.long().numpy(), WINDOW)
 
 
 def shared(tokens: Tensor, others: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
