@@ -59,7 +59,7 @@ def markdown() -> str:
 
 def page(record: Mapping[str, Any]) -> str:
     """What the page says of upcycled pairs, from the content of scripts/upcycling.json."""
-    scale, machine, settings = record["scale"], record["machine"], record["settings"]
+    scale, settings = record["scale"], record["settings"]
     words = PROTOCOL.format(
         dense=scale["dense"]["kept"][-1],
         layers=scale["layers"],
@@ -69,8 +69,18 @@ def page(record: Mapping[str, Any]) -> str:
         seeds=max(setting["seeds"] for setting in settings),
         incomplete=incomplete(settings),
     )
-    made = f"`{record['command']}` wrote the figures, with torch {machine['torch']} on {machine['device']}.\n"
+    made = f"`{record['command']}` wrote the figures. {trained(settings)}\n"
     return HEAD + made + words + worth(settings) + domains(settings) + barriers(settings) + causes(settings)
+
+
+def trained(settings: Sequence[Mapping[str, Any]]) -> str:
+    """With what the models were trained, by their number of experts."""
+    found: dict[str, set[int]] = {}
+    for setting in settings:
+        for machine in setting["trained"]:
+            found.setdefault(machine, set()).add(setting["experts"])
+    parts = [(listed([str(each) for each in sorted(experts)]), machine) for machine, experts in found.items()]
+    return " ".join(f"Models of {experts} experts were trained with {machine}." for experts, machine in parts)
 
 
 def incomplete(settings: Sequence[Mapping[str, Any]]) -> str:
@@ -205,10 +215,10 @@ of both parents. Below 0 % a merge is better than that mean, which says nothing 
 
 
 def _plain(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Plain upcycling on the same mix, with the number of experts that was measured with most seeds, by steps."""
+    """Plain upcycling on the same mix, by steps: with the least number of experts among those of most seeds."""
     plain = [setting for setting in settings if (setting["method"], setting["mix"]) == ("upcycling", "same")]
-    most = max(((setting["seeds"], setting["experts"]) for setting in plain), default=(0, 0))[1]
-    return sorted((setting for setting in plain if setting["experts"] == most), key=lambda setting: int(setting["steps"]))
+    _, least = max(((setting["seeds"], -setting["experts"]) for setting in plain), default=(0, 0))
+    return sorted((setting for setting in plain if setting["experts"] == -least), key=lambda setting: int(setting["steps"]))
 
 
 def _of(setting: Mapping[str, Any], name: str) -> float:

@@ -32,7 +32,7 @@ class Scale:
 
     Attributes:
         library: folder of the modules whose text is used; None: the standard library.
-        models_at_once: that are trained as one.
+        pairs_at_once: whose models are trained as one; None: 20 on a GPU, 1 on a CPU.
     """
 
     hidden_size: int = 64
@@ -45,7 +45,7 @@ class Scale:
     tokens: int = 8192
     context: int = 64
     library: Path | None = None
-    models_at_once: int = 40
+    pairs_at_once: int | None = None
 
     def config(self, experts: int) -> MixtralConfig:
         config = small_mixtral(hidden_size=self.hidden_size, layers=self.layers, intermediate_size=self.units)
@@ -65,6 +65,9 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.method}-{self.mix}-e{self.experts}-s{self.seed}"
+
+
+Done = Callable[[Setting, int], bool]
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,24 @@ class Models:
     def _dense(self, seed: int) -> Path:
         return self.root / f"dense-{seed}.safetensors"
 
-    def train_upcycled(self, experts: int, check: Callable[[], object]) -> Iterator[tuple[Setting, int]]:
-        """Upcycles and trains what is missing; yields each pair at each number of steps when it is there."""
-        settings = self.settings(experts)
-        steps = self.scale.upcycled.kept
-        wanted = [
-            (setting, side)
-            for setting in settings
-            for side in SIDES
-            if not all((self.checkpoint(setting, side, at) / TOKENIZER).exists() for at in steps)
-        ]
-        for first in range(0, len(wanted), self.scale.models_at_once):
-            self._train_some(experts, wanted[first : first + self.scale.models_at_once], check)
-        yield from product(settings, steps)
+    def train_upcycled(self, experts: int, done: Done, check: Callable[[], object]) -> Iterator[tuple[Setting, int]]:
+        """Upcycles and trains what is missing; yields each pair at each number of steps when it is there.
+
+        Args:
+            done: whether a pair at a number of steps is not needed any more; it is then neither trained nor yielded.
+        """
+        pairs = [pair for pair in product(self.settings(experts), self.scale.upcycled.kept) if not done(*pair)]
+        missing = [pair for pair in pairs if not all(self._trained(pair[0], side, pair[1]) for side in SIDES)]
+        yield from (pair for pair in pairs if pair not in missing)
+        settings = list(dict.fromkeys(setting for setting, _ in missing))
+        at_once = self.scale.pairs_at_once or (20 if self.device.startswith("cuda") else 1)
+        for first in range(0, len(settings), at_once):
+            some = settings[first : first + at_once]
+            self._train_some(experts, list(product(some, SIDES)), check)
+            yield from (pair for pair in missing if pair[0] in some)
+
+    def _trained(self, setting: Setting, side: str, steps: int) -> bool:
+        return (self.checkpoint(setting, side, steps) / TOKENIZER).exists()
 
     def _train_some(self, experts: int, wanted: Sequence[tuple[Setting, str]], check: Callable[[], object]) -> None:
         config, streams = self.scale.config(experts), self.streams()

@@ -5,8 +5,8 @@
 trains, for each of five seeds, a small dense model on prose and code, makes MoE models of it by upcycling and by
 Drop-Upcycling (half of the units drawn anew), trains each pair apart, on the same mix or on one domain each, and measures
 parents and merges at t = 0.5 after 300, 600 and 2,000 steps. No 12 words of evaluation text in a row are in training or
-calibration text, which is checked. What is in DIR is kept and used again, so that a stopped call continues. Four minutes on
-an H100 with 16 cores; --device cpu takes three hours on two cores.
+calibration text, which is checked. What is in DIR is kept and used again, so that a stopped call continues. Calls on several
+machines, each with some of --experts and --steps, add up to one table, which says what was trained where.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import argparse
 import json
 import math
 import os
+import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +38,7 @@ from hf_moe_lmc.runtime.progress import tracked
 
 COMMAND = "python scripts/upcycling.py -o scripts/upcycling.json --models DIR"
 PARENTS = ("a", "b")
+RESULTS = "results"  # folder of a file for each pair
 DOMAINS = ("prose", "code")
 GROUP = ("method", "mix", "experts", "steps")
 
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--models", type=Path, required=True, help="folder of models and results; what is there is reused")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where models are trained")
+    parser.add_argument("--experts", type=int, nargs="+", help="only models of so many experts")
+    parser.add_argument("--steps", type=int, nargs="+", help="only these lengths of training")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pairs that are measured at once")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same call continues")
     parser.add_argument("--quick", action="store_true", help="a minute's trial of everything at a tiny size")
@@ -61,14 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise OutOfTimeError
 
     torch.set_float32_matmul_precision("high" if options.device.startswith("cuda") else "highest")  # of training alone
-    models = Models(options.models, quick_scale() if options.quick else Scale(), options.device)
+    scale = quick_scale() if options.quick else Scale()
+    if options.experts:
+        scale = replace(scale, experts=tuple(options.experts))
+    if options.steps:
+        scale = replace(scale, upcycled=replace(scale.upcycled, kept=tuple(sorted(options.steps))))
+    models = Models(options.models, scale, options.device)
     whole = True
     try:
         with workers(options.jobs) as pool:
             run(models, pool, check)
     except OutOfTimeError:
         whole = False
-    write(options.output, models, time.perf_counter() - started)
+    write(options.output, models)
     if not whole:
         sys.exit(f"stopped after {options.minutes:g} minutes; the same call continues")
 
@@ -91,34 +101,34 @@ def quick_scale() -> Scale:
     )
 
 
-def run(models: Models, pool: ProcessPoolExecutor | None, check: Any) -> None:
+def run(models: Models, pool: ProcessPoolExecutor | None, check: Callable[[], object]) -> None:
     """Trains what is missing, and measures each pair as soon as it is there."""
     models.prepare()
     models.train_dense(check)
-    waiting: list[tuple[Path, Future[dict[str, Any]]]] = []
+    (models.root / RESULTS).mkdir(exist_ok=True)
+    waiting: list[Future[None]] = []
     try:
         for experts in models.scale.experts:
-            for setting, steps in models.train_upcycled(experts, check):
-                path = result_path(models, setting, steps)
-                if path.exists():
-                    continue
-                job = job_of(models, setting, steps)
+            for setting, steps in models.train_upcycled(experts, lambda *pair: result_path(models, *pair).exists(), check):
+                job, path = job_of(models, setting, steps), result_path(models, setting, steps)
                 if pool is None:
                     check()
-                    keep(path, measure(job))
+                    measure_and_keep(job, path)
                 else:
-                    waiting.append((path, pool.submit(measure, job)))
-        for path, future in tracked(waiting, desc="measuring", unit="pair"):
+                    waiting.append(pool.submit(measure_and_keep, job, path))
+        for future in tracked(waiting, desc="measuring", unit="pair"):
             while not future.done():
                 check()
                 time.sleep(0.1)
-            keep(path, future.result())
-    except BaseException:
-        running = [(path, future) for path, future in waiting if not future.cancel()]
-        for path, future in running:
-            if future.exception() is None and not path.exists():
-                keep(path, future.result())
-        raise
+            future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def measure_and_keep(job: Job, path: Path) -> None:
+    path.with_suffix(".part").write_text(json.dumps(measure(job)), encoding="utf-8")
+    path.with_suffix(".part").replace(path)
 
 
 @contextmanager
@@ -140,7 +150,7 @@ def _start() -> None:
 def job_of(models: Models, setting: Setting, steps: int) -> Job:
     same = setting.mix == "same"
     return Job(
-        about={**vars(setting), "steps": steps},
+        about={**vars(setting), "steps": steps, "trained": machine(models.device)},
         a=models.checkpoint(setting, "a", steps),
         b=models.checkpoint(setting, "b", steps),
         texts={name: models.text("evaluation", name) for name in DOMAINS},
@@ -153,19 +163,19 @@ def job_of(models: Models, setting: Setting, steps: int) -> Job:
     )
 
 
+def machine(device: str) -> str:
+    """What trains the models, in words."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "a CPU"
+    return f"torch {version('torch')} and Python {'.'.join(platform.python_version_tuple()[:2])} on {name}"
+
+
 def result_path(models: Models, setting: Setting, steps: int) -> Path:
-    return models.root / "results" / f"{setting.name}-{steps}.json"
+    return models.root / RESULTS / f"{setting.name}-{steps}.json"
 
 
-def keep(path: Path, result: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(result), encoding="utf-8")
-    path.with_suffix(".part").replace(path)
-
-
-def write(output: Path, models: Models, seconds: float) -> None:
+def write(output: Path, models: Models) -> None:
     """All results that are there, and their means over seeds."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((models.root / "results").glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((models.root / RESULTS).glob("*.json"))]
     scale = models.scale
     result = {
         "command": COMMAND,
@@ -177,12 +187,6 @@ def write(output: Path, models: Models, seconds: float) -> None:
             "dense": vars(scale.dense),
             "upcycled": vars(scale.upcycled),
             "evaluation_tokens_of_each_domain": scale.tokens,
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name() if models.device.startswith("cuda") else "cpu",
-            "cores": os.cpu_count(),
-            "seconds": round(seconds),
-            **{name: version(name) for name in ("torch", "transformers")},
         },
         "settings": rounded([summary(pairs) for pairs in groups(found)]),
         "pairs": rounded(found),
@@ -204,6 +208,7 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the seeds, with intervals of 95 %, of losses, of what a merge is above or below its parents, and of shares."""
     domains = list(pairs[0]["losses"]["a"])
     found = {key: pairs[0][key] for key in GROUP} | {"seeds": len(pairs)}
+    found["trained"] = sorted({pair["trained"] for pair in pairs})
     names = [name for name in pairs[0]["losses"] if all(name in pair["losses"] for pair in pairs)]
     found["losses"] = {
         name: {domain: with_interval([pair["losses"][name][domain] for pair in pairs]) for domain in domains} for name in names

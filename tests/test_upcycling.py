@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def test_many_models_at_once_have_the_losses_and_gradients_of_each(routed: bool)
         torch.testing.assert_close(losses[i], loss)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(stacked[name].grad[i], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_experts_run_on_their_tokens_give_what_they_give_on_all() -> None:
+    torch.manual_seed(0)
+    model, tokens, width, experts, units = 2, 7, 8, 3, 5
+    x, gate_up = torch.randn(model, tokens, width), torch.randn(model, experts, 2 * units, width)
+    weights, down = torch.rand(model, tokens, experts), torch.randn(model, experts, width, units)
+    weights[..., 1] = 0  # an expert without tokens
+    weights[:, ::2, 0] = 0
+    found = [run(x, weights, gate_up, down) for run in (batched.all_experts, batched.chosen_experts)]
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(batched.chosen_experts(x, weights.roll(1, dims=-1), gate_up, down), found[0])
 
 
 def test_models_trained_at_once_are_those_trained_alone_and_branches_leave_the_trunk_as_it_was() -> None:
@@ -135,6 +148,7 @@ def test_pairs_are_trained_measured_and_told_and_a_second_call_continues(
     assert f"| Drop-Upcycling | 3 | 4 | mean | {losses['a']:.3f} | {losses['b']:.3f} | {losses['naive']:.3f} |" in page
     monkeypatch.setattr(models, "train_stack", None)  # nothing is trained or measured again
     monkeypatch.setattr(upcycling, "measure", None)
+    shutil.rmtree(tmp_path / "models" / "models")
     upcycling.main([*call, "--jobs", "1"])
     assert json.loads((tmp_path / "found.json").read_text())["pairs"] == record["pairs"]
 
