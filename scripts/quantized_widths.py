@@ -1,23 +1,27 @@
 """Quantized checkpoints whose layers have the widths of published models: seconds and peak memory of align, merge and barrier.
 
-    python scripts/quantized_widths.py CONFIGS -o scripts/quantized_widths.json [--models gpt-oss ...] [--work DIR]
+    python scripts/quantized_widths.py CONFIGS -o scripts/quantized_widths.json [--models gpt-oss ...] [--verbs barrier ...]
 
 CONFIGS is a folder with the published config.json of each model, as OWNER--NAME.json. Layers, experts and the vocabulary are
 cut to a few (the report says how many); hidden sizes, widths of experts, attention, names, dtypes and formats are the published
 ones. Weights are random, so that every step of matching and storing runs, but no barrier means anything. The peak is that of
-resident memory above that of a process that imports the package.
+resident memory above that of a process that imports the package. A sweep of three points runs as where memory is short. Its
+bytes read are fetched from storage, from a cold page cache, over those that both checkpoints hold. What is in the JSON file of other models or verbs stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VOCABULARY = 1024
+POINTS = 3
+VERBS = ("align", "merge", "merge_bf16", "merge_no_align", "barrier")
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,7 @@ class Model:
     quantized: str
     store: Callable[[str, Tensor], dict[str, Tensor]]
     prefix: str = ""
-    verbs: tuple[str, ...] = ("align", "merge", "merge_bf16", "merge_no_align")
-    renamed: dict[str, str] = field(default_factory=dict)
+    verbs: tuple[str, ...] = VERBS
 
 
 def mxfp4(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -119,6 +124,14 @@ MODELS = {
         r"mlp\.experts\.\d+\.\w+\.weight$",
         int4,
         prefix="language_model.",
+    ),
+    "deepseek-v3": Model(
+        "deepseek-ai--DeepSeek-V3",
+        {"num_hidden_layers": 2, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+        | {"num_nextn_predict_layers": 0},
+        r"(mlp\.\S*\w+_proj|self_attn\.\w+_proj\w*)\.weight$",
+        fp8,
+        verbs=("barrier",),
     ),
     "deepseek-v4": Model(
         "deepseek-ai--DeepSeek-V4-Flash",
@@ -209,7 +222,43 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", eos_token="w0").save_pretrained(folder)
 
 
-def measure(model: Model, configs: Path, work: Path) -> dict[str, Any]:
+def barrier(a: Path, b: Path, text: Path, out: Path) -> dict[str, Any]:
+    """Bytes read and memory of a sweep, in a process of its own, above what imports take.
+
+    The second path goes to B under a symmetry drawn at random: the work is that of a found one.
+    """
+    import torch
+
+    import hf_moe_lmc.verbs.barrier
+    from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
+    from hf_moe_lmc.moe.reading import read_model
+    from hf_moe_lmc.path import cost, sweep  # noqa: F401  # with transformers' model classes
+
+    cost.SHARE = 0.0  # as where the two models do not fit into memory: layer by layer
+    bench.empty_cache(a, b)
+    with Checkpoint.open(b) as checkpoint:
+        symmetry = read_model(checkpoint).random(torch.Generator().manual_seed(0))
+    before, started, spent = read_so_far(), time.perf_counter(), time.process_time()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hf_moe_lmc.barrier(a, b, out, symmetry=symmetry, text={"text": text}, points=POINTS, context=128, dtype="bfloat16")
+    stored = sum(file.stat().st_size for folder in (a, b) for file in folder.glob("*.safetensors"))
+    report = json.loads((out / "report.json").read_text())
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - spent,
+        "peak_above_imports": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024,
+        "bytes_read_over_stored": (read_so_far() - before) / stored,
+        "evaluation": report.get("evaluation"),
+    }
+
+
+def read_so_far() -> int:
+    """Bytes that were fetched from storage for this process."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def measure(model: Model, configs: Path, work: Path, verbs: Sequence[str]) -> dict[str, Any]:
     a, b = work / "a", work / "b"
     for seed, folder in enumerate((a, b)):
         merge_bench.apart(make, folder, model, configs, seed)
@@ -222,19 +271,19 @@ def measure(model: Model, configs: Path, work: Path) -> dict[str, Any]:
         "merge": ["merge", a, b],
         "merge_bf16": ["merge", a, b, "--format", "bf16"],
         "merge_no_align": ["merge", a, b, "--no-align"],
-        "barrier": ["barrier", a, b, "--text", text, "--points", "3", "--context", "128", "--dtype", "bfloat16"],
     }
     imported = merge_bench.timed([sys.executable, "-c", "import hf_moe_lmc.verbs.barrier, hf_moe_lmc.cli, transformers"])
     found: dict[str, Any] = {}
-    for verb in model.verbs:
+    for verb in (verb for verb in model.verbs if verb in verbs):
         out = work / "out"
-        run = merge_bench.timed([*command, *map(str, ways[verb]), "-o", str(out)])
-        found[verb] = {
-            "seconds": run["seconds"], "cpu_seconds": run["cpu_seconds"],
-            "peak_above_imports": run["peak_bytes"] - imported["peak_bytes"],
-        }  # fmt: skip
-        if (out / "report.json").exists():
-            found[verb]["evaluation"] = json.loads((out / "report.json").read_text()).get("evaluation")
+        if verb == "barrier":
+            found[verb] = merge_bench.apart(barrier, a, b, text, out)
+        else:
+            run = merge_bench.timed([*command, *map(str, ways[verb]), "-o", str(out)])
+            found[verb] = {
+                "seconds": run["seconds"], "cpu_seconds": run["cpu_seconds"],
+                "peak_above_imports": run["peak_bytes"] - imported["peak_bytes"],
+            }  # fmt: skip
         print(model.config, verb, found[verb], file=sys.stderr, flush=True)
         shutil.rmtree(out)
     size = sum(file.stat().st_size for file in a.glob("*.safetensors"))
@@ -244,15 +293,19 @@ def measure(model: Model, configs: Path, work: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", type=Path)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
     parser.add_argument("--work", type=Path, help="where the checkpoints are made (default: a temporary folder)")
     options = parser.parse_args()
-    results = []
+    models = json.loads(options.output.read_text())["models"] if options.output.exists() else {}
     for name in options.models:
         with tempfile.TemporaryDirectory(prefix="quantized-widths-", dir=options.work) as d:
-            results.append({"model": name, **measure(MODELS[name], options.configs, Path(d))})
-    bench.report(options.output, {"results": results}, ["CONFIGS", *sys.argv[2:]])
+            found = measure(MODELS[name], options.configs, Path(d), options.verbs)
+        verbs = {**models.get(name, {}).get("verbs", {}), **found["verbs"]}
+        models[name] = {**found, "verbs": {verb: verbs[verb] for verb in VERBS if verb in verbs}}
+        facts = {"cores": os.cpu_count(), "points_of_a_barrier": POINTS, "models": models}
+        bench.report(options.output, facts, ["CONFIGS", "-o", "scripts/quantized_widths.json"])
 
 
 if __name__ == "__main__":

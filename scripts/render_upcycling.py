@@ -92,9 +92,11 @@ def incomplete(settings: Sequence[Mapping[str, Any]]) -> str:
     few = sorted({setting["seeds"] for setting in settings if setting["seeds"] < full})
     sentences = []
     if few:
-        sentences.append(f"The run was stopped by its time: rows without ± are of {' or '.join(map(str, few))} seed.")
+        sentences.append(f"Rows without ± are of {' or '.join(map(str, few))} seed, for want of time.")
     if missing:
-        names = dict.fromkeys(f"{METHODS[method]} with {experts} experts" for method, _, experts, _ in missing)
+        names = dict.fromkeys(
+            f"{METHODS[method]} with {experts} experts at {steps:,} steps" for method, _, experts, steps in missing
+        )
         sentences.append(f"Not measured: {', '.join(names)}.")
     return "".join(f"{sentence}\n" for sentence in sentences)
 
