@@ -213,7 +213,34 @@ of both parents. Below 0 % a merge is better than that mean, which says nothing 
         )
         for setting in settings
     ]
-    return text + markdown_table(("block", "naive gap, nats", *names), rows)
+    return text + markdown_table(("block", "naive gap, nats", *names), rows) + widened(record["widened"])
+
+
+def widened(settings: Sequence[Mapping[str, Any]]) -> str:
+    """What widened merges leave in each order of the experts and with each router."""
+    default = next(iter(settings[0]["percent_of_naive"]))
+    text = f"""
+### Widened merges: which experts, and which router
+
+The same protocol, on all {settings[0]["pairs"]} pairs of {settings[0]["models"]} models of each block. *{default}* is what
+`merge --widen` takes by default. Its router is multiplied by what the average has lost; see [repair.md](repair.md). The
+*averaged router* is not. Shares are of the naive gap. Intervals are by the jackknife over models, since pairs share them.
+
+"""
+    names = list(settings[0]["percent_of_naive"])
+    rows = [
+        (setting["setting"], *(span(setting["percent_of_naive"][name], ".1f", " %") for name in names)) for setting in settings
+    ]
+    text += markdown_table(("block", *names), rows)
+    text += f"""
+What each leaves more than *{default}*, on the same pairs, in percent of the naive gap:
+
+"""
+    others = names[1:]
+    rows = [
+        (setting["setting"], *(span(setting["more_than_default"][name], "+.1f") for name in others)) for setting in settings
+    ]
+    return text + markdown_table(("block", *others), rows)
 
 
 def _plain(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -166,6 +166,10 @@ def test_repairs_of_the_papers_protocol_are_measured_and_told(tmp_path: Path, mo
     assert setting["naive_gap"]["mean"] == pytest.approx(losses["naive"] - parents, abs=2e-5)
     names = {"aligned", "norms", "crossover", "ridge", "crossover+ridge", "regmean", "auto", "ensemble", "widened"}
     assert set(setting["percent_of_naive"]) == names
+    (wide,), (one,) = record["widened"], record["widened_pairs"]
+    assert one["losses"]["gate order"] == losses["widened"]  # the default
+    left = 100 * (losses["widened"] - parents) / (losses["naive"] - parents)
+    assert wide["percent_of_naive"]["gate order"]["mean"] == pytest.approx(left, rel=0.05)
     assert "| qwen2_moe last | " in script("render_upcycling").protocol(record)
     monkeypatch.setattr(repairs, "train", None)  # no model is trained again
     repairs.main(call)

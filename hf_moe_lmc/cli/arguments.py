@@ -113,7 +113,8 @@ def add_repair(verb: Parser, *, widen: bool = False) -> None:
         group.add_argument(
             "--widen",
             action="store_true",
-            help="no hidden units are averaged: each expert has those of both, and the model grows; needs no text",
+            help="no hidden units are averaged: each expert has those of both, and the model grows; needs no text; experts are "
+            "paired by their router rows unless --order is given",
         )
 
 

@@ -9,6 +9,7 @@ from hf_moe_lmc.errors import InputError
 
 OrderMethod = Literal["gate", "expert", "best"]
 UnitMethod = Literal["plain", "scaled"]
+WIDENED: OrderMethod = "gate"  # the order of merges that keep the experts of both models: there it counts which tokens they get
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Merges with the experts of both models: twice as many hidden units, so that each expert computes (1 - t) f_A + t f_B'.
 
-Nothing is averaged but the router and what lies outside the experts: only the order of the experts matters.
+Nothing is averaged but the router and what lies outside the experts. So it matters which experts share a place, and how the
+router of the merge chooses between places. Units need not be matched. Places are those of like router rows, unless an order was
+asked for: a token that an expert of A is for then finds that expert of B' beside it which is for such tokens as well.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.moe.widening import widened
 from hf_moe_lmc.path.skeleton import Conversion, Skeleton
 from hf_moe_lmc.repair.data_free import OF_UNITS, base_of
+from hf_moe_lmc.repair.routers import AveragedRouters, routers_of
 from hf_moe_lmc.runtime.progress import size_of
 from hf_moe_lmc.symmetry.banks import qualified
 from hf_moe_lmc.writing.blocks import ModelBlocks
@@ -32,6 +35,8 @@ from hf_moe_lmc.writing.formats import OutputFormat
 from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.spans import Interpolated
 from hf_moe_lmc.writing.streams import InterpolatedLayer
+
+VERSION = 2  # of the values, for resume
 
 
 class CannotWidenError(InputError):
@@ -43,14 +48,24 @@ class WidenedLayer:
     """A block whose experts have A's hidden units, their down columns times 1 - t, and then those of B', times t.
 
     Attributes:
-        straight: what is no hidden unit.
+        straight: what is no hidden unit, nor of a router.
         units: roles with a row for each hidden unit.
+        routers: of the block.
     """
 
     straight: InterpolatedLayer
     units: frozenset[str]
+    routers: AveragedRouters
+
+    @classmethod
+    def of(cls, layer: MoELayer, b: LayerSource, t: float) -> WidenedLayer:
+        """Of A's block and B''s."""
+        straight = InterpolatedLayer(layer.index, layer, b, t)
+        return cls(straight, frozenset(_unit_roles(layer)), AveragedRouters(routers_of(layer), layer, b, t))
 
     def stored(self, role: str, expert: int | None = None) -> Tensor:
+        if role in self.routers.of_role and 0 < self.straight.t < 1:
+            return self.routers.stored(role)
         if role not in self.units:
             return self.straight.stored(role, expert)
         straight = self.straight
@@ -81,7 +96,7 @@ class WideCheckpoint(VirtualCheckpoint):
         return False
 
     def resume_key(self) -> str:
-        return f"{self.original.resume_key()} widened {self.made_of}"
+        return f"{self.original.resume_key()} widened {VERSION} {self.made_of}"
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         info, blocks = self.tensors[name], self.stream.blocks
@@ -101,22 +116,24 @@ class Widening:
     Attributes:
         narrow: the layout of a merge that does not grow.
         wide: A with twice as many hidden units; only its headers and its configuration can be read.
+        by_routers: experts share a place whose router rows are alike, as no order was asked for.
     """
 
     a: MoEModel
     b: MoEModel
     narrow: Template
     wide: MoEModel
+    by_routers: bool = False
 
     @classmethod
-    def of(cls, a: MoEModel, b: MoEModel, form: OutputFormat) -> Widening:
+    def of(cls, a: MoEModel, b: MoEModel, form: OutputFormat, *, by_routers: bool = False) -> Widening:
         """Raises CannotWidenError, or FamilyError: what is in the way."""
         storage = storage_of(a.checkpoint)
         if form == "b" or (storage is not None and form != "bf16"):
             kind = "B's" if form == "b" or storage is None else storage.kind
             raise CannotWidenError(f"--widen writes plain numbers in A's layout, not {kind}; take --format {_plain(storage)}")
         narrow = output_template(a.checkpoint, a.checkpoint, plain=True)
-        found = cls(a, b, narrow, widened(a, narrow))
+        found = cls(a, b, narrow, widened(a, narrow), by_routers)
         found._check_loads()
         return found
 
@@ -129,10 +146,15 @@ class Widening:
     def sentence(self) -> str:
         """How much the model grows."""
         before, after = (sum(info.numel for info in one.tensors.values()) for one in (self.a.checkpoint, self.template))
+        order = "; experts are paired by their router rows, as no order was asked for" if self.by_routers else ""
         return (
             f"widened: each expert has the hidden units of both, so that the merge grows by {after / before - 1:.0%}, from "
-            f"{before:,} to {after:,} parameters, to {size_of(self.template.nbytes)}"
+            f"{before:,} to {after:,} parameters, to {size_of(self.template.nbytes)}{order}"
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What the written weights depend on besides the options."""
+        return {"version": VERSION}
 
     def record(self, t: float) -> dict[str, Any]:
         """The `repair` of report.json."""
@@ -166,8 +188,7 @@ class Widening:
 
     def _point(self, acted: dict[int, LayerSource], t: float) -> EncodedStream:
         layers: dict[int, LayerSource] = {
-            index: WidenedLayer(InterpolatedLayer(index, layer, acted.get(index, layer), t), frozenset(_unit_roles(layer)))
-            for index, layer in self.a.layers.items()
+            index: WidenedLayer.of(layer, acted.get(index, layer), t) for index, layer in self.a.layers.items()
         }
         a, b = self.a.checkpoint, self.b.checkpoint
         blocks = ModelBlocks(self.wide, layers, None, a.stored)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_moe_lmc.errors import InputError, refuse_idle
-from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
+from hf_moe_lmc.matching.options import WIDENED, OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.repair.options import RepairName, RepairOptions, repair_options
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
@@ -105,7 +105,8 @@ def merge(
         cloze: questions of each text, at most, of a cloze task made from it, as for `barrier`; by default none.
         points: grid points of the path on which the best t is looked for, both ends included, by default 25.
         report: the folder of an earlier `barrier` between the same two: its figures and its plot go into the card.
-        widen: give each expert the hidden units of both: (1 - t) f_A + t f_B' exactly, in a model that grows.
+        widen: give each expert the hidden units of both: (1 - t) f_A + t f_B' exactly, in a model that grows. Experts are then
+            matched by their router rows (order `gate`), unless `order` is given.
         repair: what the merge has in place of the point of the straight line: `norms` or `crossover`, which need no text;
             `ridge`, `crossover+ridge` or `regmean`, fitted on text; `auto`, the best of all on text. With a text the repair is
             written only where it is better than the aligned merge, on the half of the text that it was not fitted on.
@@ -128,7 +129,8 @@ def merge(
         >>> lmc.merge("model-a", "model-b", "best", t="best", text="held_out.txt")  # doctest: +SKIP
     """
     given = locals()
-    method, options = filled(WeightMatching, given), filled(OutputOptions, given)
+    matching = {**given, "order": WIDENED} if widen and order is None else given
+    method, options = filled(WeightMatching, matching), filled(OutputOptions, given)
     if tokenizer not in ("a", "b"):
         raise InputError(f"tokenizer {tokenizer!r}: expected a or b")
     check_format(format)
@@ -178,7 +180,7 @@ def merge(
         if widen:
             from hf_moe_lmc.repair.widened import Widening
 
-            widening = Widening.of(pair.a, pair.b, format)
+            widening = Widening.of(pair.a, pair.b, format, by_routers=matched is not None and order is None)
         return Merge(pair, written, matched, not align, destination, file, subject, earlier, repaired, widening)
 
     return Request(verb="merge", output=output, inputs=(a, b), options=options, prepare=prepare)

@@ -58,7 +58,8 @@ def merge_card(
     kind = "Mixture-of-Experts models" if alignment or symmetry else "models"
     point = f"The point t = {exact(t)} of the straight line (1 - t) A + t B' between two {kind}."
     if widened:
-        point = f"A merge of two {kind} at t = {exact(t)}, {widened}. All else is (1 - t) A + t B'."
+        point = f"A merge of two {kind} at t = {exact(t)}, {widened}. All else is (1 - t) A + t B', and routers are "
+        point += "multiplied to give logits as large as those of A and B'."
     elif repair and repaired:
         point = f"A repaired merge of two {kind} at t = {exact(t)}: its weights have left the straight line (1 - t) A + t B'."
     return model_card(

@@ -196,7 +196,7 @@ class Merge(Job["Alignment | None"]):
         if self.repairing:
             found |= self.repairing.facts()
         if self.widening:
-            found |= {"widened": True}
+            found |= {"widened": self.widening.facts()}
         if self.method:
             return found | matching_facts(self.pair.a, self.pair.b, self.method)
         return found | {"a": a.resume_key(), "b": b.resume_key(), "symmetry": digest(self.used)}

@@ -51,7 +51,7 @@ def outputs(experts: nn.Module, inputs: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(("family", "layout"), tiny.TABLE)
 def test_each_expert_computes_the_weighted_sum(saved: Callable[..., Path], tmp_path: Path, family: str, layout: str) -> None:
     a, b, t = saved(family, layout, 0), saved(family, "fused", 1), 0.3
-    align(a, b, tmp_path / "b")
+    align(a, b, tmp_path / "b", order="gate")
     merge(a, b, tmp_path / "wide", t, widen=True)
     inputs = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     found = [blocks(folder) for folder in (a, tmp_path / "b", tmp_path / "wide")]
