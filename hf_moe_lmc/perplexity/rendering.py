@@ -246,7 +246,7 @@ def markdown(
     ]
     if merged_at is not None and not merged_at.chosen:
         parts += [
-            _references(verdict),
+            _references(verdict, stored=True),
             *_repair(repair),
             *_own_lines(own),
             "## What is measured\n",
@@ -255,7 +255,7 @@ def markdown(
         return "\n".join([*parts, _uncertainty(_bootstrap(paths), drawn=False)])
     parts += [
         "![loss along the path](barrier.png)\n",
-        _references(verdict),
+        _references(verdict, stored=merged_at is not None),
         "## The barrier\n",
         *([f"Of {POOLED}.\n"] if verdict.references.several else []),
         _table_of_barriers(paths),
@@ -287,12 +287,17 @@ def _own_lines(own: Own) -> Iterator[str]:
     yield from (f"{capital(line)}.\n" for line in own_losses(own))
 
 
-def _references(verdict: Verdict) -> str:
-    """Losses by text at the t of the sentences, and halfway where that is another."""
+def _references(verdict: Verdict, *, stored: bool = False) -> str:
+    """Losses by text at the t of the sentences, and halfway where that is another.
+
+    Args:
+        stored: merges are as an output stores them.
+    """
+    merges = " Merges have their weights as the output stores them.\n" if stored else "\n"
     mean = " `mean` is the unweighted mean of the texts." if verdict.references.several else ""
     parts = [
         "## Beside the parents\n\nLosses in nats per token. Each parent is by itself, under its own configuration and over "
-        f"its own vocabulary.{mean}\nDifferences are from the better parent on that text, with paired intervals.\n"
+        f"its own vocabulary.{mean}{merges}Differences are from the better parent on that text, with paired intervals.\n"
     ]
     for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
         for title, (header, *rows) in (
