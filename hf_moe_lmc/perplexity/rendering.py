@@ -262,7 +262,7 @@ def markdown(
         *_comparison(summary),
         *_repair(repair, paths, verdict.left),
         *_own_lines(own),
-        _measurement(path, evaluation),
+        _measurement(path, evaluation, aligned="aligned" in paths),
         _uncertainty(_bootstrap(paths)),
     ]
     if layers is not None:
@@ -351,15 +351,15 @@ def _comparison(summary: Summary) -> Iterator[str]:
         yield f"Alignment changed the loss of B itself by {change}.\n"
 
 
-def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
+def _measurement(path: PathResult, evaluation: Mapping[str, Any], *, aligned: bool = True) -> str:
     per_byte = path.bits_per_byte
+    moved = ", the aligned one takes B with its experts and hidden units moved to where A has theirs" if aligned else ""
     ends = f" The ends have {per_byte[0]:.4f} and {per_byte[-1]:.4f} bits per byte." if per_byte else ""
     return (
         "## What is measured\n\n"
         "The barrier is the largest rise of the loss, in nats per token, above the straight line between the losses of "
         "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
-        "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
-        "theirs. "
+        f"The naive path takes B as it is{moved}. "
         f"These are {len(path.t)} points on the same text. {_tokens(path, evaluation)}{ends} "
         "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
         "that the models are connected in general.\n"

@@ -11,6 +11,7 @@ from hf_moe_lmc.perplexity.text import GivenText, Text, TextOptions
 
 RepairName = Literal["none", "norms", "crossover", "ridge", "crossover+ridge", "regmean", "auto"]
 FITTED = ("ridge", "crossover+ridge", "regmean")  # what cannot be had without text
+Line = Literal["aligned", "naive"]  # the straight line that a repair starts from
 TEXTS = ("calibration", "calibration_a", "calibration_b")
 
 
@@ -87,6 +88,16 @@ and --calibration-b TEXT
             InputError: a file is missing, empty or no text.
         """
         return tuple(TextOptions(text=getattr(self, name)).source() for name in TEXTS if getattr(self, name))
+
+
+def line_of(*, align: bool) -> Line:
+    """The straight line that a merge is on or starts from, as its path and its merges are called: `naive` where B is as it is.
+
+    Example:
+        >>> line_of(align=True), line_of(align=False)
+        ('aligned', 'naive')
+    """
+    return "aligned" if align else "naive"
 
 
 def repair_options(given: Mapping[str, Any]) -> RepairOptions | None:

@@ -11,6 +11,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.repair.options import line_of
 from hf_moe_lmc.runtime.documents import as_json
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
@@ -141,7 +142,7 @@ class Merge(Job["Alignment | None"]):
     @property
     def path(self) -> str:
         """Of the paths that are measured, the one that the merge is on."""
-        return "naive" if self.as_it_is else "aligned"
+        return line_of(align=not self.as_it_is)
 
     @property
     def work(self) -> Work:
