@@ -52,7 +52,7 @@ and --calibration-b TEXT
             raise InputError(f"calibration-tokens {self.calibration_tokens}: expected at least 1")
         given: dict[str, GivenText | None] = {name: getattr(self, name) or None for name in TEXTS}
         if self.repair == "none":
-            refuse_idle(given, "--repair is none")
+            refuse_idle(given, "--repair is none", "give --repair auto, which takes the best repair on this text")
         if given["calibration"] and (given["calibration_a"] or given["calibration_b"]):
             raise InputError(
                 "--calibration is the text of both models, --calibration-a and --calibration-b of one each; choose"

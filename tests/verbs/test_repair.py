@@ -314,7 +314,7 @@ def test_only_a_repair_that_nothing_measures_is_said_to_be_unmeasured(
         ({"repair": "ridge"}, "--repair ridge is fitted on text: give it --calibration TEXT"),
         ({"repair": "regmean"}, "--repair regmean is fitted on text"),
         ({"repair": "best"}, "repair 'best': expected one of none, norms"),
-        ({"calibration": "TEXT"}, "--calibration would have no effect: --repair is none"),
+        ({"calibration": "TEXT"}, "--repair is none; give --repair auto, which takes the best repair on"),
         ({"repair": "ridge", "calibration_a": "TEXT"}, "--calibration-a was given without --calibration-b"),
         ({"repair": "ridge", "calibration_b": "TEXT"}, "--calibration-b was given without --calibration-a"),
         (
