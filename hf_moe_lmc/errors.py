@@ -132,11 +132,12 @@ class Faults:
             raise combined
 
 
-def refuse_idle(options: Mapping[str, Any], because: str) -> None:
+def refuse_idle(options: Mapping[str, Any], because: str, instead: str = "") -> None:
     """Refuses options that could have no effect: each is a misunderstanding, better said than ignored.
 
     Args:
         options: by name; None: not given.
+        instead: what would give them an effect, such as "give --repair auto".
 
     Raises:
         InputError: one is given, or more.
@@ -144,7 +145,9 @@ def refuse_idle(options: Mapping[str, Any], because: str) -> None:
     named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if named:
         them = "them" if len(named) > 1 else "it"
-        raise InputError(f"{' and '.join(named)} would have no effect: {because}; leave {them} out")
+        raise InputError(
+            f"{' and '.join(named)} would have no effect: {because}; {f'{instead}, or ' if instead else ''}leave {them} out"
+        )
 
 
 def listing(lines: list[str], limit: int = SHOWN) -> str:

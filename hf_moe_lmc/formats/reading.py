@@ -59,13 +59,13 @@ def read_range(checkpoint: Checkpoint, weight: StoredWeight, first: int, count: 
     """
     size = weight.rows * weight.columns
     if count == size and first % size == 0:
-        return _flat(weight, read_rows(checkpoint, weight, first // size, 0, weight.rows))
+        return flat(weight, read_rows(checkpoint, weight, first // size, 0, weight.rows))
     out = reused(count, torch.float32)
     done = 0
     while done < count:
         matrix, at = divmod(first + done, size)
         if weight.transposed:
-            found, skip = _flat(weight, read_rows(checkpoint, weight, matrix, 0, weight.rows)), at
+            found, skip = flat(weight, read_rows(checkpoint, weight, matrix, 0, weight.rows)), at
         else:
             row, skip = divmod(at, weight.columns)
             rows = min(weight.rows - row, -(-(skip + count - done) // weight.columns))
@@ -76,7 +76,8 @@ def read_range(checkpoint: Checkpoint, weight: StoredWeight, first: int, count: 
     return out
 
 
-def _flat(weight: StoredWeight, values: Tensor) -> Tensor:
+def flat(weight: StoredWeight, values: Tensor) -> Tensor:
+    """Rows as they are stored, whole matrices where these are transposed, as a row in the shape of the weight."""
     if not weight.transposed:
         return values.view(-1)
     out = reused((weight.columns, weight.rows), torch.float32)

@@ -39,6 +39,11 @@ class Point:
         return self.t if self.layers is None or layer in self.layers else 0.0
 
 
+def stored(path: str) -> str:
+    """The path of the same merges as an output stores them, rounded to its dtypes or quantized."""
+    return f"{path}, stored"
+
+
 @dataclass(frozen=True)
 class Part:
     """Parameters of one decoder layer, or with `layer` None of what belongs to none."""
@@ -53,8 +58,7 @@ class Endpoints:
 
     Attributes:
         conversions: of A and of B, see `conversions`.
-        merged: points, by path and t, whose weights are those of a checkpoint of their own in A's layout, and not on the
-            straight line.
+        merged: points, by path and t, whose weights are those of a checkpoint of their own, in A's layout or in B's.
         home: where the weights of both ends wait for their points; on the device of the model they cross over to it once, and
             are interpolated there.
     """
@@ -133,7 +137,10 @@ class Endpoints:
             return
         for name in names:
             a, b = self.held[None, name], self.held[path, name]
-            value = standing = self.skeleton.value(name) if reuse else None
+            standing = self.skeleton.value(name) if reuse else None
+            if standing is not None and standing.stride() != a.stride():
+                standing = None  # from a checkpoint of another layout
+            value = standing
             if value is None:
                 # kernels choose by layout: that which A's checkpoint would be loaded with
                 value = torch.empty_strided(
@@ -147,8 +154,10 @@ class Endpoints:
                 self.skeleton.place({name: value})
 
     def _place_merged(self, names: Sequence[str], stream: ModelStream) -> None:
-        for group in groups(self.conversions[0], names):
-            self.skeleton.place(self.conversions[0].convert(group, partial(whole, stream)))
+        alike = stream.template.tensors.keys() == self.a.checkpoint.tensors.keys()
+        conversion = self.conversions[0 if alike else 1]
+        for group in groups(conversion, names):
+            self.skeleton.place(conversion.convert(group, partial(whole, stream)))
 
 
 def conversions(skeleton: Skeleton, a: MoEModel, b: MoEModel) -> tuple[Conversion, Conversion]:

@@ -33,15 +33,18 @@ from hf_moe_lmc.writing.workspace import Workspace
 
 @dataclass(frozen=True)
 class Merged:
-    """Merges that are no points of a straight line, by path and t.
+    """Merges with weights of their own, by path and t: they lie on no straight line, or are as an output stores them.
 
     Attributes:
-        streams: their weights, in A's layout; they are read anew for each of them.
+        streams: their weights, in A's layout or in B's; they are read anew for each of them.
         facts: all that these depend on besides the two models, JSON.
     """
 
-    streams: Mapping[tuple[str, float], ModelStream]
-    facts: Mapping[str, Any]
+    streams: Mapping[tuple[str, float], ModelStream] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Merged) -> Merged:
+        return Merged({**self.streams, **other.streams}, {**self.facts, **other.facts})
 
 
 class Observer(Protocol):
@@ -97,6 +100,11 @@ class Evaluator:
     ) -> Endpoints:
         return Endpoints(self.a, self.b, symmetries, self._skeleton, self._conversions, merged or {})
 
+    def holds(self, dtypes: Collection[torch.dtype]) -> bool:
+        """Whether weights of these dtypes can be what the model runs on, without rounding."""
+        runs = {self._skeleton.dtype_of(name) for name in self._skeleton.state}
+        return all(torch.promote_types(one, run) == one for one in dtypes for run in runs if one.is_floating_point)
+
     def _layers(self, ends: Endpoints) -> list[nn.Module]:
         return list(self._skeleton.module.get_submodule(ends.layers_path).children())
 
@@ -148,7 +156,7 @@ class Evaluator:
                 of the pass.
             merged: merges with weights of their own, whose points lie on paths that no symmetry has.
         """
-        merged = merged or Merged({}, {})
+        merged = merged or Merged()
         check_points([point for point in points if (point.path, point.t) not in merged.streams], symmetries)
         ends = self._ends(symmetries, merged.streams)
         layers = self._layers(ends)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from hf_moe_lmc.checkpoints.pair import origins
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.path.cost import Cost, EvaluationOptions
-from hf_moe_lmc.path.endpoints import Point
-from hf_moe_lmc.path.evaluation import Evaluator
+from hf_moe_lmc.path.endpoints import Point, stored
+from hf_moe_lmc.path.evaluation import Evaluator, Merged
 from hf_moe_lmc.path.options import ComputeOptions, GridOptions
 from hf_moe_lmc.path.point_model import implementations
 from hf_moe_lmc.path.routing import RoutingObserver
@@ -65,6 +65,8 @@ class Measurement:
     Attributes:
         symmetries: of the paths, the one first that decides: `aligned`, unless B is taken as it is.
         spans: first and last of the decoder layers that are also interpolated without the others.
+        merged: merges as an output stores them, on paths named by `stored`; between the ends they take the place of the
+            points of the straight line.
     """
 
     evaluator: Evaluator
@@ -72,6 +74,7 @@ class Measurement:
     grid: GridOptions
     spans: Sequence[Span]
     progress: Workspace | None
+    merged: Merged = field(default_factory=Merged)
 
     @property
     def windows(self) -> Windows:
@@ -95,11 +98,13 @@ class Measurement:
     def points(self, t: Sequence[float]) -> list[Point]:
         """Of all paths: A once, B on each, then what lies between, since observers compare with the ends."""
         ends = [self.on(path, at) for at in (0.0, 1.0) if at in t for path in self.symmetries]
-        between = [Point(path, at) for path in self.symmetries for at in t if 0 < at < 1]
+        between = [self.on(path, at) for path in self.symmetries for at in t if 0 < at < 1]
         return list(dict.fromkeys([*ends, *between]))
 
     def on(self, path: str, t: float) -> Point:
         """The point at which a path is evaluated: A is on all of them, once."""
+        if 0 < t < 1 and (stored(path), t) in self.merged.streams:
+            return Point(stored(path), t)
         return Point(path if t > 0 else next(iter(self.symmetries)), t)
 
     def alone(self, span: Span) -> list[Point]:
@@ -117,6 +122,7 @@ class Measurement:
             inspect_model=lambda model: facts.update(implementations(model, self.evaluator.options.device)),
             observers=[watching] if watching else [],
             progress=self.progress,
+            merged=self.merged,
         )
         losses, right = (dict(zip(points, values, strict=True)) for values in (scores.losses, scores.right))
         if watching is None:

@@ -246,7 +246,7 @@ def markdown(
     ]
     if merged_at is not None and not merged_at.chosen:
         parts += [
-            _references(verdict),
+            _references(verdict, stored=True),
             *_repair(repair),
             *_own_lines(own),
             "## What is measured\n",
@@ -255,14 +255,14 @@ def markdown(
         return "\n".join([*parts, _uncertainty(_bootstrap(paths), drawn=False)])
     parts += [
         "![loss along the path](barrier.png)\n",
-        _references(verdict),
+        _references(verdict, stored=merged_at is not None),
         "## The barrier\n",
         *([f"Of {POOLED}.\n"] if verdict.references.several else []),
         _table_of_barriers(paths),
         *_comparison(summary),
         *_repair(repair, paths, verdict.left),
         *_own_lines(own),
-        _measurement(path, evaluation),
+        _measurement(path, evaluation, aligned="aligned" in paths),
         _uncertainty(_bootstrap(paths)),
     ]
     if layers is not None:
@@ -287,12 +287,17 @@ def _own_lines(own: Own) -> Iterator[str]:
     yield from (f"{capital(line)}.\n" for line in own_losses(own))
 
 
-def _references(verdict: Verdict) -> str:
-    """Losses by text at the t of the sentences, and halfway where that is another."""
+def _references(verdict: Verdict, *, stored: bool = False) -> str:
+    """Losses by text at the t of the sentences, and halfway where that is another.
+
+    Args:
+        stored: merges are as an output stores them.
+    """
+    merges = " Merges have their weights as the output stores them.\n" if stored else "\n"
     mean = " `mean` is the unweighted mean of the texts." if verdict.references.several else ""
     parts = [
         "## Beside the parents\n\nLosses in nats per token. Each parent is by itself, under its own configuration and over "
-        f"its own vocabulary.{mean}\nDifferences are from the better parent on that text, with paired intervals.\n"
+        f"its own vocabulary.{mean}{merges}Differences are from the better parent on that text, with paired intervals.\n"
     ]
     for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
         for title, (header, *rows) in (
@@ -346,15 +351,15 @@ def _comparison(summary: Summary) -> Iterator[str]:
         yield f"Alignment changed the loss of B itself by {change}.\n"
 
 
-def _measurement(path: PathResult, evaluation: Mapping[str, Any]) -> str:
+def _measurement(path: PathResult, evaluation: Mapping[str, Any], *, aligned: bool = True) -> str:
     per_byte = path.bits_per_byte
+    moved = ", the aligned one takes B with its experts and hidden units moved to where A has theirs" if aligned else ""
     ends = f" The ends have {per_byte[0]:.4f} and {per_byte[-1]:.4f} bits per byte." if per_byte else ""
     return (
         "## What is measured\n\n"
         "The barrier is the largest rise of the loss, in nats per token, above the straight line between the losses of "
         "the two ends, over the points of the grid: max over t of L((1 - t) A + t B') - [(1 - t) L(A) + t L(B')]. "
-        "The naive path takes B as it is, the aligned one takes B with its experts and hidden units moved to where A has "
-        "theirs. "
+        f"The naive path takes B as it is{moved}. "
         f"These are {len(path.t)} points on the same text. {_tokens(path, evaluation)}{ends} "
         "A low barrier here says that the line between these two checkpoints is passable on this text; it does not prove "
         "that the models are connected in general.\n"

@@ -59,11 +59,14 @@ class Added:
             measured.
         cloze: questions that each model answers right, by the names of MODELS, float64 [question]. Empty: not asked.
         cloze_ensembles: the same of the ensembles, by KINDS.
+        stored: merges as an output stores them, by the names of MERGES: one point each. Where there is none, the point of the
+            path is what is stored, or nothing is.
     """
 
     ensembles: Mapping[str, Scores] = field(default_factory=dict)
     cloze: Mapping[str, Tensor] = field(default_factory=dict)
     cloze_ensembles: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, Scores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,10 @@ class BarrierReport:
         if merge.chosen:
             line = self.searched
             found = self._of_paths(line, about)
-            if found.t == merge.t and line == merge.path:
-                return replace(found, references=found.compared)
             here = references(self._at(merge.t, line), self.windows, t=merge.t, beside=self._beside(merge.t, line))
             here = replace(here, means=found.compared.means)
-            return replace(found, references=here, compared=here, merge=merge.path, searched=line)
+            on_line = found.t == merge.t and line == merge.path
+            return replace(found, references=here, compared=here, merge=merge.path, searched=None if on_line else line)
         models, beside = self._at(merge.t, merge.path), self._beside(merge.t, merge.path)
         return merge_verdict(models, self.windows, t=merge.t, merge=merge.path, beside=beside, **about)
 
@@ -203,8 +205,9 @@ class BarrierReport:
         }
 
     def _at(self, t: float, path: str) -> dict[str, Tensor]:
-        """Losses of the parents, and of each path at one of its points: float64 [window]."""
-        return {**_ends(self.losses, path), **self._parents, **self._points(self.losses, t)}
+        """Losses of the parents, and of the merges at one t: float64 [window]."""
+        stored = {name: of.losses[0] for name, of in self.added.get(t, Added()).stored.items()}
+        return {**_ends(self.losses, path), **self._parents, **self._points(self.losses, t), **stored}
 
     def _points(self, values: Mapping[str, Tensor], t: float) -> dict[str, Tensor]:
         """One point of each path that was measured there: [window]."""
@@ -219,7 +222,8 @@ class BarrierReport:
         if self.right:
             own = {side: torch.tensor(of["window_right"]).double() for side, of in (self.own or {}).items()}
             here = self.halfway_right if t == MIDPOINT and self.halfway_right else self._points(self.right, t)
-            models = {**_ends(self.right, path), **own, **here}
+            stored = {name: of.right[0] for name, of in added.stored.items()}
+            models = {**_ends(self.right, path), **own, **here, **stored}
             shares["accuracy"] = Shares(models, {kind: of.right[0] for kind, of in added.ensembles.items()}, self.means)
         if added.cloze:
             assert self.questions is not None

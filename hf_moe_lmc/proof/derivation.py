@@ -46,6 +46,7 @@ from hf_moe_lmc.proof.checks import (
 from hf_moe_lmc.proof.disk_layout import read_templates
 from hf_moe_lmc.proof.memory_layout import Block, find_blocks
 from hf_moe_lmc.proof.miniature import miniature, outputs, skeleton
+from hf_moe_lmc.proof.small_config import has_experts
 from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST
@@ -64,30 +65,35 @@ def derive(config: PreTrainedConfig, where: str) -> MoEFamily:
         where: the checkpoint, for messages.
 
     Raises:
-        FamilyError: another release of transformers, foreign code, or experts that are built in another way.
+        FamilyError: a dense model, another release of transformers, foreign code, or experts that are built in another way.
     """
     name = str(config.model_type)
-    if not TRANSFORMERS.contains(transformers.__version__, prereleases=True):
-        raise FamilyError(
-            f"{where}: no data file describes model type {name!r}, and descriptions are derived from transformers "
-            f"{TRANSFORMERS} only, not from {transformers.__version__}; install such a release, or register a family (README)"
-        )
     if not type(config).__module__.startswith("transformers."):
         raise FamilyError(
             f"{where}: model type {name!r} is custom code ({type(config).__module__}), from which nothing is derived; "
             "register a family for it (see the README)"
         )
+    if not has_experts(config):
+        raise FamilyError(
+            f"{where}: a dense model: the configuration of model type {name!r} has no experts, and MoE blocks are what is "
+            "aligned here. Take a Mixture-of-Experts model. Dense models are merged by merge --no-align without --text"
+        )
+    if not TRANSFORMERS.contains(transformers.__version__, prereleases=True):
+        raise FamilyError(
+            f"{where}: no data file describes model type {name!r}, and descriptions are derived from transformers "
+            f"{TRANSFORMERS} only, not from {transformers.__version__}; install such a release, or register a family (README)"
+        )
     try:
         return _derive(config, name)
     except FamilyError as error:
         raise FamilyError(
-            f"{where}: no data file describes model type {name!r}, and no description can be derived: {error}. "
-            "The README says how to add a family"
+            f"{where}: no data file describes model type {name!r}, and no description can be derived: "
+            f"{str(error).removesuffix('.')}. The README says how to add a family"
         ) from error
 
 
 def _derive(config: PreTrainedConfig, name: str) -> MoEFamily:
-    small = miniature(config)  # refuses dense models
+    small = miniature(config)
     whole = skeleton(config)
     blocks = find_blocks(whole)
     first = next(iter(blocks.values()))

@@ -75,7 +75,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         FamilyError: The configuration has no experts, or its class rejects the small sizes.
     """
-    if not any(_has_experts(part) for part in parts(config)):
+    if not has_experts(config):
         raise FamilyError(
             f"{type(config).__name__} (model type {config.model_type!r}) has no experts. Expected: a configuration of a "
             "Mixture-of-Experts model. Check the model, or switch its MoE blocks on."
@@ -86,6 +86,11 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         raise FamilyError(
             f"No miniature of {type(config).__name__} (model type {config.model_type!r}) can be made: {error}"
         ) from error
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a configuration, or one that it contains, is of a Mixture-of-Experts model."""
+    return any(_has_experts(part) for part in parts(config))
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -2,8 +2,8 @@
 
 The first half is cut once more, by document: candidates are fitted on FITTED of it and compared by their loss on the rest. The
 best one is fitted again, on all of the first half. It is accepted where its loss on the second half lies below that of the
-aligned merge with a paired interval that excludes 0; else the aligned merge stays. With a text of each parent's own domain,
-both losses are unweighted means over the two texts.
+merge on the straight line with a paired interval that excludes 0; else that merge stays. With a text of each parent's own
+domain, both losses are unweighted means over the two texts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hf_moe_lmc.repair.calibrated_run import Calibrated
 from hf_moe_lmc.repair.fitted import Fitted
 from hf_moe_lmc.repair.halves import cut, deciding, halves_of, part_of
 from hf_moe_lmc.repair.methods import ALIGNED, Method, methods_of
+from hf_moe_lmc.repair.options import Line
 from hf_moe_lmc.repair.sites import UnsuitedError
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.writing.results import ResultFolder
@@ -41,9 +42,11 @@ class Choice:
     Attributes:
         method: the best candidate; ALIGNED where none was better on the first half.
         accepted: whether the merge gets it.
-        difference: its loss less that of the aligned merge on the second half, nats per token; None: not measured.
+        difference: its loss on the second half less that of the merge on the straight line, nats per token; None: not
+            measured.
         fitted: its weights; None: nothing was fitted.
         record: the `repair` of report.json.
+        line: what the merge on the straight line is called.
     """
 
     method: Method
@@ -51,24 +54,25 @@ class Choice:
     difference: Difference | None
     fitted: Fitted | None
     record: dict[str, Any] = field(default_factory=dict)
+    line: Line = "aligned"
 
     @property
     def sentence(self) -> str:
         """What came of it, in words."""
-        tried = len(self.record["tried"])
+        tried, line = len(self.record["tried"]), f"the {self.line} merge"
         if self.difference is None:
             one = self.record["tried"][0]["method"] if tried == 1 else f"none of {tried} candidates"
             was = "was not below" if tried == 1 else "was below"
-            return f"{one} {was} the aligned merge on the first half of the calibration text; the aligned merge stays"
+            return f"{one} {was} {line} on the first half of the calibration text; {line} stays"
         found = f"{self.difference.value:+.4f} nats per token"
         if self.difference.interval is not None:
             found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)
         if self.accepted:
-            return f"{self.method}, {found} against the aligned merge on calibration text that it was not fitted on"
-        return f"{self.method} refused, {found} against the aligned merge, not clearly below; the aligned merge stays"
+            return f"{self.method}, {found} against {line} on calibration text that it was not fitted on"
+        return f"{self.method} refused, {found} against {line}, not clearly below; {line} stays"
 
     def stream(self, run: Calibrated) -> ModelStream:
-        """The merge as a checkpoint: repaired where that was accepted, else the aligned one."""
+        """The merge as a checkpoint: repaired where that was accepted, else the one on the straight line."""
         outside: TensorSource = Interpolated(run.a.checkpoint, run.b.checkpoint, (run.t,))
         layers = run.layers(self.method.start if self.accepted else ALIGNED.start)
         if self.accepted and self.fitted is not None:
@@ -76,13 +80,16 @@ class Choice:
         return ModelStream(run.a, dict(layers), outside)
 
 
-def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence[Method] | None = None) -> Choice:
+def choose(
+    run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence[Method] | None = None, line: Line = "aligned"
+) -> Choice:
     """Chooses a repair for a merge, and fits it.
 
     Args:
         repair: as `--repair` has it.
         folder: takes the fitted weights; what an earlier call has left there is continued from.
         methods: the candidates; None: those of `repair`.
+        line: what the merge on the straight line is called.
 
     Raises:
         InputError: as `halves_of`; more tokens than memory allows.
@@ -103,15 +110,15 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
         "asked": repair,
         "t": run.t,
         "tokens": {"fitted": _tokens(run, fit), "compared": _tokens(run, compare), "accepted": _tokens(run, second)},
-        "compared": {"aligned": float(losses[0])},
+        "compared": {line: float(losses[0])},
         "tried": [_entry(one, float(loss), float(losses[0])) for one, loss in zip(candidates, losses[1:], strict=True)],
         "skipped": skipped,
-        "chosen": str(method),
+        "chosen": line if method == ALIGNED else str(method),
     }
     if method == ALIGNED:
-        found = Choice(method, False, None, None, {**record, "accepted": False})
+        found = Choice(method, False, None, None, {**record, "accepted": False}, line)
     else:
-        found = accept(run, method, first, second, folder, record)
+        found = accept(run, method, first, second, folder, record, line)
     note(f"repair: {found.sentence}")
     return found
 
@@ -119,7 +126,10 @@ def choose(run: Calibrated, repair: str, folder: ResultFolder, methods: Sequence
 def _tried(
     run: Calibrated, methods: Sequence[Method], repair: str, fit: Sequence[int], compare: Sequence[int], folder: ResultFolder
 ) -> tuple[dict[Method, Tensor], dict[str, str]]:
-    """Losses of the aligned merge and of the candidates on windows that they were not fitted on, and why some were not tried.
+    """Losses of the merge on the straight line and of the candidates, on windows that they were not fitted on.
+
+    Returns:
+        The losses, and why some candidates were not tried.
 
     Raises:
         UnsuitedError: this family allows none of them.
@@ -160,9 +170,15 @@ def _words(folder: ResultFolder) -> dict[str, str]:
 
 
 def accept(
-    run: Calibrated, method: Method, first: Sequence[int], second: Sequence[int], folder: ResultFolder, record: dict[str, Any]
+    run: Calibrated,
+    method: Method,
+    first: Sequence[int],
+    second: Sequence[int],
+    folder: ResultFolder,
+    record: dict[str, Any],
+    line: Line = "aligned",
 ) -> Choice:
-    """Fits the chosen method on the first half, and compares it with the aligned merge on the second."""
+    """Fits the chosen method on the first half, and compares it with the merge on the straight line on the second."""
     fitted = None if method.fit is None else Fitted(ResultFolder(folder.folder / method.name))
     outcome = run.run([ALIGNED, method], first, second, {} if fitted is None else {method: fitted})
     decisive, few = deciding(run.calibration.windows, second)
@@ -173,8 +189,8 @@ def accept(
     record = {
         **record,
         "accepted": accepted,
-        "loss": dict(zip(("aligned", "repaired"), means.of(None, outcome.losses.numpy()).tolist(), strict=True)),
-        "texts": {name: {"aligned": aligned, "repaired": repaired} for name, (aligned, repaired) in of_texts.items()},
+        "loss": dict(zip((line, "repaired"), means.of(None, outcome.losses.numpy()).tolist(), strict=True)),
+        "texts": {name: {line: straight, "repaired": repaired} for name, (straight, repaired) in of_texts.items()},
         "difference": difference.to_dict(),
         "layers": outcome.fits[1],
         "clusters": {name: means.clusters(name) for name in means.names},
@@ -184,7 +200,7 @@ def accept(
             f"{', '.join(few)}: too few documents to resample, so windows were, as if they were independent; the interval may "
             "be too narrow"
         )
-    return Choice(method, accepted, difference, fitted, record)
+    return Choice(method, accepted, difference, fitted, record, line)
 
 
 def compared(means: TextMeans, losses: Tensor) -> Difference:
@@ -203,10 +219,10 @@ def _tokens(run: Calibrated, numbers: Sequence[int]) -> int:
     return sum(len(run.calibration.windows.rows[i]) for i in numbers)
 
 
-def _entry(method: Method, loss: float, aligned: float) -> dict[str, Any]:
+def _entry(method: Method, loss: float, straight: float) -> dict[str, Any]:
     return {
         "method": method.name,
         **({} if method.strength is None else {"lambda": method.strength}),
         "loss": loss,
-        "difference": loss - aligned,
+        "difference": loss - straight,
     }

@@ -11,6 +11,7 @@ from hf_moe_lmc.perplexity.text import GivenText, Text, TextOptions
 
 RepairName = Literal["none", "norms", "crossover", "ridge", "crossover+ridge", "regmean", "auto"]
 FITTED = ("ridge", "crossover+ridge", "regmean")  # what cannot be had without text
+Line = Literal["aligned", "naive"]  # the straight line that a repair starts from
 TEXTS = ("calibration", "calibration_a", "calibration_b")
 
 
@@ -51,7 +52,7 @@ and --calibration-b TEXT
             raise InputError(f"calibration-tokens {self.calibration_tokens}: expected at least 1")
         given: dict[str, GivenText | None] = {name: getattr(self, name) or None for name in TEXTS}
         if self.repair == "none":
-            refuse_idle(given, "--repair is none")
+            refuse_idle(given, "--repair is none", "give --repair auto, which takes the best repair on this text")
         if given["calibration"] and (given["calibration_a"] or given["calibration_b"]):
             raise InputError(
                 "--calibration is the text of both models, --calibration-a and --calibration-b of one each; choose"
@@ -87,6 +88,16 @@ and --calibration-b TEXT
             InputError: a file is missing, empty or no text.
         """
         return tuple(TextOptions(text=getattr(self, name)).source() for name in TEXTS if getattr(self, name))
+
+
+def line_of(*, align: bool) -> Line:
+    """The straight line that a merge is on or starts from, as its path and its merges are called: `naive` where B is as it is.
+
+    Example:
+        >>> line_of(align=True), line_of(align=False)
+        ('aligned', 'naive')
+    """
+    return "aligned" if align else "naive"
 
 
 def repair_options(given: Mapping[str, Any]) -> RepairOptions | None:

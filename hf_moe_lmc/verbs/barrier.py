@@ -11,6 +11,7 @@ from typing import Any
 from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import align_models
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
+from hf_moe_lmc.path.added import OtherMerges
 from hf_moe_lmc.path.measurement import check_device
 from hf_moe_lmc.path.options import DType
 from hf_moe_lmc.perplexity.report import BarrierReport
@@ -206,11 +207,14 @@ class _Barrier(Job[BarrierReport]):
             self.subject.check_processes()
             aligned, matching = self._aligned(workspace)
             symmetries = {"aligned": aligned, "naive": pair.b.identity()}
-            report = self.subject.measure({path: symmetries[path] for path in self.paths}, matching, workspace, started)
+            on_paths = {path: symmetries[path] for path in self.paths}
+            report, others = self.subject.measure(on_paths, matching, workspace, started), OtherMerges()
             if self.repairing:
                 t = repaired_t(self.repairing, report, "aligned")
                 repaired = {at: self.repairing.at(aligned, at, workspace) for at in t}
-                report = with_repaired(self.subject, report, "aligned", aligned, repaired, workspace)
+                report, others = with_repaired(self.subject, report, "aligned", aligned, repaired, workspace)
+            named = {report.references.t, report.verdict.t}
+            report = self.subject.with_additions(report, on_paths, named, others, workspace, started)
             if writer:
                 aligned.save(writer.path("symmetry.safetensors"))
                 writer.write_text("report.json", report.to_json())

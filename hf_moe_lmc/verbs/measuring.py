@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ import torch
 from hf_moe_lmc.errors import InputError
 from hf_moe_lmc.moe.model_class import language_model_class
 from hf_moe_lmc.moe.pair import function_settings
-from hf_moe_lmc.path.added import Additions
+from hf_moe_lmc.path.added import Additions, OtherMerges
 from hf_moe_lmc.path.ensemble import Ensemble
-from hf_moe_lmc.path.evaluation import Evaluator
+from hf_moe_lmc.path.evaluation import Evaluator, Merged
 from hf_moe_lmc.path.measurement import Measurement, evaluation_options, layer_spans, own_losses
 from hf_moe_lmc.path.options import AdditionOptions, ComputeOptions, GridOptions
 from hf_moe_lmc.path.tokenizer import common_tokenizer, context_length
 from hf_moe_lmc.perplexity.cloze import cloze_of
-from hf_moe_lmc.perplexity.least import LeastLoss
 from hf_moe_lmc.perplexity.report import BarrierReport, Span
 from hf_moe_lmc.perplexity.text import Text, TextOptions
 from hf_moe_lmc.perplexity.verdict import MIDPOINT
@@ -104,17 +103,23 @@ class Subject:
         alone = {side: model for side, model in zip("ab", pair.alone, strict=True) if because[side]}
         return cls(pair, asked, evaluator, spans, Additions(evaluator, alone, ensemble, cloze))
 
-    def plan(self, paths: Sequence[str]) -> Evaluation:
-        """What a measurement on some paths takes."""
+    def plan(self, paths: Sequence[str], merges: int = 0) -> Evaluation:
+        """What a measurement on some paths takes.
+
+        Args:
+            merges: that are read anew from both models, besides.
+        """
         grid = self.asked.grid
         halfway = grid.halfway and MIDPOINT not in grid.t
         points = 1 + len(paths) * (len(grid.t) - 1 + halfway) + len(self.spans) * len(grid.steps)
+        cost, alone = self.evaluator.cost(paths, points), self.additions.alone.values()
+        besides = self.additions.nbytes + merges * cost.bytes_of_both
         return Evaluation(
-            cost=self.evaluator.cost(paths, points),
+            cost=cost,
             points=points,
             tokens=int(self.evaluator.windows.scored.sum()),
             refinements=grid.refine,
-            own_bytes=sum(2 * model.checkpoint.nbytes for model in self.additions.alone.values()) + self.additions.nbytes,
+            own_bytes=sum(2 * model.checkpoint.nbytes for model in alone) + besides,
         )
 
     def check_processes(self) -> None:
@@ -133,32 +138,48 @@ class Subject:
         }
 
     def measure(
-        self, symmetries: Mapping[str, ModelSymmetry], matching: dict[str, Any], workspace: Workspace | None, started: float
+        self,
+        symmetries: Mapping[str, ModelSymmetry],
+        matching: dict[str, Any],
+        workspace: Workspace | None,
+        started: float,
+        merged: Merged | None = None,
     ) -> BarrierReport:
         """Losses on the paths to B in the coordinates of some symmetries; warns of what the reader of the report should know.
 
         Args:
             matching: what the report says of how B was aligned.
             started: when the work began, by `time.perf_counter`.
+            merged: merges as an output stores them.
         """
-        measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace)
+        measurement = Measurement(self.evaluator, symmetries, self.asked.grid, self.spans, workspace, merged or Merged())
         report = measurement.report(self.asked.source.describe(), matching, started, self._own())
         _warn(report, along=self.asked.grid.halfway)
-        return self._with_additions(report, symmetries, workspace, started)
+        return report
 
-    def _with_additions(
-        self, report: BarrierReport, symmetries: Mapping[str, ModelSymmetry], workspace: Workspace | None, started: float
+    def with_additions(
+        self,
+        report: BarrierReport,
+        symmetries: Mapping[str, ModelSymmetry],
+        t: Collection[float],
+        others: OtherMerges,
+        workspace: Workspace | None,
+        started: float,
     ) -> BarrierReport:
-        """At the t that were given for a merge, or else halfway and where the loss on the path that decides is least."""
-        if self.additions.ensemble is None and self.additions.cloze is None:
-            return report
-        named = set(self.asked.grid.at)
-        if self.asked.grid.halfway:
-            least = LeastLoss(report.t, report.losses[next(iter(symmetries))], report.means).chosen
-            named |= {MIDPOINT} if least is None else {MIDPOINT, least}
-        added = self.additions.measure(symmetries, sorted(named), workspace)
-        seconds = process_group().from_main(time.perf_counter() - started)
-        return replace(report, added=added, questions=self.additions.cloze, seconds=seconds)
+        """Ensemble and cloze task at some t, where they were asked for; then the report is whole.
+
+        Args:
+            symmetries: of the paths, the one first that repairs are made of.
+            others: merges that are no points of these paths.
+            started: when the work began, by `time.perf_counter`.
+        """
+        if self.additions.ensemble or self.additions.cloze:
+            found = self.additions.measure(symmetries, sorted(t), others, workspace)
+            added = {
+                at: replace(one, stored=report.added[at].stored) if at in report.added else one for at, one in found.items()
+            }
+            report = replace(report, added={**report.added, **added}, questions=self.additions.cloze)
+        return replace(report, seconds=process_group().from_main(time.perf_counter() - started))
 
     def _own(self) -> dict[str, dict[str, Any]] | None:
         """The losses of the models by themselves, where their configuration or vocabulary is not that of the path."""

@@ -109,7 +109,8 @@ def merge(
             matched by their router rows (order `gate`), unless `order` is given.
         repair: what the merge has in place of the point of the straight line: `norms` or `crossover`, which need no text;
             `ridge`, `crossover+ridge` or `regmean`, fitted on text; `auto`, the best of all on text. With a text the repair is
-            written only where it is better than the aligned merge, on the half of the text that it was not fitted on.
+            written only where it is better than the point of the straight line, on the half of the text that it was not
+            fitted on.
         calibration: a text of both models, or several, as `text` has them.
         calibration_a, calibration_b: in its place, a text of each model's own domain.
         calibration_tokens: tokens to read of each of these texts, by default 32,768.

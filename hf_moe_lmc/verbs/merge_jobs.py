@@ -11,6 +11,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
 from hf_moe_lmc.checkpoints.token_ids import TokenIds
 from hf_moe_lmc.publishing.card import Destination
 from hf_moe_lmc.publishing.measured import Measured
+from hf_moe_lmc.repair.options import line_of
 from hf_moe_lmc.runtime.documents import as_json
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
@@ -18,7 +19,7 @@ from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
 from hf_moe_lmc.verbs.merge_card import merge_card
 from hf_moe_lmc.verbs.merge_points import MergePoints, within
-from hf_moe_lmc.verbs.planning import Work
+from hf_moe_lmc.verbs.planning import Evaluation, Work
 from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_beside
 from hf_moe_lmc.writing.output import FolderWriter, TensorStream, check_room, open_writer
 from hf_moe_lmc.writing.workspace import Workspace
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from hf_moe_lmc.matching.alignment import Alignment
     from hf_moe_lmc.matching.options import WeightMatching
     from hf_moe_lmc.moe.action import Elements
+    from hf_moe_lmc.path.evaluation import Merged
     from hf_moe_lmc.perplexity.report import BarrierReport
     from hf_moe_lmc.repair.widened import Widening
     from hf_moe_lmc.symmetry.group import ModelSymmetry
+    from hf_moe_lmc.verbs.as_stored import Storing
     from hf_moe_lmc.verbs.measuring import Subject
     from hf_moe_lmc.verbs.repairing import Repaired, Repairing
 
@@ -139,7 +142,7 @@ class Merge(Job["Alignment | None"]):
     @property
     def path(self) -> str:
         """Of the paths that are measured, the one that the merge is on."""
-        return "naive" if self.as_it_is else "aligned"
+        return line_of(align=not self.as_it_is)
 
     @property
     def work(self) -> Work:
@@ -149,12 +152,22 @@ class Merge(Job["Alignment | None"]):
             folders=self.points.folders,
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
-            evaluated=self.subject.plan(list(dict.fromkeys([self.path, "naive"]))) if self.subject else None,
+            evaluated=self._evaluated,
             repair=self._leaving,
             fitting=self.repairing.memory() if self.repairing else 0,
             repair_passes=self.repairing.passes(self._count) if self.repairing else 0,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
+
+    @property
+    def _evaluated(self) -> Evaluation | None:
+        """What measuring takes; None: nothing is measured."""
+        if self.subject is None:
+            return None
+        paths = list(dict.fromkeys([self.path, "naive"]))
+        stored = len(paths) if self._storing.rounds else 0
+        leaving = 1 if self.repairing or self.widening else 0
+        return self.subject.plan(paths, self._count * (stored + leaving))
 
     @property
     def _leaving(self) -> str | None:
@@ -223,39 +236,25 @@ class Merge(Job["Alignment | None"]):
             return self._best(made, workspace, started)
         made = replace(made, repaired=self._repaired(made, workspace, self.points.t))
         if self.subject:
-            measured = replace(made, report=self._measured(made, workspace, started))
-            made = self._with_repaired(measured, workspace, self.points.t)
+            made = replace(made, report=self._measured(made, workspace, started))
         return self._written(workspace, made)
 
     def _best(self, made: _Made, workspace: Workspace | None, started: float) -> Alignment | None:
         """Finds t on the straight line; a repair is made at that t alone."""
         from hf_moe_lmc.verbs.merge_text import best_point
 
-        report = self._measured(made, workspace, started)
+        report = self._on_paths(made, workspace, started)
         t = (best_point(report, self.path),)
-        made = self._with_repaired(replace(made, report=report, repaired=self._repaired(made, workspace, t)), workspace, t)
-        return replace(self, points=replace(self.points, t=t))._written(workspace, made)
+        found = replace(self, points=replace(self.points, t=t))
+        made = replace(made, repaired=self._repaired(made, workspace, t))
+        made = replace(made, report=found._with_merges(made, report, workspace, started))
+        return found._written(workspace, made)
 
     def _repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> dict[float, Repaired]:
         """The repair at each t; nothing where none was asked for."""
         if self.repairing is None:
             return {}
         return {at: self.repairing.at(self._symmetry(made), at, workspace) for at in t}
-
-    def _with_repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> _Made:
-        """With what repaired or widened merges measure."""
-        from hf_moe_lmc.verbs.repaired_path import with_repaired, with_widened
-
-        if self.subject is None or made.report is None:
-            return made
-        if self.widening:
-            symmetry = self._symmetry(made)
-            found = with_widened(self.subject, made.report, self.path, symmetry, self.widening, t, workspace)
-            return replace(made, report=found)
-        if not made.repaired:
-            return made
-        found = with_repaired(self.subject, made.report, self.path, self._symmetry(made), made.repaired, workspace)
-        return replace(made, report=found)
 
     def _symmetry(self, made: _Made) -> ModelSymmetry:
         return made.alignment.symmetry if made.alignment else self.used
@@ -275,13 +274,50 @@ class Merge(Job["Alignment | None"]):
         return found if self.pair.ids.alike else replace(found, vocabulary=self.pair.ids.account())
 
     def _measured(self, made: _Made, workspace: Workspace | None, started: float) -> BarrierReport:
-        """Both paths, or only that to B as it is."""
+        """Both paths, or only that to B as it is, and the merges that are written."""
+        return self._with_merges(made, self._on_paths(made, workspace, started), workspace, started)
+
+    def _paths(self, made: _Made) -> dict[str, ModelSymmetry]:
+        """What takes B to the end of each path that is measured."""
+        return {self.path: self._symmetry(made), "naive": self.pair.b.identity()}
+
+    def _stored(self, made: _Made) -> Merged:
+        """The merges of the straight lines as they are written, where that is not what is computed."""
+        return self._storing.points(self._paths(made), self.points.t)
+
+    @property
+    def _storing(self) -> Storing:
+        from hf_moe_lmc.verbs.as_stored import Storing
+
+        assert self.subject is not None
+        return Storing(self.pair, self.subject.evaluator, self.points.format)
+
+    def _on_paths(self, made: _Made, workspace: Workspace | None, started: float) -> BarrierReport:
+        """What the paths measure."""
         from hf_moe_lmc.verbs.measuring import given_symmetry
 
         assert self.subject is not None
-        used = self._symmetry(made)
-        matching = made.alignment.to_dict() if made.alignment else given_symmetry(used, self.file or None)
-        return self.subject.measure({self.path: used, "naive": self.pair.b.identity()}, matching, workspace, started)
+        matching = made.alignment.to_dict() if made.alignment else given_symmetry(self._symmetry(made), self.file or None)
+        return self.subject.measure(self._paths(made), matching, workspace, started, self._stored(made))
+
+    def _with_merges(self, made: _Made, report: BarrierReport, workspace: Workspace | None, started: float) -> BarrierReport:
+        """With what the written merges measure: as they are stored, repaired or widened; and what was asked for besides."""
+        from hf_moe_lmc.path.added import OtherMerges
+        from hf_moe_lmc.verbs.as_stored import with_stored
+        from hf_moe_lmc.verbs.repaired_path import with_repaired, with_widened
+        from hf_moe_lmc.verbs.repairing import ENDS
+
+        assert self.subject is not None
+        subject, t, path, used = self.subject, self.points.t, self.path, self._symmetry(made)
+        as_stored, others = self._stored(made), OtherMerges()
+        missing = t if self.points.best else [at for at in t if at in ENDS]
+        report = with_stored(report, subject.evaluator, self._paths(made), as_stored, missing, workspace)
+        if self.widening:
+            report, others = with_widened(subject, report, path, used, self.widening, t, workspace)
+        elif made.repaired:
+            report, others = with_repaired(subject, report, path, used, made.repaired, workspace, self._storing)
+        others = replace(others, merged=as_stored | others.merged)
+        return subject.with_additions(report, self._paths(made), t, others, workspace, started)
 
     def _written(self, workspace: Workspace | None, made: _Made) -> Alignment | None:
         """Writes everything; what is not known yet is matched meanwhile."""

@@ -43,7 +43,7 @@ class Evaluation:
         points: of the grid on all paths, and of the paths of single layers.
         tokens: that are scored at each of them.
         refinements: how often points may be added, for which both models are read again.
-        own_bytes: read besides, for models by themselves.
+        own_bytes: read besides, for models by themselves and for merges as an output stores them.
     """
 
     cost: Cost

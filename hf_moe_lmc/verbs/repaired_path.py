@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_moe_lmc.path.added import OtherMerges
 from hf_moe_lmc.path.endpoints import Point
 from hf_moe_lmc.path.evaluation import Evaluator, Merged
 from hf_moe_lmc.perplexity.least import LeastLoss
@@ -16,9 +17,9 @@ from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.verdict import MIDPOINT
 from hf_moe_lmc.repair.widened import Widening
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
+from hf_moe_lmc.verbs.as_stored import Storing
 from hf_moe_lmc.verbs.measuring import Subject
 from hf_moe_lmc.verbs.repairing import ENDS, Repaired, Repairing
-from hf_moe_lmc.writing.streams import interpolated
 from hf_moe_lmc.writing.workspace import Workspace
 
 PATH = "repaired"
@@ -32,26 +33,29 @@ def with_repaired(
     symmetry: ModelSymmetry,
     repaired: Mapping[float, Repaired],
     workspace: Workspace | None,
-) -> BarrierReport:
+    storing: Storing | None = None,
+) -> tuple[BarrierReport, OtherMerges]:
     """The report with the path of repaired merges. Where a repair was refused, the merge is that of the straight line.
 
     Args:
         path: that the merges are repairs of, to B in the coordinates of `symmetry`.
         repaired: by t.
+        storing: how an output stores them; None: nothing is written.
     """
     records = [repaired[t].record for t in sorted(repaired)]
     main = repaired.get(MIDPOINT, next(iter(repaired.values()))).record
     report = replace(report, repair=main if len(records) == 1 else {**main, "points": [_in_short(one) for one in records]})
     accepted = {t: one for t, one in repaired.items() if one.accepted}
+    refused = {*repaired, *ENDS} - accepted.keys()
     if not accepted:
-        return _with_path(replace(report, decides=path), path, {}, repaired, passes=0)
-    a, b = subject.pair.a, subject.pair.b
-    streams = {(PATH, t): interpolated(a, b, symmetry.layers, t, merging=one.merging) for t, one in accepted.items()}
+        return _with_path(replace(report, decides=path), path, {}, repaired, passes=0), OtherMerges(refused=refused)
+    storing = storing or Storing(subject.pair, subject.evaluator, None)
+    streams = {(PATH, t): storing.merge(symmetry, t, one.merging) for t, one in accepted.items()}
     facts = {"symmetry": digest(symmetry), "path": path, "repairs": {str(t): one.facts() for t, one in accepted.items()}}
-    points = [Point(PATH, t) for t in accepted]
-    scores, cost = subject.evaluator.score({path: symmetry}, points, merged=Merged(streams, facts), progress=workspace)
+    merged, points = Merged(streams, {**facts, **storing.facts()}), [Point(PATH, t) for t in accepted]
+    scores, cost = subject.evaluator.score({path: symmetry}, points, merged=merged, progress=workspace)
     found = {t: (scores.losses[i], scores.right[i]) for i, t in enumerate(accepted)}
-    return _with_path(report, path, found, repaired, passes=cost.passes)
+    return _with_path(report, path, found, repaired, passes=cost.passes), OtherMerges(merged, refused=refused)
 
 
 def with_widened(
@@ -62,20 +66,20 @@ def with_widened(
     widening: Widening,
     t: Sequence[float],
     workspace: Workspace | None,
-) -> BarrierReport:
+) -> tuple[BarrierReport, OtherMerges]:
     """The report with the path of widened merges, which are models of another size.
 
     Args:
         t: of the merges.
     """
     b, options, windows = subject.pair.b.checkpoint, subject.evaluator.options, subject.evaluator.windows
-    found, passes = {}, 0
+    found, models, passes = {}, {}, 0
     for at in [at for at in t if at not in ENDS]:
-        model = widening.model(symmetry.layers, at, f"{b.resume_key()} {digest(symmetry)}")
+        model = models[at] = widening.model(symmetry.layers, at, f"{b.resume_key()} {digest(symmetry)}")
         evaluator = Evaluator(model, model, windows, options)
         scores, cost = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace)
         found[at], passes = (scores.losses[0], scores.right[0]), passes + cost.passes
-    return _with_path(report, path, found, t, passes=passes)
+    return _with_path(report, path, found, t, passes=passes), OtherMerges(models=models, refused=ENDS)
 
 
 def _with_path(
@@ -96,12 +100,17 @@ def _with_path(
         standing = getattr(report, name)
         if standing:
             halfway[name] = {**standing, PATH: found[MIDPOINT][i] if MIDPOINT in found else standing[path]}
+    added = {
+        t: one if t in found or path not in one.stored else replace(one, stored={**one.stored, PATH: one.stored[path]})
+        for t, one in report.added.items()
+    }
     return replace(
         report,
         losses={**report.losses, PATH: losses},
         right={**report.right, PATH: right},
         repaired_t=tuple(sorted(rows)),
         evaluation={**report.evaluation, "passes": report.evaluation["passes"] + passes},
+        added=added,
         **halfway,
     )
 

@@ -26,7 +26,7 @@ from hf_moe_lmc.repair.data_free import REPAIRS, check_gated, starts
 from hf_moe_lmc.repair.fitted_merging import merging_of
 from hf_moe_lmc.repair.halves import halves_of
 from hf_moe_lmc.repair.methods import methods_of
-from hf_moe_lmc.repair.options import TEXTS, RepairOptions
+from hf_moe_lmc.repair.options import TEXTS, Line, RepairOptions, line_of
 from hf_moe_lmc.repair.ridge import DOUBLE
 from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.runtime.processes import process_group
@@ -87,6 +87,7 @@ class Repairing:
         evaluation: how the models run on it.
         texts: as they were read.
         measured: the repaired merge is measured on another text.
+        line: what the merge on the straight line is called.
     """
 
     pair: Pair
@@ -95,13 +96,14 @@ class Repairing:
     evaluation: EvaluationOptions | None = None
     texts: Sequence[Text] = field(default=())
     measured: bool = False
+    line: Line = "aligned"
 
     @classmethod
     def of(cls, pair: Pair, options: RepairOptions, given: Mapping[str, Any]) -> Repairing | None:
         """Reads the calibration text, as far as it is needed; None where the merge stays on the straight line.
 
         Args:
-            given: the options of a verb: how the models run.
+            given: the options of a verb: how the models run, and whether B is aligned.
 
         Raises:
             InputError: the text or the models do not fit.
@@ -110,12 +112,13 @@ class Repairing:
             if options.repair == "auto":
                 note("repair auto has no text to decide on and does nothing; give it --calibration TEXT")
             return None
+        line = line_of(align=given.get("align", True))
         if not options.is_calibrated:
             check_gated(pair.a, options.repair)
             measured = bool(given.get("text") or given.get("dataset"))
             if not measured:
-                note(f"repair {options.repair} is made without text: nothing says whether it is better than the aligned merge")
-            return cls(pair, options, measured=measured)
+                note(f"repair {options.repair} is made without text: nothing says whether it is better than the {line} merge")
+            return cls(pair, options, measured=measured, line=line)
         if process_group().count > 1:
             raise InputError("a repair with calibration text works in one process; start it without torchrun")
         compute = filled(ComputeOptions, given)
@@ -126,7 +129,7 @@ class Repairing:
         halves_of(calibration.windows)
         masked = None if pair.ids.alike else ~torch.from_numpy(pair.ids.common)
         evaluation = evaluation_options(model_class, compute, context, masked)
-        found = cls(pair, options, calibration, evaluation, texts)
+        found = cls(pair, options, calibration, evaluation, texts, line=line)
         if options.repair != "auto" and all(method.fit is not None for method in methods_of(options.repair)):
             found._outline.check_sites()
         return found
@@ -219,19 +222,22 @@ class Repairing:
             InputError: as `choose`.
         """
         if t in ENDS:
-            end = "A" if t == 0 else "B'"
-            record = {"asked": self.name, "t": t, "accepted": False, "chosen": "aligned", "tried": []}
+            end = "A" if t == 0 else "B" if self.line == "naive" else "B'"
+            record = {"asked": self.name, "t": t, "accepted": False, "chosen": self.line, "tried": []}
             return Repaired.of(STRAIGHT, record, f"t = {t:g} is {end} itself, of which there is nothing to repair", self.words)
         if self.calibration is None:
             record = {"asked": self.name, "t": t, "accepted": True, "chosen": self.name, "tried": []}
             because = (
-                "whatever it gives" if self.measured else "so that nothing says whether it is better than the aligned merge"
+                "whatever it gives"
+                if self.measured
+                else f"so that nothing says whether it is better than the {self.line} merge"
             )
             sentence = f"{self.name}, made without calibration text, {because}"
             return Repaired.of(REPAIRS[self.name], record, sentence, self.words)
         assert workspace is not None
         run = self._run(symmetry, t)
-        choice = choose(run, self.name, workspace.results("repair", {**run.facts(), "repair": self.name}))
+        kept = workspace.results("repair", {**run.facts(), "repair": self.name})
+        choice = choose(run, self.name, kept, line=self.line)
         record = {**choice.record, "calibration": [text.describe() for text in self.texts]}
         return Repaired.of(merging_of(choice, self.pair.a), record, choice.sentence, self.words)
 

@@ -12,7 +12,6 @@ What is copied and what is rounded again:
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from hf_moe_lmc.writing.held import Held
 from hf_moe_lmc.writing.interpolation import interpolate
 from hf_moe_lmc.writing.rounding import RoundingErrors, Tally, kind_of
 from hf_moe_lmc.writing.spans import SPAN, Span, TensorSource, alone
-from hf_moe_lmc.writing.units import Once, Range, Unit, units
+from hf_moe_lmc.writing.units import Once, Outside, Range, Unit, units
 
 LAG = 8  # units between the codes and the scales of one, so that no thread waits for another's work
 DIVIDES = "input_global_scale"  # what activations are divided by: the larger scale is the smaller number
@@ -117,7 +116,7 @@ class EncodedStream:
         here = set(shard.tensors)
         begun: set[str] = set()
         for name in shard.tensors:
-            weight = self._weight_of(name)
+            weight = self.weight_of(name)
             if weight is None:
                 yield from self._plain_spans(self.template.tensors[name])
             elif weight.name not in begun:
@@ -129,7 +128,7 @@ class EncodedStream:
                         yield waiting.popleft()
         yield from waiting
 
-    def _weight_of(self, name: str) -> StoredWeight | None:
+    def weight_of(self, name: str) -> StoredWeight | None:
         """The quantized weight that a tensor of the template is a part of."""
         if self.storage is None or name not in self.storage.owner:
             return None
@@ -137,7 +136,7 @@ class EncodedStream:
         shape = next(info.shape for info in weight.infos if info.name == name)
         return weight if self.template.tensors[name].shape == shape else None
 
-    def _ranges(self, name: str) -> list[Range]:
+    def ranges(self, name: str) -> list[Range]:
         return self.blocks.ranges(name) if self.blocks else []
 
     # --- tensors that are written as numbers --------------------------------------------------------------------------
@@ -147,7 +146,7 @@ class EncodedStream:
             yield _whole_span(info, partial(self._beside, info))
             return
         compute: Callable[[str, int, int], Tensor] = self.outside.values
-        ranges = self._ranges(info.name)
+        ranges = self.ranges(info.name)
         if ranges:
             compute = self._block_values
         else:
@@ -175,13 +174,13 @@ class EncodedStream:
     def _weight_spans(self, weight: StoredWeight, here: set[str], shard: str) -> Iterator[tuple[list[Span], list[Span]]]:
         """For each unit, the spans of its codes, and those of its other parts that lie in this shard."""
         parts = {role: part for role, part in weight.parts.items() if part.info.name in here}
-        ranges = self._ranges(weight.name)
+        ranges = self.ranges(weight.name)
         every = list(units(weight, ranges))
         # codes and scales in two shards are computed in each; they count where the codes are
         tally = self.errors.of(shard) if weight.parts[CODES].info.name in here else Tally()
         compute = partial(self._in_block, tally)
         if not ranges:
-            compute = partial(self._outside, tally, _Outside(weight, every, self.outside, self.side))
+            compute = partial(self._outside, tally, Outside(weight, every, self.outside, self.side))
         for unit in every:
             windows = {role: unit.window(part) for role, part in parts.items()}
             windows = {role: window for role, window in windows.items() if window[0] < window[1]}
@@ -209,25 +208,37 @@ class EncodedStream:
     def _in_block(self, tally: Tally, unit: Unit) -> dict[str, Tensor]:
         """The parts of one expert of a weight."""
         assert self.blocks is not None
+        kind = kind_of(unit.weight.name, self.blocks.kind(unit.weight.name))
+        found = self.of_block(unit)
+        return self._kept(unit, found, tally, kind) if isinstance(found, Origin) else self._encoded(unit, found, tally, kind)
+
+    def of_block(self, unit: Unit) -> Origin | Tensor:
+        """Where the bytes of one expert of a weight stand, or its values, which are stored anew."""
+        assert self.blocks is not None
         name = unit.weight.name
-        kind = kind_of(name, self.blocks.kind(name))
         origin = self.blocks.origin(name, unit.ranges[0], self.side) if len(unit.ranges) == 1 else None
         if origin:
-            return self._kept(unit, origin, tally, kind)
+            return origin
         found = self.blocks.mixture(name, unit.ranges)
         if found.b is None:
-            return self._encoded(unit, found.a, tally, kind)
+            return found.a
         if self.side == "a" and (found.t == 0 or torch.equal(found.a, found.b)):
-            return self._kept(unit, Origin(name, unit.whole), tally, kind)
-        return self._encoded(unit, interpolate(found.a, found.b, found.t), tally, kind)
+            return Origin(name, unit.whole)
+        return interpolate(found.a, found.b, found.t)
 
-    def _outside(self, tally: Tally, whole: _Outside, unit: Unit) -> dict[str, Tensor]:
+    def _outside(self, tally: Tally, whole: Outside, unit: Unit) -> dict[str, Tensor]:
         """The parts of some rows of a weight outside the MoE blocks."""
         kind = kind_of(unit.weight.name, None)
+        found = self.of_rows(unit, whole)
+        if isinstance(found, Origin):
+            return self._kept(unit, found, tally, kind)
+        return self._encoded(unit, found, tally, kind, whole.largest(unit.first // unit.weight.rows))
+
+    def of_rows(self, unit: Unit, whole: Outside) -> Origin | Tensor:
+        """As `of_block`, of some rows outside the MoE blocks."""
         if whole.is_kept():
-            return self._kept(unit, Origin(unit.weight.name, unit.whole), tally, kind)
-        values = self.outside.values(unit.weight.name, unit.start, unit.numel)
-        return self._encoded(unit, values, tally, kind, whole.largest(unit.first // unit.weight.rows))
+            return Origin(unit.weight.name, unit.whole)
+        return self.outside.values(unit.weight.name, unit.start, unit.numel)
 
     def _kept(self, unit: Unit, origin: Origin, tally: Tally, kind: str) -> dict[str, Tensor]:
         """The bytes of a unit, from the place that they stand in, with the signs that they get."""
@@ -247,24 +258,33 @@ class EncodedStream:
 
     def _encoded(self, unit: Unit, values: Tensor, tally: Tally, kind: str, largest: Tensor | None = None) -> dict[str, Tensor]:
         """The parts of a unit, stored anew."""
-        weight = unit.weight
-        if not weight.parts[CODES].info.dtype.is_floating_point and not is_finite(values):  # in FP8, the writer sees it
-            raise CheckpointError(
-                f"{weight.name}: a value is NaN or infinite, for which {weight.format.kind} has no code; repair the inputs"
-            )
-        rows = _as_stored(weight, values.float())
-        dtypes = {role: part.info.dtype for role, part in weight.parts.items()}
-        found: dict[str, list[Tensor]] = {role: [] for role in weight.parts}
-        start = 0
-        for number, first, count in unit.matrices():
-            matrix = rows[start : start + count]
-            above = None if weight.format.rows else matrix.abs().amax() if largest is None else largest
-            stored = weight.format.encode(matrix, dtypes, above)
-            tally.measure(kind, weight, (number, first), matrix, stored)
+        found: dict[str, list[Tensor]] = {role: [] for role in unit.weight.parts}
+        for place, matrix, stored in anew(unit, values, largest):
+            tally.measure(kind, unit.weight, place, matrix, stored)
             for role, part in stored.items():
                 found[role].append(part)
-            start += count
         return {role: torch.cat(parts) if parts[1:] else parts[0] for role, parts in found.items()}
+
+
+def anew(unit: Unit, values: Tensor, largest: Tensor | None) -> Iterator[tuple[tuple[int, int], Tensor, dict[str, Tensor]]]:
+    """The matrices of a unit: number and first row, values as rows, and the parts that they are stored in.
+
+    Raises:
+        CheckpointError: a value that the format has no code for.
+    """
+    weight = unit.weight
+    if not weight.parts[CODES].info.dtype.is_floating_point and not is_finite(values):  # in FP8, the writer sees it
+        raise CheckpointError(
+            f"{weight.name}: a value is NaN or infinite, for which {weight.format.kind} has no code; repair the inputs"
+        )
+    rows = _as_stored(weight, values.float())
+    dtypes = {role: part.info.dtype for role, part in weight.parts.items()}
+    start = 0
+    for number, first, count in unit.matrices():
+        matrix = rows[start : start + count]
+        above = None if weight.format.rows else matrix.abs().amax() if largest is None else largest
+        yield (number, first), matrix, weight.format.encode(matrix, dtypes, above)
+        start += count
 
 
 @dataclass(frozen=True)
@@ -317,36 +337,3 @@ def larger(found: list[Tensor], name: str) -> Tensor:
     for other in found[1:]:
         result = pick(result, other.to(result.dtype).view(result.shape))
     return result
-
-
-@dataclass
-class _Outside:
-    """What the units of one weight outside the MoE blocks have in common, found out once."""
-
-    weight: StoredWeight
-    units: Sequence[Unit]
-    source: TensorSource
-    side: str
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _kept: bool | None = None
-    _largest: dict[int, Tensor] = field(default_factory=dict)
-
-    def is_kept(self) -> bool:
-        """Whether the bytes stay: see the module."""
-        with self._lock:
-            if self._kept is None:
-                self._kept = self.source.keeps(self.side, self.weight.name, [(unit.start, unit.numel) for unit in self.units])
-            return self._kept
-
-    def largest(self, matrix: int) -> Tensor | None:
-        """The largest absolute value of a matrix whose rows share a scale and are not in one unit; else None."""
-        if self.weight.format.rows:
-            return None
-        mine = [unit for unit in self.units if unit.first // self.weight.rows == matrix]
-        if len(mine) == 1:
-            return None
-        with self._lock:
-            if matrix not in self._largest:
-                found = (self.source.values(self.weight.name, unit.start, unit.numel).abs().amax() for unit in mine)
-                self._largest[matrix] = torch.stack(list(found)).amax()
-            return self._largest[matrix]

@@ -65,12 +65,29 @@ def model_merge(
     Args:
         merging: how they are made; None: on the straight line.
     """
-    from hf_moe_lmc.writing.blocks import ModelBlocks
     from hf_moe_lmc.writing.streams import STRAIGHT, interpolated
 
-    merging = merging or STRAIGHT
     if storage_of(a.checkpoint) is None and form != "b":
-        return interpolated(a, b, elements, tuple(t), rounded=True, merging=merging)
+        return interpolated(a, b, elements, tuple(t), rounded=True, merging=merging or STRAIGHT)
+    return _encoded_merge(a, b, elements, t, form, merging or STRAIGHT)
+
+
+def written_merge(
+    a: MoEModel, b: MoEModel, elements: Elements, t: float, form: OutputFormat, merging: Merging | None = None
+) -> MoEModel:
+    """The point `t` of `model_merge`, read as if it had been written."""
+    from hf_moe_lmc.writing.as_written import as_written
+    from hf_moe_lmc.writing.streams import STRAIGHT
+
+    (stream,) = _encoded_merge(a, b, elements, (t,), form, merging or STRAIGHT).streams
+    return as_written(b if form == "b" else a, stream)
+
+
+def _encoded_merge(
+    a: MoEModel, b: MoEModel, elements: Elements, t: Sequence[float], form: OutputFormat, merging: Merging
+) -> EncodedStreams:
+    from hf_moe_lmc.writing.blocks import ModelBlocks
+
     model = b if form == "b" else a
     acted = b.acted(elements)
     layout = model.checkpoint

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hf_moe_lmc.formats.protocol import Part, StoredWeight
-from hf_moe_lmc.writing.spans import SPAN
+from hf_moe_lmc.writing.spans import SPAN, TensorSource
 
 Range = tuple[int, int]  # first element, number of elements
 
@@ -107,3 +108,36 @@ def units(weight: StoredWeight, ranges: Sequence[Range]) -> Iterator[Unit]:
     for i in range(weight.matrices):
         for row in range(0, weight.rows, step):
             yield Unit(weight, i * weight.rows + row, min(step, weight.rows - row))
+
+
+@dataclass
+class Outside:
+    """What the units of one weight outside the MoE blocks have in common, found out once."""
+
+    weight: StoredWeight
+    units: Sequence[Unit]
+    source: TensorSource
+    side: str
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _kept: bool | None = None
+    _largest: dict[int, Tensor] = field(default_factory=dict)
+
+    def is_kept(self) -> bool:
+        """Whether the bytes stay: see the module."""
+        with self._lock:
+            if self._kept is None:
+                self._kept = self.source.keeps(self.side, self.weight.name, [(unit.start, unit.numel) for unit in self.units])
+            return self._kept
+
+    def largest(self, matrix: int) -> Tensor | None:
+        """The largest absolute value of a matrix whose rows share a scale and are not in one unit; else None."""
+        if self.weight.format.rows:
+            return None
+        mine = [unit for unit in self.units if unit.first // self.weight.rows == matrix]
+        if len(mine) == 1:
+            return None
+        with self._lock:
+            if matrix not in self._largest:
+                found = (self.source.values(self.weight.name, unit.start, unit.numel).abs().amax() for unit in mine)
+                self._largest[matrix] = torch.stack(list(found)).amax()
+            return self._largest[matrix]

@@ -105,8 +105,20 @@ def test_dense_models_are_refused(model_type: str) -> None:
     config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type](
         num_hidden_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=64
     )
-    with pytest.raises(FamilyError, match=r"no description can be derived: .* has no experts"):
+    with pytest.raises(
+        FamilyError, match=rf"here: a dense model: the configuration of model type '{model_type}' has no experts"
+    ) as e:
         derive(config, "here")
+    assert ".." not in str(e.value) and "add a family" not in str(e.value) and "merge --no-align" in str(e.value)
+
+
+def test_a_cause_is_one_sentence_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise FamilyError("No miniature of it can be made.")
+
+    monkeypatch.setattr(derivation, "_derive", refuse)
+    with pytest.raises(FamilyError, match=r"be derived: No miniature of it can be made\. The README"):
+        derive(tiny_gpt_oss(), "here")
 
 
 def test_what_is_relied_on_of_transformers() -> None:

@@ -157,6 +157,58 @@ def test_cloze_answers_are_those_of_the_models_that_were_asked(
 
 
 @pytest.mark.parametrize("pair", ["alike"], indirect=True)
+@pytest.mark.parametrize("how", ["crossover", "refused", "widened", "bfloat16"])
+def test_cloze_of_a_merge_that_left_the_straight_line_is_that_of_what_was_written(
+    pair: tuple[Path, Path, int], tmp_path: Path, texts: list[Path], how: str
+) -> None:
+    a, b, _ = pair
+    asked: dict[str, Any] = {"repair": "crossover"}
+    if how == "refused":  # one document of calibration text: nothing can be decided
+        (tmp_path / "calibration.txt").write_text("Whatever is written here says little of the rest. " * 20)
+        asked |= {"repair": "norms", "calibration": tmp_path / "calibration.txt"}
+    if how == "widened":
+        asked = {"widen": True}
+    if how == "bfloat16":
+        for folder in (a, b):
+            tiny.edit(folder, lambda content: content.update({name: one.bfloat16() for name, one in content.items()}))
+    options: dict[str, Any] = {"text": texts, "context": 48, "cloze": 9, "ensemble": True}
+    merge(a, b, tmp_path / "out", 0.3, **asked, **options)
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    check_report(content)
+    folder = tmp_path / "out"
+    itself = barrier(folder, folder, tmp_path / "itself", points=2, routing=False, **options).to_dict()["references"]
+    for name, on in (*content["references"]["texts"].items(), ("mean", content["references"]["mean"])):
+        of_folder = itself["mean"] if name == "mean" else itself["texts"][name]
+        assert on["cloze"]["repaired"] == pytest.approx(of_folder["cloze"]["a"])
+        assert on["cloze"]["differences"]["repaired"]["better"]["interval"] is not None
+    if how == "refused":
+        assert content["references"]["mean"]["cloze"]["repaired"] == content["references"]["mean"]["cloze"]["aligned"]
+    else:
+        assert content["verdict"]["mean"]["cloze"]["repaired"] is not None
+        rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| cloze, ")]
+        assert len(rows) == 3 and "|  |" not in "".join(rows)
+
+
+@pytest.mark.parametrize("pair", ["alike"], indirect=True)
+@pytest.mark.parametrize("points", [4, 5])
+def test_every_table_of_a_repaired_path_has_the_same_models(
+    pair: tuple[Path, Path, int], tmp_path: Path, texts: list[Path], points: int
+) -> None:
+    a, b, _ = pair
+    options: dict[str, Any] = {"text": texts, "context": 48, "points": points, "ensemble": True, "cloze": 6}
+    report = barrier(a, b, tmp_path / "out", repair="norms", **options)
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    check_report(content)
+    for found in (content["references"], content["verdict"]):
+        for on in (*found["texts"].values(), found["mean"]):
+            for figures in (on, on["accuracy"], on["cloze"]):
+                assert all(figures[model] is not None for model in MODELS), found["t"]
+    heads = [line for line in report.to_markdown().splitlines() if line.startswith("| text |")]
+    assert len(heads) == (2 if content["verdict"]["t"] == 0.5 else 4)
+    assert all(head.endswith("| naive | aligned | repaired | ensemble |") for head in heads)
+
+
+@pytest.mark.parametrize("pair", ["alike"], indirect=True)
 def test_what_is_refused_and_what_a_plan_counts(pair: tuple[Path, Path, int], tmp_path: Path, texts: list[Path]) -> None:
     a, b, _ = pair
     short = tmp_path / "short.txt"

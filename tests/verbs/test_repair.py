@@ -192,6 +192,32 @@ def test_auto_without_text_does_nothing_and_says_so(
     assert one == two
 
 
+@pytest.mark.parametrize("t", [0.4, "best"])
+@pytest.mark.parametrize("how", ["accepted", "refused", "without text"])
+def test_without_alignment_nothing_is_called_aligned(
+    saved: Callable[..., Path], tmp_path: Path, prose: Path, rows: Path, capsys: pytest.CaptureFixture[str], how: str, t: Any
+) -> None:
+    a, b = saved("qwen2_moe", "per-expert", 0), saved("qwen2_moe", "per-expert", 1)
+    # one document decides nothing, so that what is tried on it is refused
+    text, calibration = (rows, ["--calibration", str(prose)]) if how == "refused" else (prose, ["--calibration", str(rows)])
+    calibrated = [*calibration, "--calibration-tokens", "2500"] if how != "without text" else []
+    points = ["--points", "3"] if t == "best" else []
+    words = ["merge", str(a), str(b), "-o", str(tmp_path / "out"), "-t", str(t), "--no-align", "--context", "32", *points]
+    words += ["--repair", "ridge" if how == "accepted" else "norms", "--text", str(text), *calibrated]
+    assert main([*words, "--dry-run"]) == 0 and main(words) == 0
+    found = content(tmp_path / "out")
+    assert found["repair"]["accepted"] == (how != "refused") and "aligned" not in found["paths"]
+    assert ("the naive merge" in found["repair"]["sentence"]) == (how != "without text")
+    if how != "without text":
+        assert found["repair"]["compared"].keys() == {"naive"}
+    if how == "accepted":
+        assert found["repair"]["loss"].keys() == {"naive", "repaired"}
+    printed = capsys.readouterr()
+    files = [(tmp_path / "out" / name).read_text() for name in ("README.md", "report.md", "repair.json")]
+    for said in (printed.out, printed.err, *files, json.dumps(found["verdict"]["sentences"])):
+        assert "aligned" not in said, said[: said.index("aligned") + 80]
+
+
 def test_a_stopped_call_does_not_fit_again(
     saved: Callable[..., Path], tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +314,7 @@ def test_only_a_repair_that_nothing_measures_is_said_to_be_unmeasured(
         ({"repair": "ridge"}, "--repair ridge is fitted on text: give it --calibration TEXT"),
         ({"repair": "regmean"}, "--repair regmean is fitted on text"),
         ({"repair": "best"}, "repair 'best': expected one of none, norms"),
-        ({"calibration": "TEXT"}, "--calibration would have no effect: --repair is none"),
+        ({"calibration": "TEXT"}, "--repair is none; give --repair auto, which takes the best repair on"),
         ({"repair": "ridge", "calibration_a": "TEXT"}, "--calibration-a was given without --calibration-b"),
         ({"repair": "ridge", "calibration_b": "TEXT"}, "--calibration-b was given without --calibration-a"),
         (

@@ -68,6 +68,12 @@ NOT_FINITE = {
 }
 
 
+def without_alignment(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a repair of the naive merge."""
+    found = json.loads(json.dumps({**REPAIR, **record}).replace('"aligned"', '"naive"'))
+    return dict(found)
+
+
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("vocabularies")
@@ -212,7 +218,7 @@ def without_files_to_make_them(found: list[BarrierReport], alignments: list[Alig
         )
     yield from map(with_repaired, found)
     unknown = {"difference": {"value": math.nan, "interval": [math.nan, math.nan]}}
-    for record in (REPAIR, {**REPAIR, **NOT_FINITE}, {**REPAIR, **unknown}):
+    for record in (REPAIR, {**REPAIR, **NOT_FINITE}, {**REPAIR, **unknown}, *map(without_alignment, (REPAIR, NOT_FINITE))):
         point = {key: record[key] for key in ("t", "chosen", "accepted", "sentence", "difference")}
         yield replace(first, repair={**record, "points": [point], "calibration": [first.evaluation["text"]]})
     for report in found:
