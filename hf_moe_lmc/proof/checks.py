@@ -34,7 +34,7 @@ from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.output import open_writer
+from hf_moe_lmc.writing.output import TensorStream, open_writer
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream, rewritten, whole
 from hf_moe_lmc.writing.workspace import open_workspace
@@ -325,7 +325,7 @@ def check_accounting(model: MoEModel, written: Path) -> None:
                 raise FamilyError(f"{model.family.name}: {name} lies outside the MoE blocks and was changed")
 
 
-def write(stream: ModelStream, output: Path) -> Path:
+def write(stream: TensorStream, output: Path) -> Path:
     """A whole checkpoint folder from a stream."""
     with open_workspace(output) as workspace, open_writer(workspace, durable=False) as writer:
         assert writer is not None
