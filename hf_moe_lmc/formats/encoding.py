@@ -8,7 +8,42 @@ import torch
 from torch import Tensor
 
 from hf_moe_lmc.errors import FamilyError
-from hf_moe_lmc.formats.protocol import CODES, StoredWeight
+from hf_moe_lmc.formats.fp4 import GROUP as GROUP_OF_FLOAT4
+from hf_moe_lmc.formats.fp4 import Float4
+from hf_moe_lmc.formats.integers import WORD, Integers
+from hf_moe_lmc.formats.nvfp4 import GROUP as GROUP_OF_NVFP4
+from hf_moe_lmc.formats.nvfp4 import NvFloat4
+from hf_moe_lmc.formats.protocol import CODES, Format, StoredWeight
+
+
+def misfit(like: StoredWeight, shape: tuple[int, ...]) -> str:
+    """Why a weight of this shape cannot be stored as `like` is; empty: it can."""
+    if len(shape) != len(like.shape):
+        return f"{len(shape)} axes in place of {len(like.shape)}"
+    rows, columns = shape[-2:][::-1] if like.transposed else shape[-2:]
+    group, split = grain(like.format), like.matrices // math.prod(like.shape[:-2])
+    if columns % group:
+        return f"{columns} columns are no whole groups of {group}"
+    return f"{rows} rows are not {split} matrices" if rows % split else ""
+
+
+def grain(form: Format) -> int:
+    """What the columns of a weight are a multiple of in a format.
+
+    Example:
+        >>> from hf_moe_lmc.formats.fp8 import Float8
+        >>> grain(Float4()), grain(Integers(4, 0)), grain(Float8((128, 128)))
+        (32, 8, 1)
+    """
+    match form:
+        case Float4():
+            return GROUP_OF_FLOAT4
+        case NvFloat4():
+            return GROUP_OF_NVFP4
+        case Integers():
+            return math.lcm(form.group or 1, WORD // form.bits if form.packed else 1)
+        case _:
+            return 1
 
 
 def encoded_like(like: StoredWeight, name: str, values: Tensor) -> dict[str, Tensor]:
