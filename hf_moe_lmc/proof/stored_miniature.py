@@ -77,7 +77,7 @@ def stored_miniature(checkpoint: DecodedCheckpoint, config: PreTrainedConfig, fo
 
 
 def scale_for(formats: Iterable[Format]) -> int:
-    """What the widths of a small model are multiplied by, so that its weights have several groups, or a block and a part of one.
+    """What widths of a small model are multiplied by, so that its weights have several groups, or a block and part of one.
 
     Example:
         >>> from hf_moe_lmc.formats.fp4 import Float4
@@ -121,12 +121,13 @@ def _spread(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _without_lowest(weight: StoredWeight, values: Tensor) -> Tensor:
-    """With the largest value of each group positive, so that no integer is the lowest one, which has no negative."""
+    """With the largest value of each group positive, and no negative one as large: no integer becomes the lowest one."""
     if not isinstance(weight.format, Integers):
         return values
     groups = values.unflatten(-1, (-1, weight.format.group or values.shape[-1]))
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
-    return (groups * torch.where(largest < 0, -1.0, 1.0)).flatten(-2)
+    groups = groups * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(groups < 0, 0.9 * groups, groups).flatten(-2)
 
 
 def _declare(checkpoint: DecodedCheckpoint, folder: Path) -> None:
