@@ -21,6 +21,10 @@ from hf_moe_lmc.runtime.notices import warn
 if TYPE_CHECKING:
     from hf_moe_lmc.proof.verdict import SelfTest
 
+# Model types whose text tower is proved alone: transformers writes the whole under names that are not those on the Hub, and
+# does not read them again (5.23: `blocks` in place of the text tower's `layers`, too).
+_BY_TOWER = ("kimi_k25",)
+
 _PROVED: dict[str, MoEFamily] = {}  # derived families by what was proved: the configuration
 
 
@@ -103,17 +107,27 @@ def selftest(model: str | os.PathLike[str]) -> SelfTest:
 
     with Checkpoint.open(model) as opened:
         config = read_config(opened)
+        if config.model_type in _BY_TOWER:
+            config = config.get_text_config()
         checkpoint = decoded(opened)
         name, where = model_type(config), opened.name
-        known = name in families().keys() | refusals().keys()
-        found = prove(get_family(name, where), config) if known else _derived(config, where)[1]
+        if name in families().keys() | refusals().keys():
+            found = prove(get_family(name, where), config)
+        else:
+            found = _derived(config, where)[1]
         if not isinstance(checkpoint, DecodedCheckpoint):
             return found
-        from hf_moe_lmc.proof.derivation import derive
         from hf_moe_lmc.proof.storage_checks import prove_storage
 
-        describe = (lambda small: get_family(name, where)) if known else partial(derive, where=where)
-        return replace(found, storage=prove_storage(checkpoint, config, describe))
+        return replace(found, storage=prove_storage(checkpoint, config, partial(_described, where)))
+
+
+def _described(where: str, small: PreTrainedConfig) -> MoEFamily:
+    """The family of a small configuration: by data, or derived."""
+    from hf_moe_lmc.proof.derivation import derive  # see `_derived`
+
+    name = model_type(small)
+    return get_family(name, where) if name in families().keys() | refusals().keys() else derive(small, where)
 
 
 def _notice(where: str, name: str, proof: SelfTest) -> str:
