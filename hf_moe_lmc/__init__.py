@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from hf_moe_lmc.moe.registry import register
     from hf_moe_lmc.perplexity.curve import BarrierCurve
     from hf_moe_lmc.perplexity.report import BarrierReport
-    from hf_moe_lmc.proof.checks import SelfTest
     from hf_moe_lmc.proof.recognition import selftest
+    from hf_moe_lmc.proof.verdict import SelfTest
     from hf_moe_lmc.publishing.push import Published, push
     from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
     from hf_moe_lmc.verbs.align import align, plan_align
@@ -52,7 +52,7 @@ _HOMES = {
     "ModelSymmetry": "symmetry.group",
     "Plan": "verbs.planning",
     "Published": "publishing.push",
-    "SelfTest": "proof.checks",
+    "SelfTest": "proof.verdict",
     "align": "verbs.align",
     "apply": "verbs.apply",
     "barrier": "verbs.barrier",

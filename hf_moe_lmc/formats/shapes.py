@@ -55,7 +55,7 @@ def _blocks_of_float8(declared: Quantization) -> list[tuple[int, int]]:
         return [*dict.fromkeys(group.block for group in declared.groups if (group.kind, group.bits) == ("float", 8)), WHOLE]
     if declared.method == MODELOPT_METHOD:
         return [WHOLE, (1, 0), (128, 128)]
-    return [WHOLE, declared.block] if declared.block else [WHOLE, (1, 0)]
+    return [declared.block, WHOLE] if declared.block else [WHOLE, (1, 0)]  # a single block is a block, too
 
 
 def _fit(own: tuple[int, ...], rows: int, columns: int, block: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:

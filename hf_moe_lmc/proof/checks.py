@@ -29,18 +29,17 @@ from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.moe.ties import SEEN, bound_orders
 from hf_moe_lmc.moe.view import LayerSource
 from hf_moe_lmc.proof.miniature import miniature, ordinary_tokens, outputs
+from hf_moe_lmc.proof.verdict import Check, SelfTest
 from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST
 from hf_moe_lmc.symmetry.elements import BankSymmetry, UnitSymmetry
 from hf_moe_lmc.symmetry.group import LayerSymmetry, ModelSymmetry
-from hf_moe_lmc.writing.output import open_writer
+from hf_moe_lmc.writing.output import TensorStream, open_writer
 from hf_moe_lmc.writing.spans import Copied
 from hf_moe_lmc.writing.streams import ModelStream, rewritten, whole
 from hf_moe_lmc.writing.workspace import open_workspace
 
-HOLDS = 1e-4  # largest relative difference of the outputs, in float32, that counts as none
-FAILS = 1e-3  # smallest one that counts as another function
 FEW = 16  # tokens that show what ties do
 SCALE = 3.0  # scales are drawn between 1 / 3 and 3
 COMPANIONS = ("correction_bias", "expert_scale", "expert_table")
@@ -64,61 +63,6 @@ def restricted(part: str, g: LayerSymmetry, identity: LayerSymmetry, bank: str =
     if part in SHARED_PARTS:
         return replace(identity, shared=SHARED_PARTS[part](g.shared, identity.shared))
     return identity.with_bank(bank, BANK_PARTS[part](g.banks[bank], identity.banks[bank]))
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison of outputs.
-
-    Attributes:
-        difference: largest difference of the outputs, relative to the largest output.
-        control: whether the outputs must differ.
-    """
-
-    name: str
-    difference: float
-    control: bool
-
-    @property
-    def passed(self) -> bool:
-        return self.difference > FAILS if self.control else self.difference < HOLDS
-
-    def __str__(self) -> str:
-        expected = f"must differ by {FAILS:g}" if self.control else f"at most {HOLDS:g}"
-        return f"{'ok  ' if self.passed else 'FAIL'}  {self.difference:7.0e}  ({expected})  {self.name}"
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What the self-test of one configuration found.
-
-    Example:
-        >>> moved, left = Check("expert order", 3e-7, control=False), Check("experts moved, router left", 0.4, control=True)
-        >>> print(SelfTest("mixtral", "mixtral", (moved, left)).table())
-        self-test of model type mixtral as family mixtral: passed
-          ok      3e-07  (at most 0.0001)  expert order
-          ok      4e-01  (must differ by 0.001)  experts moved, router left
-    """
-
-    model_type: str
-    family: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verdict and each check."""
-        checks = [{**vars(check), "passed": check.passed} for check in self.checks]
-        return {**vars(self), "passed": self.passed, "checks": checks}
-
-    def table(self) -> str:
-        """For a terminal: one check a line."""
-        failed = sum(not check.passed for check in self.checks)
-        verdict = "passed" if not failed else f"FAILED ({failed} of {len(self.checks)} checks)"
-        title = f"self-test of model type {self.model_type} as family {self.family}: {verdict}"
-        return "\n".join([title, *(f"  {check}" for check in self.checks)])
 
 
 @suited()
@@ -325,7 +269,7 @@ def check_accounting(model: MoEModel, written: Path) -> None:
                 raise FamilyError(f"{model.family.name}: {name} lies outside the MoE blocks and was changed")
 
 
-def write(stream: ModelStream, output: Path) -> Path:
+def write(stream: TensorStream, output: Path) -> Path:
     """A whole checkpoint folder from a stream."""
     with open_workspace(output) as workspace, open_writer(workspace, durable=False) as writer:
         assert writer is not None

@@ -37,7 +37,6 @@ from hf_moe_lmc.moe.notation import (
 )
 from hf_moe_lmc.moe.reading import read_model
 from hf_moe_lmc.proof.checks import (
-    HOLDS,
     SCALE,
     Rerun,
     Translated,
@@ -47,6 +46,7 @@ from hf_moe_lmc.proof.disk_layout import read_templates
 from hf_moe_lmc.proof.memory_layout import Block, find_blocks
 from hf_moe_lmc.proof.miniature import miniature, outputs, skeleton
 from hf_moe_lmc.proof.small_config import has_experts
+from hf_moe_lmc.proof.verdict import HOLDS
 from hf_moe_lmc.runtime.progress import quiet_transformers
 from hf_moe_lmc.runtime.threads import suited
 from hf_moe_lmc.symmetry.banks import FIRST

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
-from hf_moe_lmc.formats.decoded import decoded
+from hf_moe_lmc.formats.decoded import DecodedCheckpoint, decoded
 from hf_moe_lmc.moe.family import MoEFamily
 from hf_moe_lmc.moe.model import MoEModel
 from hf_moe_lmc.moe.reading import model_type, read_config, read_model
@@ -17,7 +19,11 @@ from hf_moe_lmc.moe.registry import aliases, families, get_family, refusals
 from hf_moe_lmc.runtime.notices import warn
 
 if TYPE_CHECKING:
-    from hf_moe_lmc.proof.checks import SelfTest
+    from hf_moe_lmc.proof.verdict import SelfTest
+
+# Model types whose text tower is proved alone: transformers writes the whole under names that are not those on the Hub, and
+# does not read them again (5.23: `blocks` in place of the text tower's `layers`, too).
+_BY_TOWER = ("kimi_k25",)
 
 _PROVED: dict[str, MoEFamily] = {}  # derived families by what was proved: the configuration
 
@@ -80,10 +86,13 @@ def _derived(config: PreTrainedConfig, where: str) -> tuple[MoEFamily, SelfTest]
 
 
 def selftest(model: str | os.PathLike[str]) -> SelfTest:
-    """Proves on a small random model of the same configuration that this checkpoint's symmetry is understood.
+    """Proves on small random models of the same configuration that this checkpoint's symmetry is understood.
+
+    Of a quantized checkpoint, a small model is also stored as its weights are, with its scales and its quantization_config.
+    It is then moved and merged in that format. `storage` of the result says what of the checkpoint that does not cover.
 
     Args:
-        model: a local folder or a Hub id; only its configuration is read.
+        model: a local folder or a Hub id; its configuration and the headers of its shards are read, no weights.
 
     Raises:
         InputError: not a checkpoint that this package reads; the message says why.
@@ -96,12 +105,29 @@ def selftest(model: str | os.PathLike[str]) -> SelfTest:
     """
     from hf_moe_lmc.proof.checks import prove  # see `_derived`
 
-    with Checkpoint.open(model) as checkpoint:
-        config = read_config(checkpoint)
-        name = model_type(config)
+    with Checkpoint.open(model) as opened:
+        config = read_config(opened)
+        if config.model_type in _BY_TOWER:
+            config = config.get_text_config()
+        checkpoint = decoded(opened)
+        name, where = model_type(config), opened.name
         if name in families().keys() | refusals().keys():
-            return prove(get_family(name, checkpoint.name), config)
-        return _derived(config, checkpoint.name)[1]
+            found = prove(get_family(name, where), config)
+        else:
+            found = _derived(config, where)[1]
+        if not isinstance(checkpoint, DecodedCheckpoint):
+            return found
+        from hf_moe_lmc.proof.storage_checks import prove_storage
+
+        return replace(found, storage=prove_storage(checkpoint, config, partial(_described, where)))
+
+
+def _described(where: str, small: PreTrainedConfig) -> MoEFamily:
+    """The family of a small configuration: by data, or derived."""
+    from hf_moe_lmc.proof.derivation import derive  # see `_derived`
+
+    name = model_type(small)
+    return get_family(name, where) if name in families().keys() | refusals().keys() else derive(small, where)
 
 
 def _notice(where: str, name: str, proof: SelfTest) -> str:

@@ -36,10 +36,15 @@ TOKEN_ID = re.compile(r"(.*_)?token_(id|ids|index)|codec_.*_id")
 
 
 class OriginalFields:
-    """The original's values, for rules that depend on other fields of the same (sub)configuration."""
+    """The original's values, for rules that depend on other fields of the same (sub)configuration.
 
-    def __init__(self, config: PreTrainedConfig, values: Values) -> None:
+    Attributes:
+        scale: what widths are multiplied by: those of the residual stream, of experts and of dense layers.
+    """
+
+    def __init__(self, config: PreTrainedConfig, values: Values, scale: int = 1) -> None:
         self.values = values
+        self.scale = scale
         # A Hub config may carry foreign fields that the class does not read.
         declared = {field.name for field in dataclasses.fields(config)}
         self.has_expert_units = any(EXPERT_UNITS.fullmatch(name) and name in declared for name in values)
@@ -70,7 +75,7 @@ def _rotary_factors(rope: Any) -> Iterator[float]:
 
 def _units(value: int, fields: OriginalFields) -> int:
     """`intermediate_size` is the experts' where they have no field of their own."""
-    return UNITS if fields.has_experts and not fields.has_expert_units else DENSE_UNITS
+    return fields.scale * (UNITS if fields.has_experts and not fields.has_expert_units else DENSE_UNITS)
 
 
 def _key_value_heads(value: int, fields: OriginalFields) -> int:
@@ -109,6 +114,10 @@ def _at_most(limit: int) -> Callable[[int, OriginalFields], int]:
     return lambda value, fields: min(value, limit)
 
 
+def _scaled(size: int) -> Size:
+    return lambda value, fields: fields.scale * size
+
+
 _RULES: list[tuple[str, Size]] = [
     # experts
     (EXPERT_COUNT.pattern, EXPERTS),
@@ -117,11 +126,11 @@ _RULES: list[tuple[str, Size]] = [
     (r"topk_group", _top_groups),
     (r"zero_expert_num", 4),
     (r"(n|num|moe_num)_shared_experts?", _at_most(2)),
-    (EXPERT_UNITS.pattern, UNITS),
-    (r".*shared_(experts?_)?intermediate_size|share_expert_dims?", SHARED_UNITS),
+    (EXPERT_UNITS.pattern, _scaled(UNITS)),
+    (r".*shared_(experts?_)?intermediate_size|share_expert_dims?", _scaled(SHARED_UNITS)),
     (r"intermediate_size|ffn_hidden_size|d_ff|((en|de)coder_)?ffn_dim", _units),
-    (r".*(intermediate_size|ffn_hidden_size|intermediate_size_mlp)|mlp_dim|projection_hidden_dim", DENSE_UNITS),
-    (r"moe_hidden_size|moe_latent_size|router_hidden_size", 16),
+    (r".*(intermediate_size|ffn_hidden_size|intermediate_size_mlp)|mlp_dim|projection_hidden_dim", _scaled(DENSE_UNITS)),
+    (r"moe_hidden_size|moe_latent_size|router_hidden_size", _scaled(16)),
     # attention
     (r"num_sliding_attention_heads|num_attention_heads_per_layer", _sliding_heads),
     (r"(.*_)?num_(global_)?(key_value|kv)_heads|kv_n_heads|.*_kv_heads", _key_value_heads),
@@ -130,7 +139,8 @@ _RULES: list[tuple[str, Size]] = [
     (r".*(num|n|num_attention|attention|value|linear_num)_heads", HEADS),
     (r"(global_|swa_|qk_|qk_nope_)?head_dim|kv_channels|d_kv", _head_dim),
     (r"(swa_)?qk_rope_head_dim|linear_head_dim|rotary_dim", 8),
-    (r".*head_dim|mamba_d_head|d_rel", 16),
+    (r"mamba_d_head", _scaled(16)),
+    (r".*head_dim|d_rel", 16),
     (r".*lora_rank", 16),
     (r"hc_lowrank|gated_norm_rank|laurel_rank", 8),
     (r"o_groups", _at_most(2)),
@@ -152,8 +162,8 @@ _RULES: list[tuple[str, Size]] = [
     # layers that follow from others
     (r"num_sparse_(en|de)coder_layers|(en|de)coder_sparse_step|n_layers_per_attn_res_block", _at_most(2)),
     # what is left is as wide as the residual stream
-    (r"(.*_)?hidden_sizes?|d_model|(.*_)?embed_dim|(downsample|output)_channels", WIDTH),
-    (r"(.*_)?(in|out|input|output|decoder)_(dim|size)", WIDTH),
+    (r"(.*_)?hidden_sizes?|d_model|(.*_)?embed_dim|(downsample|output)_channels", _scaled(WIDTH)),
+    (r"(.*_)?(in|out|input|output|decoder)_(dim|size)", _scaled(WIDTH)),
 ]
 _COMPILED = [(re.compile(pattern), size) for pattern, size in _RULES]
 

@@ -63,11 +63,12 @@ _UNSET: dict[str, Values] = {
 }
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, scale: int = 1) -> PreTrainedConfig:
     """A tiny configuration of the same class with the same switches.
 
     Args:
         config: The configuration of an MoE model of any size; composite ones are shrunk with all their parts.
+        scale: What widths are multiplied by: those of the residual stream, of experts and of dense layers.
 
     Returns:
         A new configuration; `config` itself is not changed.
@@ -81,7 +82,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
             "Mixture-of-Experts model. Check the model, or switch its MoE blocks on."
         )
     try:
-        return type(config)(**_shrunk(config, _Ids()))
+        return type(config)(**_shrunk(config, _Ids(), scale))
     except (*REJECTIONS, StrictDataclassError) as error:
         raise FamilyError(
             f"No miniature of {type(config).__name__} (model type {config.model_type!r}) can be made: {error}"
@@ -134,14 +135,14 @@ class _Ids:
         return self.new.setdefault(value, max(VOCABULARY - 1 - len(self.new), _KEPT_IDS))
 
 
-def _shrunk(config: PreTrainedConfig, ids: _Ids) -> Values:
+def _shrunk(config: PreTrainedConfig, ids: _Ids, scale: int) -> Values:
     values = _values(config)
-    fields = OriginalFields(config, values)
+    fields = OriginalFields(config, values, scale)
     result: Values = {}
     for name, value in values.items():
         part = vars(config).get(name)
         if isinstance(part, PreTrainedConfig):
-            result[name] = _shrunk(part, ids)
+            result[name] = _shrunk(part, ids, scale)
         elif name in _DROPPED:
             continue
         elif TOKEN_ID.fullmatch(name):
@@ -154,15 +155,15 @@ def _shrunk(config: PreTrainedConfig, ids: _Ids) -> Values:
         else:
             result[name] = resized(name, value, fields)
     keep_few_layers(values, result, _has_experts(config))
-    _fit_rotary(result)
+    _fit_rotary(result, WIDTH * scale)
     result.update(_OVERRIDES.get(config.model_type, {}))
     return result
 
 
-def _fit_rotary(result: Values) -> None:
+def _fit_rotary(result: Values, width: int) -> None:
     """Sections and factors per frequency must match the smaller heads."""
     heads = next((result[name] for name in ("num_attention_heads", "n_heads", "num_heads") if result.get(name)), HEADS)
-    size = result.get("qk_rope_head_dim") or result.get("head_dim") or WIDTH // heads
+    size = result.get("qk_rope_head_dim") or result.get("head_dim") or width // heads
 
     def fit(rope: Any, factor: float) -> None:
         if not isinstance(rope, dict):

@@ -185,6 +185,15 @@ def _is_carried(element: UnitSymmetry, weights: list[tuple[str, StoredWeight, Pi
 
 def check_movable(model: MoEModel, storage: Storage) -> None:
     """Raises FamilyError where experts of a quantized model cannot change places byte for byte."""
+    if problems := unmovable(model, storage):
+        raise FamilyError(
+            f"{model.checkpoint.name}: experts cannot change places in {storage.kind}:\n{listing(problems)}\n"
+            "Write the output in bfloat16: --format bf16"
+        )
+
+
+def unmovable(model: MoEModel, storage: Storage) -> list[str]:
+    """Why experts of a quantized model cannot change places byte for byte, weight by weight; empty: they can."""
     problems = []
     for layer in model.layers.values():
         problems += _uneven(layer, storage)
@@ -198,11 +207,7 @@ def check_movable(model: MoEModel, storage: Storage) -> None:
                 continue
             if not all(is_apart(weight, _range(piece)) for piece in layer.pieces(name)):
                 problems.append(f"{name}: two experts share a scale, so that neither can move without new scales")
-    if problems:
-        raise FamilyError(
-            f"{model.checkpoint.name}: experts cannot change places in {storage.kind}:\n{listing(problems)}\n"
-            "Write the output in bfloat16: --format bf16"
-        )
+    return problems
 
 
 def _uneven(layer: MoELayer, storage: Storage) -> list[str]:

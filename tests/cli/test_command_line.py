@@ -16,8 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import hf_moe_lmc
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.moe.catalogue import known_families
-from hf_moe_lmc.proof.checks import Check, SelfTest
 from hf_moe_lmc.proof.miniature import build, shrink
+from hf_moe_lmc.proof.verdict import Check, SelfTest
 from tests import tiny, zoo
 from tests.checkpoints.test_checkpoint import adapter_only, index_with, pickle_only, truncate
 from tests.moe.test_layer import add, drop

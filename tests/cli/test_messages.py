@@ -16,7 +16,7 @@ import pytest
 
 from hf_moe_lmc.cli.command_line import main
 from hf_moe_lmc.cli.parser import VERBS
-from hf_moe_lmc.proof.checks import Check, SelfTest
+from hf_moe_lmc.proof.verdict import Check, SelfTest
 from hf_moe_lmc.publishing.push import Published
 from hf_moe_lmc.runtime.notices import note, warn
 from hf_moe_lmc.verbs.inspect import inspect

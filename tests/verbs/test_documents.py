@@ -13,7 +13,7 @@ import pytest
 
 from hf_moe_lmc.moe.catalogue import known_families
 from hf_moe_lmc.moe.notation import ROUTER_KINDS, UNIT_KINDS
-from hf_moe_lmc.proof.checks import Check, SelfTest
+from hf_moe_lmc.proof.verdict import Check, SelfTest
 from hf_moe_lmc.runtime.documents import as_json
 from hf_moe_lmc.verbs.inspect import _HEADS, Inspection, inspect
 from hf_moe_lmc.verbs.merge import plan_merge
