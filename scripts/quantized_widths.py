@@ -6,7 +6,8 @@ CONFIGS is a folder with the published config.json of each model, as OWNER--NAME
 cut to a few (the report says how many); hidden sizes, widths of experts, attention, names, dtypes and formats are the published
 ones. Weights are random, so that every step of matching and storing runs, but no barrier means anything. The peak is that of
 resident memory above that of a process that imports the package. A sweep of three points runs as where memory is short. Its
-bytes read are fetched from storage, from a cold page cache, over those that both checkpoints hold. Rows of other models and verbs stay in the file.
+bytes read are fetched from storage, from a cold page cache, over those that both checkpoints hold. Rows of other models and
+verbs stay in the file.
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def barrier(a: Path, b: Path, text: Path, out: Path) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - spent,
         "peak_above_imports": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024,
         "bytes_read_over_stored": (read_so_far() - before) / stored,
-        "evaluation": report.get("evaluation"),
+        "evaluation": {key: report["evaluation"][key] for key in ("mode", "weights", "activations")},
     }
 
 

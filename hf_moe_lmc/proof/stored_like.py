@@ -69,7 +69,7 @@ def _counterparts(checkpoint: Checkpoint, storage: Storage, names: Iterable[str]
     theirs = _layers(checkpoint.tensors)
     hows = {where: {kind: _distinct(checkpoint, storage, of) for kind, of in kinds.items()} for where, kinds in theirs.items()}
     taken: Counter[tuple[str, ...]] = Counter()
-    found = {}
+    found: dict[str, str] = {}
     for kinds in _layers(names).values():
         ways = _ways(kinds, hows)
         alike = tuple(sorted(kinds))

@@ -101,7 +101,7 @@ def _saved(built: PreTrainedModel, folder: Path, original: bool) -> dict[str, Te
 def _stored(content: Mapping[str, Tensor], like: StoredLike, *, lowest: bool, seed: int) -> dict[str, Tensor]:
     """The tensors on disk of a small model."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in content.items():
         weight = like.weights.get(name)
         if weight is not None:
