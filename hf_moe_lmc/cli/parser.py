@@ -344,7 +344,7 @@ VERBS: dict[str, Verb] = {
     ),
     "selftest": Verb(
         _selftest,
-        "prove on a small random model of the same configuration that the symmetries of MODEL are understood",
+        "prove on a small random model of the same configuration, stored as MODEL is, that its symmetries are understood",
         ("hf-moe-lmc selftest ./model-a",),
         failure="failed, or a check did not pass",
     ),

@@ -23,8 +23,8 @@ def misfit(like: StoredWeight, shape: tuple[int, ...]) -> str:
     rows, columns = shape[-2:][::-1] if like.transposed else shape[-2:]
     group, split = grain(like.format), like.matrices // math.prod(like.shape[:-2])
     if columns % group:
-        return f"{columns} columns are no whole groups of {group}"
-    return f"{rows} rows are not {split} matrices" if rows % split else ""
+        return f"{columns} columns, which are no whole groups of {group}"
+    return f"{rows} rows, which are not {split} matrices" if rows % split else ""
 
 
 def grain(form: Format) -> int:

@@ -24,6 +24,7 @@ from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError, ForeignError, listing
 from hf_moe_lmc.formats.decoded import DecodedCheckpoint
 from hf_moe_lmc.formats.encoding import encoded_like
+from hf_moe_lmc.formats.integers import Integers
 from hf_moe_lmc.formats.protocol import CODES
 from hf_moe_lmc.formats.recognition import Storage
 from hf_moe_lmc.moe.family import MoEFamily
@@ -41,10 +42,8 @@ from hf_moe_lmc.writing.formats import OutputFormat, model_merge, model_moved
 from hf_moe_lmc.writing.interpolation import interpolate
 
 # What is moved in the format itself: the check, and the parts of the group that it is made of.
-CARRIED = {
-    "expert order": ("expert order",),
-    "signs": ("signs of hidden units", "shared expert: signs"),
-}
+ORDER, SIGNS = "expert order", "signs"
+CARRIED = {ORDER: ("expert order",), SIGNS: ("signs of hidden units", "shared expert: signs")}
 Describe = Callable[[PreTrainedConfig], MoEFamily]
 
 
@@ -121,13 +120,15 @@ class _Tried:
             if not elements:
                 continue
             element = reduce(matmul, elements)
+            if what == SIGNS and any(isinstance(one, Integers) for one in _storage(self.a).formats):
+                what = "signs where no code is the lowest"
             moved = self._moved(element, "b", what)
             with Checkpoint.open(moved) as other:
                 again = read_model(other, self.a.family).checkpoint
                 yield _exact(f"{what}: values", _apart(self.a, self.a.acted(element.layers), again))
                 found = difference(self._outputs(again, f"{what}-again"), expected)
                 yield StorageCheck(f"{what}: outputs", found, control=False)
-            if what == "expert order":
+            if what == ORDER:
                 yield from self._scales_left(moved, expected)
 
     def _scales_left(self, moved: Path, expected: Tensor) -> Iterator[StorageCheck]:

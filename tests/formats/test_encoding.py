@@ -11,7 +11,7 @@ import torch
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint
 from hf_moe_lmc.errors import FamilyError
 from hf_moe_lmc.formats.decoded import decoded, storage_of
-from hf_moe_lmc.formats.encoding import encoded_like
+from hf_moe_lmc.formats.encoding import encoded_like, misfit
 from tests import tiny
 from tests.formats.published import LAYOUTS, numbers
 
@@ -52,3 +52,20 @@ def test_another_number_of_axes_is_refused(quantized: Callable[..., Path]) -> No
         assert storage
         with pytest.raises(FamilyError, match="has 3 axes; expected 2"):
             encoded_like(next(iter(storage.weights.values())), "experts", torch.ones(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "reason"),
+    [("int4", 48, "48 columns, which are no whole groups of 32"), ("nvfp4, packed", 40, "groups of 16"), ("qwen3_moe", 41, "")],
+)
+def test_sizes_that_a_format_cannot_store_are_told(
+    quantized: Callable[..., Path], name: str, columns: int, reason: str
+) -> None:
+    with decoded(Checkpoint.open(quantized(name))) as checkpoint:
+        storage = storage_of(checkpoint)
+        assert storage
+        weight = next(iter(storage.weights.values()))
+        found = misfit(weight, (weight.rows, columns))
+        assert found.endswith(reason) and bool(found) == bool(reason)
+        assert misfit(weight, weight.shape) == "" and "3 axes in place of 2" in misfit(weight, (4, *weight.shape))
+        assert reason or encoded_like(weight, "w", torch.ones(weight.rows, columns))

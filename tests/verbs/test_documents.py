@@ -13,7 +13,7 @@ import pytest
 
 from hf_moe_lmc.moe.catalogue import known_families
 from hf_moe_lmc.moe.notation import ROUTER_KINDS, UNIT_KINDS
-from hf_moe_lmc.proof.verdict import Check, SelfTest
+from hf_moe_lmc.proof.verdict import Check, SelfTest, StorageCheck, StorageProof
 from hf_moe_lmc.runtime.documents import as_json
 from hf_moe_lmc.verbs.inspect import _HEADS, Inspection, inspect
 from hf_moe_lmc.verbs.merge import plan_merge
@@ -92,8 +92,15 @@ def test_the_key_paths_of_plans_are_those_of_the_schema(saved: Callable[..., Pat
 
 def test_the_key_paths_of_selftests_are_those_of_the_schema() -> None:
     checks = Check("expert order", 3e-7, control=False), Check("router left", math.nan, control=True)
-    found = paths(SELFTEST, SelfTest("mixtral", "mixtral", checks))
-    assert found == declared(SELFTEST)
+    stored = StorageCheck("expert order: values", 0.0, control=False, exact=True), StorageCheck("", math.nan, control=True)
+    tests = [
+        SelfTest("mixtral", "mixtral", checks, StorageProof("MXFP4", stored, ("a vision tower",))),
+        SelfTest("mixtral", "mixtral", checks, StorageProof("MXFP4", (), ("no small model can be stored so",))),
+    ]
+    found = paths(SELFTEST, *tests)
+    assert found == declared(SELFTEST), (found - declared(SELFTEST), declared(SELFTEST) - found)
+    plain = paths(SELFTEST, SelfTest("mixtral", "mixtral", checks))
+    assert found > plain and not [path for path, _ in plain if "storage" in path]
     with pytest.raises(AssertionError, match=r"\$\.checks"):
         paths(SELFTEST, SelfTest("mixtral", "mixtral", ()))
 
