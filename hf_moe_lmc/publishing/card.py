@@ -56,25 +56,11 @@ def check_license(identifier: str | None) -> None:
         )
 
 
-def model_card(
-    *,
-    title: str,
-    summary: str,
-    inputs: Mapping[str, Checkpoint],
-    base: Sequence[str],
-    relation: Literal["merge", "finetune"],
-    command: Sequence[str],
-    template: Checkpoint,
-    destination: Destination,
-    alignment: Sequence[str] = (),
-    matched: bool = False,
-    vocabulary: Mapping[str, int] | None = None,
-    measured: Measured | None = None,
-    repair: str | None = None,
-) -> str:
-    """The text of README.md.
+@dataclass(frozen=True, kw_only=True)
+class CardContent:
+    """What the card of a checkpoint says.
 
-    Args:
+    Attributes:
         title: what it is, such as "Merge of {A} and {B} at t = 0.5", where the letters of `inputs` stand for the names; a push
             takes it as its commit message.
         inputs: the checkpoints by the letters that summary and command use.
@@ -88,27 +74,46 @@ def model_card(
         measured: a barrier on whose path the checkpoint lies; None: none was measured.
         repair: what was done to leave the straight line, in words; None: nothing.
     """
+
+    title: str
+    summary: str
+    inputs: Mapping[str, Checkpoint]
+    base: Sequence[str]
+    relation: Literal["merge", "finetune"]
+    command: Sequence[str]
+    template: Checkpoint
+    destination: Destination
+    alignment: Sequence[str] = ()
+    matched: bool = False
+    vocabulary: Mapping[str, int] | None = None
+    measured: Measured | None = None
+    repair: str | None = None
+
+
+def model_card(content: CardContent) -> str:
+    """The text of README.md."""
+    inputs, template, destination = content.inputs, content.template, content.destination
     names = distinct_names(inputs)
-    parents = {letter: ParentCard.of(inputs[letter]) for letter in base}
+    parents = {letter: ParentCard.of(inputs[letter]) for letter in content.base}
     inherited = Inherited.of({f"{letter} ({names[letter]})": card for letter, card in parents.items()})
     licence = Licence(destination.license) if destination.license else inherited.licence
-    heading = title.format(**names)
+    heading = content.title.format(**names)
     name = heading if destination.name == UNPUBLISHED else destination.name.rpartition("/")[2]
-    data = _metadata([inputs[letter] for letter in base], relation, inherited, licence, template, name, measured)
+    data = _metadata(content, inherited, licence, name)
     words = {letter: reference(checkpoint, names[letter]) for letter, checkpoint in inputs.items()}
     words[OUT] = destination.name.rpartition("/")[2]
-    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {heading}\n", f"{summary}\n", _parents(inputs, names)]
-    if measured:
-        parts.append(measured.section())
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {heading}\n", f"{content.summary}\n", _parents(inputs, names)]
+    if content.measured:
+        parts.append(content.measured.section())
     parts.append(how_to_load(template, template.side_files(), destination.name))
-    if alignment:
-        parts.append("## What was aligned\n\n" + "\n".join(f"- {sentence}" for sentence in alignment) + "\n")
-    if vocabulary:
-        parts.append(_rows(vocabulary))
-    if repair:
-        parts.append(f"## Repair\n\n{repair[0].upper()}{repair[1:]}\n")
+    if content.alignment:
+        parts.append("## What was aligned\n\n" + "\n".join(f"- {sentence}" for sentence in content.alignment) + "\n")
+    if content.vocabulary:
+        parts.append(_rows(content.vocabulary))
+    if content.repair:
+        parts.append(f"## Repair\n\n{content.repair[0].upper()}{content.repair[1:]}\n")
     chosen = ["--license", destination.license] if destination.license else []
-    parts.append(_origin([*(words.get(word, word) for word in command), *chosen], matched=matched))
+    parts.append(_origin([*(words.get(word, word) for word in content.command), *chosen], matched=content.matched))
     if licence is None:
         parts.append(_no_licence(inherited))
     return "\n".join(parts)
@@ -145,19 +150,12 @@ def reference(checkpoint: Checkpoint, name: str) -> str:
     return name
 
 
-def _metadata(
-    base: Sequence[Checkpoint],
-    relation: str,
-    inherited: Inherited,
-    licence: Licence | None,
-    template: Checkpoint,
-    name: str,
-    measured: Measured | None,
-) -> ModelCardData:
+def _metadata(content: CardContent, inherited: Inherited, licence: Licence | None, name: str) -> ModelCardData:
+    base, measured = [content.inputs[letter] for letter in content.base], content.measured
     ids = list(dict.fromkeys(one.source.repo_id for one in base if isinstance(one.source, Repository)))
     results = measured.results() if measured else []
     languages = list(inherited.languages)
-    named: dict[str, Any] = {"base_model_relation": relation if ids else None}
+    named: dict[str, Any] = {"base_model_relation": content.relation if ids else None}
     return ModelCardData(
         license=licence.identifier if licence else None,
         license_name=licence.name if licence else None,
@@ -165,8 +163,8 @@ def _metadata(
         language=languages[0] if len(languages) == 1 else languages or None,
         base_model=ids or None,
         library_name=inherited.library_name or "transformers",
-        pipeline_tag=inherited.pipeline_tag or TASKS.get(auto_class(template.config)),
-        tags=[*(["merge"] if relation == "merge" else []), *TAGS],
+        pipeline_tag=inherited.pipeline_tag or TASKS.get(auto_class(content.template.config)),
+        tags=[*(["merge"] if content.relation == "merge" else []), *TAGS],
         model_name=name if results else None,
         eval_results=results or None,
         **named,

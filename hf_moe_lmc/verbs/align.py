@@ -11,7 +11,7 @@ from hf_moe_lmc.errors import refuse_idle
 from hf_moe_lmc.matching.alignment import Alignment, align_models, matching_facts
 from hf_moe_lmc.matching.options import OrderMethod, UnitMethod, WeightMatching
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.publishing.card import OUT, Destination, model_card
+from hf_moe_lmc.publishing.card import OUT, CardContent, Destination, model_card
 from hf_moe_lmc.runtime.processes import process_group
 from hf_moe_lmc.verbs.foretelling import foretell
 from hf_moe_lmc.verbs.inputs import Inputs, download
@@ -167,18 +167,20 @@ def write_alignment(writer: FolderWriter, alignment: Alignment, folder: str) -> 
 def align_card(a: MoEModel, b: MoEModel, alignment: Alignment, destination: Destination, form: OutputFormat = "b") -> str:
     """The model card of an aligned checkpoint."""
     return model_card(
-        title="{B} aligned to {A}",
-        summary="The same function as B. Its experts and hidden units have the places that they have in A, so that the weights "
-        "of the two can be averaged.",
-        inputs={"A": a.checkpoint, "B": b.checkpoint},
-        base="B",
-        relation="finetune",
-        command=[
-            *("align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units),
-            *format_option(form, "b"),
-        ],
-        template=b.checkpoint,
-        destination=destination,
-        alignment=alignment.sentences(),
-        matched=True,
+        CardContent(
+            title="{B} aligned to {A}",
+            summary="The same function as B. Its experts and hidden units have the places that they have in A, so that the "
+            "weights of the two can be averaged.",
+            inputs={"A": a.checkpoint, "B": b.checkpoint},
+            base="B",
+            relation="finetune",
+            command=[
+                *("align", "A", "B", "-o", OUT, "--order", alignment.order, "--units", alignment.units),
+                *format_option(form, "b"),
+            ],
+            template=b.checkpoint,
+            destination=destination,
+            alignment=alignment.sentences(),
+            matched=True,
+        )
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_moe_lmc.moe.model import MoEModel
-from hf_moe_lmc.publishing.card import OUT, Destination, model_card
+from hf_moe_lmc.publishing.card import OUT, CardContent, Destination, model_card
 from hf_moe_lmc.symmetry.group import ModelSymmetry, digest
 from hf_moe_lmc.verbs.inputs import Inputs, download
 from hf_moe_lmc.verbs.job import Job, Request, verb
@@ -129,15 +129,17 @@ class _Application(Job[Path]):
         found = self.symmetry.metadata
         origin = f" It was found by matching {found['b_source']} to {found['a_source']}." if "b_source" in found else ""
         return model_card(
-            title="{B} in the coordinates of a saved symmetry",
-            summary="The same function as B. Its experts and hidden units were moved by "
-            f"{'the inverse of ' if self.inverse else ''}a saved symmetry (`alignment/symmetry.safetensors`).{origin}",
-            inputs={"B": self.model.checkpoint},
-            base="B",
-            relation="finetune",
-            command=["apply", self.file, "B", "-o", OUT, *self._options()],
-            template=self.model.checkpoint,
-            destination=self.destination,
+            CardContent(
+                title="{B} in the coordinates of a saved symmetry",
+                summary="The same function as B. Its experts and hidden units were moved by "
+                f"{'the inverse of ' if self.inverse else ''}a saved symmetry (`alignment/symmetry.safetensors`).{origin}",
+                inputs={"B": self.model.checkpoint},
+                base="B",
+                relation="finetune",
+                command=["apply", self.file, "B", "-o", OUT, *self._options()],
+                template=self.model.checkpoint,
+                destination=self.destination,
+            )
         )
 
     def _options(self) -> list[str]:

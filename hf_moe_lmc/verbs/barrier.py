@@ -193,9 +193,7 @@ class _Barrier(Job[BarrierReport]):
             models=[pair.a, pair.b],
             matched=pair.symmetry is None,
             evaluated=self.subject.plan(self.paths),
-            repair=self.repairing.plan(len(CALIBRATED) + 1) if self.repairing else None,
-            fitting=self.repairing.memory() if self.repairing else 0,
-            repair_passes=self.repairing.passes(len(CALIBRATED) + 1) if self.repairing else 0,
+            leaving=self.repairing.plan(len(CALIBRATED) + 1) if self.repairing else None,
         )
 
     def run(self, workspace: Workspace | None) -> BarrierReport:

@@ -17,9 +17,9 @@ from hf_moe_lmc.runtime.notices import note
 from hf_moe_lmc.verbs.earlier_report import EarlierReport
 from hf_moe_lmc.verbs.inputs import Pair, download
 from hf_moe_lmc.verbs.job import Job
-from hf_moe_lmc.verbs.merge_card import merge_card
+from hf_moe_lmc.verbs.merge_card import SYMMETRY, WrittenMerge, merge_card
 from hf_moe_lmc.verbs.merge_points import MergePoints, within
-from hf_moe_lmc.verbs.planning import Evaluation, Work
+from hf_moe_lmc.verbs.planning import Evaluation, Leaving, Work
 from hf_moe_lmc.writing.formats import model_merge, plain_merge, write_beside
 from hf_moe_lmc.writing.output import FolderWriter, TensorStream, check_room, open_writer
 from hf_moe_lmc.writing.workspace import Workspace
@@ -84,13 +84,16 @@ class PlainMerge(Job["Alignment | None"]):
                 for number, (folder, t) in enumerate(points.placed()):
                     write_beside(writer, stream, number, folder, speaker=points.speaker(self.b))
                     measured = self.earlier.put(writer, folder, t, None) if self.earlier else None
-                    card = merge_card(
-                        *(self.a, self.b, t, self.ids, self.destination),
-                        tokenizer=points.tokenizer,
-                        form=points.format,
+                    merge = WrittenMerge(
+                        a=self.a,
+                        b=self.b,
+                        t=t,
+                        ids=self.ids,
+                        points=points,
+                        destination=self.destination,
                         measured=measured,
                     )
-                    writer.write_text(within(folder, "README.md"), card)
+                    writer.write_text(within(folder, "README.md"), merge_card(merge))
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,7 @@ class Merge(Job["Alignment | None"]):
             models=[self.pair.a, self.pair.b],
             matched=self.method is not None,
             evaluated=self._evaluated,
-            repair=self._leaving,
-            fitting=self.repairing.memory() if self.repairing else 0,
-            repair_passes=self.repairing.passes(self._count) if self.repairing else 0,
+            leaving=self._leaving,
             facts=None if self.points.best or self.is_calibrated else self.facts,
         )
 
@@ -170,10 +171,10 @@ class Merge(Job["Alignment | None"]):
         return self.subject.plan(paths, self._count * (stored + leaving))
 
     @property
-    def _leaving(self) -> str | None:
-        """What is done to leave the straight line, in words."""
+    def _leaving(self) -> Leaving | None:
+        """What it takes to leave the straight line; None: that is not left."""
         if self.widening:
-            return self.widening.sentence()
+            return Leaving(words=self.widening.sentence())
         return self.repairing.plan(self._count) if self.repairing else None
 
     @property
@@ -379,23 +380,21 @@ class Merge(Job["Alignment | None"]):
             moved_by.save(writer.path(within(folder, "alignment/symmetry.safetensors")))
         if repaired:
             writer.write_text(within(folder, "repair.json"), as_json(repaired.record))
-        card = merge_card(
-            a,
-            b,
-            t,
-            self.pair.ids,
-            self.destination,
-            tokenizer=self.points.tokenizer,
-            form=self.points.format,
+        merge = WrittenMerge(
+            a=a,
+            b=b,
+            t=t,
+            ids=self.pair.ids,
+            points=self.points,
+            destination=self.destination,
             alignment=alignment,
             symmetry=self.pair.symmetry,
-            symmetry_name=self.file or "SYMMETRY",
+            symmetry_name=self.file or SYMMETRY,
             measured=self._for_card(writer, folder, t, made),
-            repair=repaired.card() if repaired else None,
-            repaired=repaired is not None and repaired.accepted,
+            repaired=repaired,
             widened=self.widening.sentence() if self.widening else None,
         )
-        writer.write_text(within(folder, "README.md"), card)
+        writer.write_text(within(folder, "README.md"), merge_card(merge))
 
     def _for_card(self, writer: FolderWriter, folder: str, t: float, made: _Made) -> Measured | None:
         """Writes what was measured of a merge, or copies what an earlier call has measured."""

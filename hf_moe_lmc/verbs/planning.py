@@ -59,6 +59,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Leaving:
+    """What it takes to leave the straight line, before anything is written.
+
+    Attributes:
+        words: what is done, and what that takes.
+        memory: bytes.
+        passes: how often both models are read.
+    """
+
+    words: str
+    memory: int = 0
+    passes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a verb reads and writes.
 
@@ -70,9 +85,7 @@ class Work:
         matched: the two models are matched. A layer is written while it is still in the page cache; the tensors outside the
             MoE blocks, which are compared in the end, are read twice.
         evaluated: what is measured on a text, which reads both models in each pass; None: nothing.
-        repair: what is done to leave the straight line, in words; None: nothing.
-        fitting: bytes of memory that this takes before anything is written.
-        repair_passes: how often that reads both models.
+        leaving: what it takes to leave the straight line; None: that is not left.
         facts: what the shards are made from, of which some may have been written by a call that was stopped; None: that is
             known only when something has been measured.
     """
@@ -83,9 +96,7 @@ class Work:
     models: Sequence[MoEModel] = ()
     matched: bool = False
     evaluated: Evaluation | None = None
-    repair: str | None = None
-    fitting: int = 0
-    repair_passes: int = 0
+    leaving: Leaving | None = None
     facts: Callable[[], Mapping[str, Any]] | None = dict
 
     def shards_left(self, output: Path) -> list[Shard]:
@@ -182,13 +193,13 @@ class Plan:
 
 def planned(verb: str, output: Path, work: Work) -> Plan:
     """The plan for work that has been checked."""
-    template, models = work.template, work.models
+    template, models, leaving = work.template, work.models, work.leaving or Leaving(words="")
     outside = sum(model.checkpoint.tensors[name].nbytes for model in models for name in model.outside)
     both = sum(checkpoint.stored.nbytes for checkpoint in work.inputs)
     reading = both if work.matched or template or not work.evaluated else 0
     if work.matched and template:  # what is evaluated in between is not in the page cache any more
-        reading += both if work.evaluated or work.repair_passes else outside
-    reading += (work.evaluated.nbytes if work.evaluated else 0) + work.repair_passes * both
+        reading += both if work.evaluated or leaving.passes else outside
+    reading += (work.evaluated.nbytes if work.evaluated else 0) + leaving.passes * both
     left = work.shards_left(output)
     writing = sum(shard.size for shard in left)
     nearest = _nearest(output)
@@ -207,7 +218,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         bytes_to_read=reading,
         bytes_to_write=writing,
         bytes_free=shutil.disk_usage(nearest).free,
-        peak_memory=max(_memory(work), evaluating, work.fitting),
+        peak_memory=max(_memory(work), evaluating, leaving.memory),
         read_rate=read_rate,
         write_rate=write_rate,
         seconds=reading / read_rate + writing / write_rate if read_rate else None,
@@ -217,7 +228,7 @@ def planned(verb: str, output: Path, work: Work) -> Plan:
         refinements=work.evaluated.refinements if work.evaluated else 0,
         points=work.evaluated.points if work.evaluated else 0,
         tokens=work.evaluated.tokens if work.evaluated else 0,
-        repair=work.repair,
+        repair=leaving.words or None,
         problem=lack_of_space(output, left, nearest),
         checkpoints=len(work.folders) if template else 0,
     )

@@ -35,6 +35,7 @@ from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.verbs.inputs import Pair
 from hf_moe_lmc.verbs.measuring import check_ids
 from hf_moe_lmc.verbs.options import filled
+from hf_moe_lmc.verbs.planning import Leaving
 from hf_moe_lmc.writing.streams import STRAIGHT, Merging
 from hf_moe_lmc.writing.workspace import Workspace
 
@@ -68,10 +69,6 @@ class Repaired:
     @property
     def accepted(self) -> bool:
         return bool(self.record["accepted"])
-
-    def card(self) -> tuple[str, Sequence[str]]:
-        """What a card says of it, and the options of the command that made it."""
-        return self.sentence, self.options
 
     def facts(self) -> dict[str, Any]:
         """What the written weights depend on besides the options."""
@@ -161,8 +158,11 @@ class Repairing:
             found += ["--context", str(self.calibration.windows.context)]
         return found
 
-    def plan(self, count: int) -> str:
-        """What so many repairs take, in words."""
+    def plan(self, count: int) -> Leaving:
+        """What so many repairs take."""
+        return Leaving(words=self._plan_in_words(count), memory=self.memory(), passes=self.passes(count))
+
+    def _plan_in_words(self, count: int) -> str:
         if self.calibration is None:
             return f"{self.name}, without text: made while the weights are read, at no further cost"
         tokens = sum(len(row) for row in self.calibration.windows.rows)

@@ -25,7 +25,7 @@ from hf_moe_lmc.perplexity.by_text import TextMeans
 from hf_moe_lmc.perplexity.references import Beside, Shares, references
 from hf_moe_lmc.perplexity.report import BarrierReport
 from hf_moe_lmc.perplexity.windows import Windows
-from hf_moe_lmc.publishing.card import UNPUBLISHED, Destination, check_license, model_card
+from hf_moe_lmc.publishing.card import UNPUBLISHED, CardContent, Destination, check_license, model_card
 from hf_moe_lmc.publishing.measured import Measured
 from hf_moe_lmc.publishing.usage import auto_class, named_for
 from tests import prose, tiny, zoo
@@ -56,15 +56,17 @@ def on_hub(folder: Path, repo_id: str, **metadata: object) -> Checkpoint:
 
 def card(a: Checkpoint, b: Checkpoint, *, name: str = "me/merged", license: str | None = None, **more: Any) -> ModelCard:
     text = model_card(
-        title="Merge of {A} and {B} at t = 0.5",
-        summary="S.",
-        inputs={"A": a, "B": b},
-        base="AB",
-        relation="merge",
-        command=["merge", "A", "B", "-o", "OUT", "-t", "0.5"],
-        template=a,
-        destination=Destination(name=name, license=license),
-        **more,
+        CardContent(
+            title="Merge of {A} and {B} at t = 0.5",
+            summary="S.",
+            inputs={"A": a, "B": b},
+            base="AB",
+            relation="merge",
+            command=["merge", "A", "B", "-o", "OUT", "-t", "0.5"],
+            template=a,
+            destination=Destination(name=name, license=license),
+            **more,
+        )
     )
     assert yaml.safe_load(text.split("---\n")[1]) == ModelCard(text).data.to_dict()  # what was meant is what YAML reads
     return ModelCard(text)
