@@ -19,6 +19,7 @@ resident memory, beside that of a process that only imports torch. Wall times me
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,12 +140,23 @@ def qwen3_like(width: int, unit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, shapes
 
 
+@cache
+def _compiled() -> str:
+    """A folder for compiled modules, which is removed at the end."""
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def timed(command: list[str]) -> dict[str, float]:
-    """Wall seconds of a process and a sync after it, and its own peak of resident memory."""
+    """Wall seconds of a process and a sync after it, and its own peak of resident memory.
+
+    Python keeps compiled modules, as it does for users, even where this process was told not to.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"TQDM_DISABLE": "1", "PYTHONPYCACHEPREFIX": _compiled()}
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     complaints = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
