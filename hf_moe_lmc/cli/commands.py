@@ -124,10 +124,14 @@ def _documents(output: Path, name: str) -> dict[str, Any]:
 
 
 def _said(report: Mapping[str, Any]) -> list[str]:
-    """The verdict of a report; what makes it void comes first."""
+    """The verdict of a report on a merge, and its figures; what makes it void comes first."""
     from hf_moe_lmc.perplexity.rendering import void
+    from hf_moe_lmc.publishing.measured import Measured
 
-    return [*void(report["disagreement"]), *report["verdict"]["sentences"]]
+    merge = report["merge"]
+    figures = Measured(report=report, t=merge["t"], path=merge["path"]).table()
+    mind = [f"Mind: {one}." for one in report["verdict"]["cautions"] if one != report["disagreement"]]
+    return [*void(report["disagreement"]), *report["verdict"]["sentences"], *mind, *(["", *figures, ""] if figures else [])]
 
 
 def _place(given: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from hf_moe_lmc.perplexity.report import Added
 from hf_moe_lmc.symmetry.group import ModelSymmetry
 from hf_moe_lmc.writing.workspace import Workspace
 
+ASKING = "asking the cloze task"  # of a progress bar
+
 
 @dataclass(frozen=True)
 class OtherMerges:
@@ -113,7 +115,7 @@ class Additions:
             elif at in others.refused:
                 merges[at][REPAIRED] = merges[at][names[0]]
         points = list(dict.fromkeys([*ends.values(), *(point for of_t in merges.values() for point in of_t.values())]))
-        losses, _ = evaluator.evaluate(symmetries, points, progress=workspace, merged=merged)
+        losses, _ = evaluator.evaluate(symmetries, points, progress=workspace, merged=merged, told=ASKING)
         right = dict(zip(points, cloze.right(losses), strict=True))
         parents = {side: right[point] for side, point in ends.items()}
         for side, model in self.alone.items():
@@ -128,5 +130,5 @@ class Additions:
     ) -> Tensor:
         """Questions that a model by itself answers right: float64 [question]."""
         alone = Evaluator(model, model, cloze.rows, options)
-        losses, _ = alone.evaluate({"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace)
+        losses, _ = alone.evaluate({"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace, told=ASKING)
         return cloze.right(losses)[0]

@@ -132,6 +132,7 @@ class Evaluator:
         observers: Sequence[Observer] = (),
         progress: Workspace | None = None,
         merged: Merged | None = None,
+        told: str = "evaluating the path",
     ) -> tuple[Scores, Cost]:
         """Summed losses of each window at each point, and how many of its tokens are the model's first choice.
 
@@ -155,6 +156,7 @@ class Evaluator:
                 forward cannot be stored. In mode `resident` points end one after the other, in mode `layers` all at the end
                 of the pass.
             merged: merges with weights of their own, whose points lie on paths that no symmetry has.
+            told: what the progress bar calls the work.
         """
         merged = merged or Merged()
         check_points([point for point in points if (point.path, point.t) not in merged.streams], symmetries)
@@ -178,7 +180,7 @@ class Evaluator:
             with (
                 torch.inference_mode(),
                 suited(self._products(batches)),
-                bar(total=total, desc="evaluating the path", unit="step", quiet=not processes.is_main) as shown,
+                bar(total=total, desc=told, unit="step", quiet=not processes.is_main) as shown,
             ):
                 for number in range(max(processes.exchange(len(chunks)))):
                     with Sweep(layers if plan.mode == "layers" else [], job.forward) as sweep:

@@ -56,7 +56,7 @@ def by_text(found: References, left: str = REPAIRED) -> list[str]:
         f"at t = {found.t:.3g}: losses in nats per token{_of_shares(found)}{_of_ensemble(found)}",
         *aligned(figures, align=">"),
         "",
-        f"less the better parent on that text, at t = {found.t:.3g}",
+        f"less the better parent on that text, at t = {found.t:.3g}{_of_signs(found)}",
         *aligned(differences, align=">"),
     ]
 
@@ -64,6 +64,11 @@ def by_text(found: References, left: str = REPAIRED) -> list[str]:
 def _of_shares(found: References) -> str:
     what = {"accuracy": "next tokens that are the first choice in %", "cloze": "cloze questions answered right in %"}
     return "".join(f"; {what[measure]}" for measure in MEASURES if measure in found.beside.shares)
+
+
+def _of_signs(found: References) -> str:
+    """Which sign of a difference is good, where that is not the same everywhere."""
+    return "; of losses, below 0 is better, of shares above 0" if any(found.beside.shares.values()) else ""
 
 
 def _of_ensemble(found: References) -> str:
@@ -100,7 +105,8 @@ def figure_rows(found: References, left: str = REPAIRED) -> list[list[str]]:
     for title, on in _compared(found):
         form = _percent if on.higher else _nats
         values = [on.loss("a"), on.loss("b"), on.parents]
-        rows.append([title, *map(form, values), on.better.upper(), *(form(on.loss(merge)) for merge in merges)])
+        better = "equal" if on.loss("a") == on.loss("b") else on.better.upper()
+        rows.append([title, *map(form, values), better, *(form(on.loss(merge)) for merge in merges)])
     return rows
 
 
@@ -277,7 +283,7 @@ def _repair(said: Sequence[str], paths: Paths | None = None, left: str = REPAIRE
     if not said:
         return
     yield f"## {'Widening' if left != REPAIRED else 'Repair'}\n"
-    yield "\n".join(f"- {capital(sentence)}." for sentence in said) + "\n"
+    yield "\n".join(f"- {capital(sentence.removeprefix('repair: '))}." for sentence in said) + "\n"
     if paths is not None and _differ(paths):
         found = of_excess(left, paths[REPAIRED].curve, paths[REPAIRED].barrier_interval)
         yield f"{capital(found)}. They lie on no straight line, so this is not the barrier above.\n"
@@ -302,7 +308,7 @@ def _references(verdict: Verdict, *, stored: bool = False) -> str:
     for found in (verdict.compared, *([verdict.references] if verdict.references.t != verdict.t else [])):
         for title, (header, *rows) in (
             ("", figure_rows(found, verdict.left)),
-            (", less the better parent", difference_rows(found, verdict.left)),
+            (f", less the better parent{_of_signs(found)}", difference_rows(found, verdict.left)),
         ):
             parts.append(f"At t = {found.t:.3g}{title}:\n\n{markdown_table(header, rows)}")
         if found.ensemble_of:

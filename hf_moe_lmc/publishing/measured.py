@@ -13,10 +13,14 @@ from huggingface_hub import EvalResult
 
 from hf_moe_lmc.checkpoints.source import looks_local
 from hf_moe_lmc.errors import shown
-from hf_moe_lmc.runtime.tables import markdown_table
+from hf_moe_lmc.runtime.tables import aligned, markdown_table
 
 OTHERS = ("naive", "aligned", "repaired", "ensemble")  # what a checkpoint is compared with besides its parents
 MEASURES = {"loss": (1, ".4f", "+.4f"), "accuracy": (100, ".1f", "+.1f"), "cloze": (100, ".1f", "+.1f")}  # scale, forms
+SAID = (
+    "Losses are in nats per token, accuracy (next tokens) and cloze (questions from the same text) in percent. A loss is better "
+    "where it is below the better parent's, a share where it is above."
+)
 SAME_POINT = 1e-9  # values of t no further apart are one point
 
 
@@ -41,7 +45,7 @@ class Measured:
     def section(self) -> str:
         """The section of the card, in Markdown."""
         said = list(self.verdict) or [self._barrier(name) for name in self.report["paths"]]
-        parts = ["## Results\n", *self._void(), *(f"{sentence}\n" for sentence in said)]
+        parts = ["## Results\n", *self._void(), *(f"{sentence}\n" for sentence in said), *self._cautions()]
         if self.plot:
             parts.append(f"![Loss along the path from A to B]({self.plot})\n")
         parts += [self._losses(), self._text()]
@@ -51,6 +55,11 @@ class Measured:
         """What comes first where the figures are not to be relied on."""
         because = self.report.get("disagreement")
         return [f"**Not to be relied on:** {shown(because, 1000)}.\n"] if because else []
+
+    def _cautions(self) -> list[str]:
+        """What to know before relying on the sentences of the verdict."""
+        found = (self.report.get("verdict") or {}).get("cautions", []) if self.verdict else []
+        return [f"**Mind:** {shown(one, 1000)}.\n" for one in found if one != self.report.get("disagreement")]
 
     def results(self) -> list[EvalResult]:
         """Perplexity and loss of the checkpoint on each text, for the metadata of the card; empty where it was not measured."""
@@ -122,8 +131,19 @@ class Measured:
         level = 100 * self.report["statistics"]["level"]
         return "\n".join([markdown_table(["", "loss, nats per token", f"{level:g} % interval", "perplexity"], rows), *beside])
 
+    def table(self) -> list[str]:
+        """The checkpoint beside its parents and the other merges, for a terminal; empty where that is not known."""
+        found = self._compared()
+        head, *rows = self._rows_beside(found) if found else [[]]
+        return [*aligned([head, *rows], align=">"), "", SAID] if rows else []
+
     def _beside(self, found: Mapping[str, Any]) -> str:
-        """A row for each text, and one for their mean where there are several; with shares of right answers if counted."""
+        """The checkpoint beside its parents and the other merges, in Markdown."""
+        head, *rows = self._rows_beside(found)
+        return f"{markdown_table(head, rows)}\n{SAID}\n" if rows else ""
+
+    def _rows_beside(self, found: Mapping[str, Any]) -> list[list[str]]:
+        """A head, a row for each text, and one for their mean where there are several; with right answers if counted."""
         same = {self.path} if (self.report.get("repair") or {"accepted": True})["accepted"] else {self.path, "repaired"}
         others = [name for name in OTHERS if name not in same and found["mean"].get(name) is not None]
         head = ["", "A", "B", "mean of A, B", "better", "this checkpoint", "less the better", *others]
@@ -137,11 +157,9 @@ class Measured:
                 values = [figures.get(key) for key in ("a", "b", "parents", self.path, *others)]
                 a, b, parents, own, *rest = ("" if value is None else format(scale * value, form) for value in values)
                 less = _difference(figures["differences"].get(self.path, {}).get("better"), scale, signed)
-                rows.append([f"{measure}, {name}", a, b, parents, figures["better"].upper(), own, less, *rest])
-        if not rows:
-            return ""
-        said = "Losses are in nats per token, accuracy (next tokens) and cloze (questions from the same text) in percent.\n"
-        return f"{markdown_table(head, rows)}\n{said}"
+                better = "equal" if figures["a"] == figures["b"] else figures["better"].upper()
+                rows.append([f"{measure}, {name}", a, b, parents, better, own, less, *rest])
+        return [head, *rows]
 
     def _row(self, path: str, index: int) -> list[str]:
         curve = self.report["paths"][path]

@@ -64,12 +64,14 @@ class Choice:
             one = self.record["tried"][0]["method"] if tried == 1 else f"none of {tried} candidates"
             was = "was not below" if tried == 1 else "was below"
             return f"{one} {was} {line} on the first half of the calibration text; {line} stays"
-        found = f"{self.difference.value:+.4f} nats per token"
-        if self.difference.interval is not None:
-            found += " [{:+.4f}, {:+.4f}]".format(*self.difference.interval)
+        value, interval = self.difference.value, self.difference.interval
         if self.accepted:
-            return f"{self.method}, {found} against {line} on calibration text that it was not fitted on"
-        return f"{self.method} refused, {found} against {line}, not clearly below; {line} stays"
+            assert interval is not None
+            below = f"{-value:.4f} nats per token [{-interval[1]:.4f}, {-interval[0]:.4f}] below {line}"
+            return f"{self.method} was taken: {below}, on calibration text that it was not fitted on"
+        brackets = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+        found = f"not clearly below {line}, {value:+.4f} nats per token{brackets} from it on calibration text"
+        return f"{self.method} was refused: {found}; {line} stays"
 
     def stream(self, run: Calibrated) -> ModelStream:
         """The merge as a checkpoint: repaired where that was accepted, else the one on the straight line."""

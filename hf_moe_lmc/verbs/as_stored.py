@@ -82,7 +82,7 @@ def with_stored(
     points = [Point(path, at) for path, at in merged.streams if at in t]
     if not points:
         return report
-    scores, cost = evaluator.score(symmetries, points, merged=merged, progress=workspace)
+    scores, cost = evaluator.score(symmetries, points, merged=merged, progress=workspace, told="evaluating merges as stored")
     names = {stored(path): path for path in symmetries}
     added = dict(report.added)
     for i, point in enumerate(points):

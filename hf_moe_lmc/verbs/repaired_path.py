@@ -53,7 +53,9 @@ def with_repaired(
     streams = {(PATH, t): storing.merge(symmetry, t, one.merging) for t, one in accepted.items()}
     facts = {"symmetry": digest(symmetry), "path": path, "repairs": {str(t): one.facts() for t, one in accepted.items()}}
     merged, points = Merged(streams, {**facts, **storing.facts()}), [Point(PATH, t) for t in accepted]
-    scores, cost = subject.evaluator.score({path: symmetry}, points, merged=merged, progress=workspace)
+    scores, cost = subject.evaluator.score(
+        {path: symmetry}, points, merged=merged, progress=workspace, told="evaluating repaired merges"
+    )
     found = {t: (scores.losses[i], scores.right[i]) for i, t in enumerate(accepted)}
     return _with_path(report, path, found, repaired, passes=cost.passes), OtherMerges(merged, refused=refused)
 
@@ -77,7 +79,9 @@ def with_widened(
     for at in [at for at in t if at not in ENDS]:
         model = models[at] = widening.model(symmetry.layers, at, f"{b.resume_key()} {digest(symmetry)}")
         evaluator = Evaluator(model, model, windows, options)
-        scores, cost = evaluator.score({"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace)
+        scores, cost = evaluator.score(
+            {"naive": model.identity()}, [Point("naive", 0.0)], progress=workspace, told="evaluating widened merges"
+        )
         found[at], passes = (scores.losses[0], scores.right[0]), passes + cost.passes
     return _with_path(report, path, found, t, passes=passes), OtherMerges(models=models, refused=ENDS)
 

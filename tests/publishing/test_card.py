@@ -278,7 +278,7 @@ def test_each_of_several_texts_has_its_losses(pair: tuple[Path, Path]) -> None:
     for line in (
         "|  | A | B | mean of A, B | better | this checkpoint | less the better | naive | ensemble |",
         "| loss, prose | 1.0000 | 2.0000 | 1.5000 | A | 0.5000 | -0.5000 [-0.5000, -0.5000] | 3.0000 | 0.2500 |",
-        "| loss, mean | 1.5000 | 1.5000 | 1.5000 | A | 1.7500 | +0.2500 [+0.2500, +0.2500] | 3.2500 | 1.5000 |",
+        "| loss, mean | 1.5000 | 1.5000 | 1.5000 | equal | 1.7500 | +0.2500 [+0.2500, +0.2500] | 3.2500 | 1.5000 |",
         "| accuracy, code | 0.0 | 100.0 | 50.0 | B | 0.0 | -100.0 [-100.0, -100.0] | 0.0 | 0.0 |",
     ):
         assert f"{line}\n" in found.text

@@ -149,7 +149,7 @@ def test_a_refused_repair_leaves_the_aligned_merge(
     assert "the aligned merge stays" in printed.err and "repaired" not in printed.out and "--refine" not in printed.err
     sentence = found["repair"]["sentence"]
     card, text = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.md"))
-    assert sentence[1:] in card and sentence in text and "of the straight line" in card and "| repaired" not in card
+    assert sentence[1:] in card and sentence[1:] in text and "of the straight line" in card and "| repaired" not in card
     assert "Repaired merges:" not in text and "in the plot" not in text
 
 
@@ -213,6 +213,7 @@ def test_without_alignment_nothing_is_called_aligned(
     if how == "accepted":
         assert found["repair"]["loss"].keys() == {"naive", "repaired"}
     printed = capsys.readouterr()
+    assert "this checkpoint  " in printed.out and "loss, " in printed.out and "accuracy, " in printed.out
     files = [(tmp_path / "out" / name).read_text() for name in ("README.md", "report.md", "repair.json")]
     for said in (printed.out, printed.err, *files, json.dumps(found["verdict"]["sentences"])):
         assert "aligned" not in said, said[: said.index("aligned") + 80]
