@@ -18,8 +18,8 @@ from hf_moe_lmc.runtime.tables import aligned, markdown_table
 OTHERS = ("naive", "aligned", "repaired", "ensemble")  # what a checkpoint is compared with besides its parents
 MEASURES = {"loss": (1, ".4f", "+.4f"), "accuracy": (100, ".1f", "+.1f"), "cloze": (100, ".1f", "+.1f")}  # scale, forms
 SAID = (
-    "Losses are in nats per token, accuracy (next tokens) and cloze (questions from the same text) in percent. A loss is better "
-    "where it is below the better parent's, a share where it is above."
+    "Losses are in nats per token, accuracy (next tokens) and cloze (questions from the same text) in percent. A loss is "
+    "better where it is below the better parent's, a share where it is above."
 )
 SAME_POINT = 1e-9  # values of t no further apart are one point
 
