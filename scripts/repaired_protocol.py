@@ -214,10 +214,10 @@ def widened_summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for pair in pairs
     ]
 
-    def share(value: Callable[[Mapping[str, float]], float]) -> dict[str, float | None]:
+    def share(values: Sequence[float]) -> dict[str, float | None]:
         def over(without: int | None) -> float:
-            some = [gap for pair, gap in zip(pairs, gaps, strict=True) if without not in pair["seeds"]]
-            return 100 * sum(map(value, some)) / sum(gap["naive"] for gap in some)
+            some = [i for i, pair in enumerate(pairs) if without not in pair["seeds"]]
+            return 100 * sum(values[i] for i in some) / sum(gaps[i]["naive"] for i in some)
 
         if len(seeds) < 4:  # of three, two are left without any of them: one pair
             return {"mean": over(None), "width": None}
@@ -230,11 +230,8 @@ def widened_summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "setting": pairs[0]["setting"],
         "pairs": len(pairs),
         "models": len(seeds),
-        "percent_of_naive": {name: share(lambda gap, name=name: gap[name]) for name in names},  # type: ignore[misc]
-        "more_than_default": {
-            name: share(lambda gap, name=name: gap[name] - gap[names[0]])  # type: ignore[misc]
-            for name in names[1:]
-        },
+        "percent_of_naive": {name: share([gap[name] for gap in gaps]) for name in names},
+        "more_than_default": {name: share([gap[name] - gap[names[0]] for gap in gaps]) for name in names[1:]},
     }
 
 

@@ -129,8 +129,8 @@ def _said(report: Mapping[str, Any]) -> list[str]:
     from hf_moe_lmc.publishing.measured import Measured
 
     merge = report["merge"]
-    figures = Measured(report=report, t=merge["t"], path=merge["path"]).table()
-    mind = [f"Mind: {one}." for one in report["verdict"]["cautions"] if one != report["disagreement"]]
+    measured = Measured(report=report, t=merge["t"], path=merge["path"])
+    figures, mind = measured.table(), [f"Mind: {one}." for one in measured.cautions()]
     return [*void(report["disagreement"]), *report["verdict"]["sentences"], *mind, *(["", *figures, ""] if figures else [])]
 
 

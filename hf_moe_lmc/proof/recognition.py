@@ -55,7 +55,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
     """The family of a checkpoint, derived and proved if need be, and its configuration; see `recognise`."""
     config = read_config(checkpoint)
     name = model_type(config)
-    if name in families().keys() | refusals().keys():
+    if _is_listed(name):
         return get_family(name, checkpoint.name), config
     key = config.to_json_string(use_diff=False)
     if key not in _PROVED:
@@ -68,6 +68,11 @@ def family_of(checkpoint: Checkpoint) -> tuple[MoEFamily, PreTrainedConfig]:
         warn(_notice(checkpoint.name, name, proof))
         _PROVED[key] = family
     return _PROVED[key], config
+
+
+def _is_listed(name: str) -> bool:
+    """Whether a model type is described by a data file, or refused by name."""
+    return name in families().keys() | refusals().keys()
 
 
 def _derived(config: PreTrainedConfig, where: str) -> tuple[MoEFamily, SelfTest]:
@@ -111,10 +116,7 @@ def selftest(model: str | os.PathLike[str]) -> SelfTest:
             config = config.get_text_config()
         checkpoint = decoded(opened)
         name, where = model_type(config), opened.name
-        if name in families().keys() | refusals().keys():
-            found = prove(get_family(name, where), config)
-        else:
-            found = _derived(config, where)[1]
+        found = prove(get_family(name, where), config) if _is_listed(name) else _derived(config, where)[1]
         if not isinstance(checkpoint, DecodedCheckpoint):
             return found
         from hf_moe_lmc.proof.storage_checks import prove_storage
@@ -127,7 +129,7 @@ def _described(where: str, small: PreTrainedConfig) -> MoEFamily:
     from hf_moe_lmc.proof.derivation import derive  # see `_derived`
 
     name = model_type(small)
-    return get_family(name, where) if name in families().keys() | refusals().keys() else derive(small, where)
+    return get_family(name, where) if _is_listed(name) else derive(small, where)
 
 
 def _notice(where: str, name: str, proof: SelfTest) -> str:

@@ -45,7 +45,8 @@ class Measured:
     def section(self) -> str:
         """The section of the card, in Markdown."""
         said = list(self.verdict) or [self._barrier(name) for name in self.report["paths"]]
-        parts = ["## Results\n", *self._void(), *(f"{sentence}\n" for sentence in said), *self._cautions()]
+        mind = [f"**Mind:** {shown(one, 1000)}.\n" for one in self.cautions()] if self.verdict else []
+        parts = ["## Results\n", *self._void(), *(f"{sentence}\n" for sentence in said), *mind]
         if self.plot:
             parts.append(f"![Loss along the path from A to B]({self.plot})\n")
         parts += [self._losses(), self._text()]
@@ -56,10 +57,10 @@ class Measured:
         because = self.report.get("disagreement")
         return [f"**Not to be relied on:** {shown(because, 1000)}.\n"] if because else []
 
-    def _cautions(self) -> list[str]:
-        """What to know before relying on the sentences of the verdict."""
-        found = (self.report.get("verdict") or {}).get("cautions", []) if self.verdict else []
-        return [f"**Mind:** {shown(one, 1000)}.\n" for one in found if one != self.report.get("disagreement")]
+    def cautions(self) -> list[str]:
+        """What to know before relying on the sentences of the verdict, besides what makes it void."""
+        found = (self.report.get("verdict") or {}).get("cautions", [])
+        return [one for one in found if one != self.report.get("disagreement")]
 
     def results(self) -> list[EvalResult]:
         """Perplexity and loss of the checkpoint on each text, for the metadata of the card; empty where it was not measured."""

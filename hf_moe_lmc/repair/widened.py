@@ -99,14 +99,7 @@ class WideCheckpoint(VirtualCheckpoint):
         return f"{self.original.resume_key()} widened {VERSION} {self.made_of}"
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        info, blocks = self.tensors[name], self.stream.blocks
-        last = info.numel if count is None else first + count
-        ranges = blocks.ranges(name) if blocks else []
-        if blocks is None or not ranges:
-            return self.stream.outside.values(name, first, last - first).to(info.dtype)
-        wanted = [(start, size) for start, size in ranges if start < last and start + size > first]
-        values = torch.cat([blocks.values(name, one).to(info.dtype) for one in wanted])
-        return values[first - wanted[0][0] : last - wanted[0][0]]
+        return self.stream.numbers(name, first, self.tensors[name].numel - first if count is None else count)
 
 
 @dataclass(frozen=True)

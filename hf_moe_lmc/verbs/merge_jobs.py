@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_lmc.checkpoints.checkpoint import Checkpoint, download_checkpoints
@@ -244,11 +245,11 @@ class Merge(Job["Alignment | None"]):
         """Finds t on the straight line; a repair is made at that t alone."""
         from hf_moe_lmc.verbs.merge_text import best_point
 
-        report = self._on_paths(made, workspace, started)
+        report = self._on_paths(made, self._stored(made), workspace, started)
         t = (best_point(report, self.path),)
         found = replace(self, points=replace(self.points, t=t))
         made = replace(made, repaired=self._repaired(made, workspace, t))
-        made = replace(made, report=found._with_merges(made, report, workspace, started))
+        made = replace(made, report=found._with_merges(made, report, found._stored(made), workspace, started))
         return found._written(workspace, made)
 
     def _repaired(self, made: _Made, workspace: Workspace | None, t: Sequence[float]) -> dict[float, Repaired]:
@@ -276,7 +277,8 @@ class Merge(Job["Alignment | None"]):
 
     def _measured(self, made: _Made, workspace: Workspace | None, started: float) -> BarrierReport:
         """Both paths, or only that to B as it is, and the merges that are written."""
-        return self._with_merges(made, self._on_paths(made, workspace, started), workspace, started)
+        stored = self._stored(made)
+        return self._with_merges(made, self._on_paths(made, stored, workspace, started), stored, workspace, started)
 
     def _paths(self, made: _Made) -> dict[str, ModelSymmetry]:
         """What takes B to the end of each path that is measured."""
@@ -286,22 +288,24 @@ class Merge(Job["Alignment | None"]):
         """The merges of the straight lines as they are written, where that is not what is computed."""
         return self._storing.points(self._paths(made), self.points.t)
 
-    @property
+    @cached_property
     def _storing(self) -> Storing:
         from hf_moe_lmc.verbs.as_stored import Storing
 
         assert self.subject is not None
         return Storing(self.pair, self.subject.evaluator, self.points.format)
 
-    def _on_paths(self, made: _Made, workspace: Workspace | None, started: float) -> BarrierReport:
-        """What the paths measure."""
+    def _on_paths(self, made: _Made, stored: Merged, workspace: Workspace | None, started: float) -> BarrierReport:
+        """What the paths measure, and merges of theirs as they are written."""
         from hf_moe_lmc.verbs.measuring import given_symmetry
 
         assert self.subject is not None
         matching = made.alignment.to_dict() if made.alignment else given_symmetry(self._symmetry(made), self.file or None)
-        return self.subject.measure(self._paths(made), matching, workspace, started, self._stored(made))
+        return self.subject.measure(self._paths(made), matching, workspace, started, stored)
 
-    def _with_merges(self, made: _Made, report: BarrierReport, workspace: Workspace | None, started: float) -> BarrierReport:
+    def _with_merges(
+        self, made: _Made, report: BarrierReport, stored: Merged, workspace: Workspace | None, started: float
+    ) -> BarrierReport:
         """With what the written merges measure: as they are stored, repaired or widened; and what was asked for besides."""
         from hf_moe_lmc.path.added import OtherMerges
         from hf_moe_lmc.verbs.as_stored import with_stored
@@ -310,14 +314,14 @@ class Merge(Job["Alignment | None"]):
 
         assert self.subject is not None
         subject, t, path, used = self.subject, self.points.t, self.path, self._symmetry(made)
-        as_stored, others = self._stored(made), OtherMerges()
+        others = OtherMerges()
         missing = t if self.points.best else [at for at in t if at in ENDS]
-        report = with_stored(report, subject.evaluator, self._paths(made), as_stored, missing, workspace)
+        report = with_stored(report, subject.evaluator, self._paths(made), stored, missing, workspace)
         if self.widening:
             report, others = with_widened(subject, report, path, used, self.widening, t, workspace)
         elif made.repaired:
             report, others = with_repaired(subject, report, path, used, made.repaired, workspace, self._storing)
-        others = replace(others, merged=as_stored | others.merged)
+        others = replace(others, merged=stored | others.merged)
         return subject.with_additions(report, self._paths(made), t, others, workspace, started)
 
     def _written(self, workspace: Workspace | None, made: _Made) -> Alignment | None:

@@ -57,7 +57,7 @@ class WrittenCheckpoint(VirtualCheckpoint):
         info, weight = self.tensors[name], self._weight(name)
         last = info.numel if count is None else first + count
         if weight is None:
-            return self._plain(name, first, last)
+            return self.stream.numbers(name, first, last - first)
         found, start = [], None
         for part in self._parts_of(weight)[0]:
             unit = part[0]
@@ -67,17 +67,6 @@ class WrittenCheckpoint(VirtualCheckpoint):
         assert start is not None
         values = torch.cat(found) if found[1:] else found[0]
         return values if len(values) == last - first else values[first - start : last - start].clone()
-
-    def _plain(self, name: str, first: int, last: int) -> Tensor:
-        """A range of what is written as numbers."""
-        stream, dtype = self.stream, self.tensors[name].dtype
-        ranges = stream.ranges(name)
-        if not ranges:
-            return stream.outside.values(name, first, last - first).to(dtype)
-        assert stream.blocks is not None
-        wanted = [(start, size) for start, size in ranges if start < last and start + size > first]
-        parts = [stream.blocks.values(name, one).to(dtype) for one in wanted]
-        return (torch.cat(parts) if parts[1:] else parts[0])[first - wanted[0][0] : last - wanted[0][0]]
 
     def _parts_of(self, weight: StoredWeight) -> tuple[Sequence[Part], Outside | None]:
         """A weight in units, with what they have in common outside the MoE blocks."""

@@ -141,6 +141,16 @@ class EncodedStream:
 
     # --- tensors that are written as numbers --------------------------------------------------------------------------
 
+    def numbers(self, name: str, first: int, count: int) -> Tensor:
+        """A range of a tensor that is written as numbers, a row in the dtype that it is written in."""
+        dtype, last = self.template.tensors[name].dtype, first + count
+        ranges = self.ranges(name)
+        if self.blocks is None or not ranges:
+            return self.outside.values(name, first, count).to(dtype)
+        wanted = [(start, size) for start, size in ranges if start < last and start + size > first]
+        parts = [self.blocks.values(name, one).to(dtype) for one in wanted]
+        return (torch.cat(parts) if parts[1:] else parts[0])[first - wanted[0][0] : last - wanted[0][0]]
+
     def _plain_spans(self, info: TensorInfo) -> Iterator[Span]:
         if self.storage and info.name in self.storage.cache:
             yield _whole_span(info, partial(self._beside, info))
